@@ -1,0 +1,1 @@
+"""Patches: what a package holds, whether it may be applied, and applying it."""
