@@ -1,0 +1,271 @@
+"""Spawn, signal, wait for and reap one child and the process group it leads.
+
+Only vfork paths are used (`os.posix_spawn`): they do not slow down with the size of the supervisor. What
+posix_spawn cannot say (limits, umask, user) goes through ``sh`` and ``setpriv``, which exec the program, so
+the pid is the program's. Every child leads a session of its own: its pid is its group's id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asyncsup.errors import SpawnError
+from asyncsup.restart import Exit
+
+# dash's names for the limits; `ulimit -u` of other shells is `-p` there.
+_ULIMIT_FLAGS: Mapping[str, str] = {
+    "as": "-v", "core": "-c", "cpu": "-t", "data": "-d", "fsize": "-f",
+    "memlock": "-l", "nofile": "-n", "nproc": "-p", "stack": "-s",
+}  # fmt: skip
+_ULIMIT_UNITS: Mapping[str, int] = {
+    "as": 1024, "core": 512, "data": 1024, "fsize": 512, "memlock": 1024, "stack": 1024,
+}  # fmt: skip
+"""Bytes per unit `ulimit` counts in; 1 where it counts things or seconds."""
+
+
+_SOFT_NOFILE, _HARD_NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpawnSpec:
+    """Everything a spawn needs. Descriptors stay the caller's."""
+
+    command: Sequence[str]
+    directory: Path
+    env: Mapping[str, str]
+    stdout: int
+    stderr: int
+    umask: int | None = None
+    user: str | None = None
+    group: str | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """rlimit name to value in the units of setrlimit(2); -1 is unlimited."""
+
+
+def resolve_program(program: str, directory: Path, search_path: str | None) -> str:
+    """Find the file to execute, in the target's own PATH, as a shell would.
+
+    Raises:
+        SpawnError: nothing there, a folder, or not executable; the message says which.
+    """
+    if "/" in program:
+        path = directory / program
+        if not path.exists():
+            raise SpawnError(f"{program}: no such file (looked in {directory})")
+        if path.is_dir():
+            raise SpawnError(f"{program} is a folder, not a program")
+        if not os.access(path, os.X_OK):
+            raise SpawnError(f"{program} is not executable; `chmod +x {shlex.quote(str(path))}` would do")
+        return str(path)
+    found = shutil.which(program, path=search_path or os.defpath)
+    if found is None:
+        raise SpawnError(f"{program}: command not found in PATH={search_path or os.defpath}")
+    return str(directory / found)
+
+
+def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
+    """The argument vector, with `sh` and `setpriv` in front where limits, umask or a user are asked for."""
+    argv = [program, *spec.command[1:]]
+    if spec.user is not None or spec.group is not None:
+        # `setpriv` keeps the pid, unlike `su`; init-groups needs a user to know the groups of.
+        identity = [f"--reuid={spec.user}"] if spec.user is not None else []
+        identity += [f"--regid={spec.group}"] if spec.group is not None else ["--regid=" + _login_group(spec)]
+        identity += ["--init-groups"] if spec.user is not None else ["--clear-groups"]
+        argv = [resolve_program("setpriv", Path("/"), os.defpath), *identity, "--", *argv]
+    settings = [] if spec.umask is None else [f"umask {spec.umask:03o}"]
+    for name, value in spec.limits.items():
+        amount = "unlimited" if value < 0 else str(value // _ULIMIT_UNITS.get(name, 1))
+        settings.append(f"ulimit {_ULIMIT_FLAGS[name]} {amount}")
+    if settings:
+        argv = ["/bin/sh", "-c", " && ".join([*settings, 'exec "$@"']), "sh", *argv]
+    return argv
+
+
+def _login_group(spec: SpawnSpec) -> str:
+    import pwd  # noqa: PLC0415 - only where a user is configured
+
+    assert spec.user is not None
+    record = pwd.getpwuid(int(spec.user)) if spec.user.isdigit() else pwd.getpwnam(spec.user)
+    return str(record.pw_gid)
+
+
+def spawn(spec: SpawnSpec) -> Child:
+    """Start a process.
+
+    Raises:
+        SpawnError: the program, its folder or its user is not usable; nothing was started.
+    """
+    program = resolve_program(spec.command[0], spec.directory, spec.env.get("PATH"))
+    argv = _through_shim(program, spec)
+    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # posix_spawn has no working directory. The event loop's thread is the only one that uses relative
+        # paths, and this block does not yield, so nobody sees the excursion.
+        os.chdir(spec.directory)
+        try:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                pid = _spawn_with_usual_limits(
+                    argv[0],
+                    argv,
+                    spec.env,
+                    setsid=True,
+                    setsigmask=[],
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT],
+                    file_actions=[
+                        (os.POSIX_SPAWN_DUP2, null, 0),
+                        (os.POSIX_SPAWN_DUP2, spec.stdout, 1),
+                        (os.POSIX_SPAWN_DUP2, spec.stderr, 2),
+                    ],
+                )
+            finally:
+                os.close(null)
+        finally:
+            os.fchdir(before)
+    except OSError as error:
+        where = f" (in {spec.directory})" if error.filename == str(spec.directory) else ""
+        raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}{where}") from None
+    finally:
+        os.close(before)
+    return Child(pid)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as it may: each instance costs up to five."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_HARD_NOFILE, _HARD_NOFILE))
+
+
+def _spawn_with_usual_limits(path: str, argv: Sequence[str], env: Mapping[str, str], **settings: Any) -> int:
+    """posix_spawn with the soft descriptor limit this process was started with: a program that uses
+    select(2) is not to inherit ours. Limits are inherited at the fork, so lowering our own for that moment
+    does it; descriptors that are open stay open.
+    """
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_SOFT_NOFILE, _HARD_NOFILE))
+    try:
+        return os.posix_spawn(path, argv, env, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_HARD_NOFILE, _HARD_NOFILE))
+
+
+class Child:
+    """A child that has not been reaped yet, and its process group.
+
+    Attributes:
+        pid: also the id of the group it leads.
+        started: monotonic time of the spawn.
+    """
+
+    __slots__ = ("_loop", "_pidfd", "pid", "started")
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.started = time.monotonic()
+        self._pidfd = os.pidfd_open(pid)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def on_exit(self, callback: Callable[[Exit], None]) -> None:
+        """Call back once, from the event loop, when the process has ended; it is reaped before."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pidfd, self._readable, callback)
+
+    def _readable(self, callback: Callable[[Exit], None]) -> None:
+        info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        if info is None:
+            return
+        assert self._loop is not None
+        # The reader goes before the descriptor: a closed one could be reused under the selector's eyes.
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        if info.si_code == os.CLD_EXITED:
+            callback(Exit(status=info.si_status))
+        else:
+            callback(Exit(signal=info.si_status))
+
+    @property
+    def alive(self) -> bool:
+        return self._pidfd >= 0
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to the process alone; False when it is gone already."""
+        if self._pidfd < 0:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def signal_group(self, number: int) -> bool:
+        """Send a signal to every process of the group; False when the group is empty."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            # Every member changed its user id: the kernel refuses only when none could be signalled.
+            return True
+        return True
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a group that have not ended (zombies do not count)."""
+    members = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = Path(entry.path, "stat").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        # Fields after the command, which may hold blanks and parentheses: state, ppid, pgrp.
+        state, _, pgrp = stat[stat.rindex(b")") + 2 :].split(b" ", 3)[:3]
+        if int(pgrp) == group and state not in {b"Z", b"X"}:
+            members.append(int(entry.name))
+    return members
+
+
+def when_group_empty(group: int, callback: Callable[[], None]) -> None:
+    """Call back once no process of the group is left; at once when that is so already.
+
+    The members are watched by pidfd: nothing polls. Whoever forks meanwhile is found by looking again when
+    the last known member has ended.
+    """
+    loop = asyncio.get_running_loop()
+    watched: dict[int, int] = {}
+
+    def look() -> None:
+        for pid in group_members(group):
+            try:
+                watched[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            loop.add_reader(watched[pid], ended, pid)
+        if not watched:
+            callback()
+
+    def ended(pid: int) -> None:
+        fd = watched.pop(pid)
+        loop.remove_reader(fd)
+        os.close(fd)
+        if not watched:
+            look()
+
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        callback()
+        return
+    except PermissionError:
+        pass
+    look()

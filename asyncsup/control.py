@@ -1,0 +1,551 @@
+"""The control server: one request, one supervisor call, one reply.
+
+The only way in. The command line, the console, and whatever else drives a supervisor are clients of this
+socket. Requests run concurrently; a client that gives up sends ``cancel`` with the id of its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import pwd
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import anyio
+import anyio.abc
+
+from asyncsup.errors import (
+    AsyncsupError,
+    CancelledByRequestError,
+    RequestError,
+    TargetNotRunningError,
+    TimeoutExpiredError,
+)
+from asyncsup.ipc import Router
+from asyncsup.logs import Cursor
+from asyncsup.patch.overseer import UPLOAD_CHUNK_BYTES, Source
+from asyncsup.patch.prototype import parse_crc32
+from asyncsup.supervisor import Selection, Supervisor
+from asyncsup.target import Target
+from asyncsup.together import together
+from target_sdk.protocol import (
+    APPLICATION_ERROR,
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    METHOD_NOT_FOUND,
+    Failure,
+    ProtocolError,
+    Request,
+    RequestId,
+    Result,
+    decode,
+)
+
+log = logging.getLogger("asyncsup.control")
+
+LONGEST_FOLLOW_SECONDS: Final = 60.0
+MOST_LINES: Final = 100_000
+
+Handler = Callable[["ControlServer", "Call"], Awaitable[Any]]
+METHODS: dict[str, Handler] = {}
+T = TypeVar("T")
+
+
+def method(name: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        METHODS[name] = handler
+        return handler
+
+    return register
+
+
+class Call:
+    """The parameters of one request, read with their types; what is not read at all is an error.
+
+    Attributes:
+        asked_by: the local user and process behind the socket, for people and for the audit.
+    """
+
+    def __init__(self, params: Mapping[str, Any], asked_by: str) -> None:
+        self.asked_by = asked_by
+        self._params = params
+        self._read: set[str] = set()
+
+    def string(self, key: str) -> str:
+        value = self.optional_string(key)
+        if value is None:
+            raise RequestError(f"{key}: missing; it must be a string")
+        return value
+
+    def optional_string(self, key: str) -> str | None:
+        return self._get(key, str, "a string")
+
+    def strings(self, key: str) -> list[str]:
+        values = self._get(key, list, "an array of strings")
+        if values is None:
+            return []
+        if not all(isinstance(value, str) for value in values):
+            raise RequestError(f"{key}: must be an array of strings")
+        return values
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._get(key, bool, "a boolean")
+        return default if value is None else value
+
+    def integer(self, key: str, default: int, *, at_most: int) -> int:
+        value = self._get(key, int, "an integer")
+        if value is None:
+            return default
+        if isinstance(value, bool) or not 0 <= value <= at_most:
+            raise RequestError(f"{key}: must be an integer from 0 to {at_most}, is {value}")
+        return value
+
+    def seconds(self, key: str) -> float | None:
+        value = self._params.get(key)
+        self._read.add(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
+            raise RequestError(f"{key}: must be a number of seconds, is {value!r}")
+        return float(value)
+
+    def choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
+        value = self.optional_string(key) if default is not None else self.string(key)
+        value = default if value is None else value
+        if value is None or value not in choices:
+            raise RequestError(f"{key}: must be one of {', '.join(choices)}, is {value!r}")
+        return value
+
+    def array(self, key: str) -> list[Any]:
+        return self._get(key, list, "an array") or []
+
+    def finish(self) -> None:
+        """Every parameter must have been read by now: an unknown one is a mistake worth hearing of.
+
+        Raises:
+            RequestError: names it.
+        """
+        unknown = sorted(set(self._params) - self._read)
+        if unknown:
+            raise RequestError(
+                f"unknown parameter {unknown[0]!r}; known are {', '.join(sorted(self._read)) or 'none'}"
+            )
+
+    def _get(self, key: str, kind: type[T], what: str) -> T | None:
+        self._read.add(key)
+        value = self._params.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise RequestError(f"{key}: must be {what}, is {value!r:.80}")
+        return value
+
+
+class ControlServer:
+    """Answers requests on the control socket.
+
+    Args:
+        make_router: binds the socket with the message callback it is given.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        tasks: anyio.abc.TaskGroup,
+        make_router: Callable[[Callable[[bytes, Sequence[bytes], str], None]], Router],
+    ) -> None:
+        self.supervisor = supervisor
+        self._tasks = tasks
+        self._running: dict[tuple[bytes, RequestId], anyio.CancelScope] = {}
+        self._router = make_router(self._on_message)
+
+    def close(self) -> None:
+        self._router.close()
+
+    def _on_message(self, peer: bytes, frames: Sequence[bytes], address: str) -> None:
+        # A REQ socket puts an empty frame before its body and wants it back; a DEALER may leave it out.
+        envelope, body = list(frames[:-1]), frames[-1]
+        if any(envelope):
+            self.supervisor.counters["control.garbage"] += 1
+            return
+        try:
+            message = decode(body)
+        except ProtocolError as error:
+            self.supervisor.counters["control.garbage"] += 1
+            failure = Failure(id=error.request_id, number=error.number, message=str(error))
+            self._router.send(peer, *envelope, failure.encode())
+            return
+        if not isinstance(message, Request):
+            self.supervisor.counters["control.unexpected"] += 1
+            return
+        self._tasks.start_soon(self._answer, peer, envelope, message, address)
+
+    async def _answer(self, peer: bytes, envelope: list[bytes], request: Request, address: str) -> None:
+        handler = METHODS.get(request.method)
+        key = (peer, request.id)
+        reply: Result | Failure
+        if handler is None:
+            known = ", ".join(sorted(METHODS))
+            text = f"unknown method {request.method!r:.80}; known are {known}"
+            reply = Failure(
+                id=request.id, number=METHOD_NOT_FOUND, message=text, data={"code": "request.unknown_method"}
+            )
+        elif key in self._running:
+            text = f"request {request.id!r} of this connection is still running"
+            reply = Failure(
+                id=request.id, number=APPLICATION_ERROR, message=text, data={"code": "request.repeated_id"}
+            )
+        elif request.method == "cancel":
+            reply = self._cancel(peer, request)
+        else:
+            reply = await self._carry_out(handler, key, request, address)
+        try:
+            frame = reply.encode()
+        except (TypeError, ValueError) as error:
+            log.exception("the answer to %s cannot be encoded", request.method)
+            frame = Failure(id=request.id, number=INTERNAL_ERROR, message=str(error)).encode()
+        self._router.send(peer, *envelope, frame)
+
+    async def _carry_out(
+        self, handler: Handler, key: tuple[bytes, RequestId], request: Request, address: str
+    ) -> Result | Failure:
+        with anyio.CancelScope() as scope:
+            self._running[key] = scope
+            try:
+                return Result(
+                    id=request.id, result=await handler(self, Call(request.params, _caller(address)))
+                )
+            except AsyncsupError as error:
+                return failure_of(request.id, error)
+            except Exception as error:
+                log.exception("%s failed unexpectedly", request.method)
+                text = f"internal error: {type(error).__name__}: {error}"
+                return Failure(id=request.id, number=INTERNAL_ERROR, message=text, data={"code": "internal"})
+            finally:
+                del self._running[key]
+        return failure_of(
+            request.id, CancelledByRequestError(f"{request.method} was cancelled by its client")
+        )
+
+    def _cancel(self, peer: bytes, request: Request) -> Result | Failure:
+        wanted = request.params.get("id")
+        scope = self._running.get((peer, wanted)) if isinstance(wanted, int | str) else None
+        if scope is None:
+            error = RequestError(f"id: no request {wanted!r:.80} of this connection is running")
+            return failure_of(request.id, error)
+        scope.cancel()
+        return Result(id=request.id, result={})
+
+    # --- the supervisor -------------------------------------------------------------------------------------
+
+    @method("cancel")
+    async def cancel(self, call: Call) -> Any:
+        raise NotImplementedError  # answered by `_answer`, which knows the connection
+
+    @method("supervisor.info")
+    async def info(self, call: Call) -> Any:
+        call.finish()
+        info = self.supervisor.info()
+        info["counters"]["control.undeliverable"] = self._router.undeliverable
+        info["counters"]["control.oversized"] = self._router.oversized
+        return info
+
+    @method("shutdown")
+    async def shutdown(self, call: Call) -> Any:
+        call.finish()
+        return {"stopping": self.supervisor.shutdown(call.asked_by)}
+
+    @method("status")
+    async def status(self, call: Call) -> Any:
+        names = call.strings("names")
+        call.finish()
+        supervisor = self.supervisor
+        targets = []
+        for selection in supervisor.select(names, default_all=True):
+            described = supervisor.describe(selection.target)
+            chosen = {instance.name for instance in selection.instances}
+            described["instances"] = [i for i in described["instances"] if i["name"] in chosen]
+            targets.append(described)
+        return {"seq": supervisor.events.seq, "targets": targets}
+
+    @method("show")
+    async def show(self, call: Call) -> Any:
+        name = call.string("name")
+        call.finish()
+        target = self._one(name)
+        described = self.supervisor.describe(target)
+        described["config"] = self.supervisor.config.describe(target.name)
+        described["log"] = {
+            instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}
+            for instance in target.instances
+        }
+        described["history"] = await self.supervisor.overseer.history(target.name, 5)
+        return described
+
+    @method("events.since")
+    async def events_since(self, call: Call) -> Any:
+        seq = call.integer("seq", 0, at_most=2**63)
+        call.finish()
+        events, oldest = self.supervisor.events.since(seq)
+        # An answer is one message: whoever is far behind asks again from the last number it got.
+        return {"events": events[:2000], "oldest": oldest, "seq": self.supervisor.events.seq}
+
+    # --- targets --------------------------------------------------------------------------------------------
+
+    @method("start")
+    async def start(self, call: Call) -> Any:
+        async def start(selection: Selection, *, wait: bool) -> None:
+            await self.supervisor.start(selection, asked_by=call.asked_by, wait=wait)
+
+        return await self._each(call, start)
+
+    @method("stop")
+    async def stop(self, call: Call) -> Any:
+        async def stop(selection: Selection, *, wait: bool) -> None:
+            await selection.target.stop(selection.instances, asked_by=call.asked_by)
+
+        return await self._each(call, stop)
+
+    @method("restart")
+    async def restart(self, call: Call) -> Any:
+        async def restart(selection: Selection, *, wait: bool) -> None:
+            self.supervisor.refuse_while_stopping()
+            await selection.target.restart(selection.instances, asked_by=call.asked_by, wait=wait)
+
+        return await self._each(call, restart)
+
+    @method("reload")
+    async def reload(self, call: Call) -> Any:
+        async def reload(selection: Selection, *, wait: bool) -> Any:
+            outcomes = await selection.target.reload(selection.instances, asked_by=call.asked_by)
+            return [
+                {"name": name, "told_by": outcome.told_by, "took": outcome.took} for name, outcome in outcomes
+            ]
+
+        return await self._each(call, reload)
+
+    @method("signal")
+    async def signal(self, call: Call) -> Any:
+        names, wanted = call.strings("names"), call.string("signal")
+        call.finish()
+        number = _signal_number(wanted)
+        sent = []
+        for selection in self._named(names):
+            running = [i for i in selection.instances if i.pid is not None]
+            if not running:
+                raise TargetNotRunningError(f"{selection.target.name} has no process to signal")
+            sent += [{"instance": i.name, "pid": i.signal(number)} for i in running]
+        return {"sent": sent}
+
+    @method("wait")
+    async def wait(self, call: Call) -> Any:
+        names = call.strings("names")
+        what = call.choice("for", ("ready", "running", "stopped"))
+        timeout = call.seconds("timeout")
+        call.finish()
+        began = time.monotonic()
+        await self.supervisor.wait_for(self._named(names), what, timeout)
+        return {"took": time.monotonic() - began}
+
+    async def _each(self, call: Call, work: Callable[..., Awaitable[Any]]) -> Any:
+        """Do one thing to every target named, side by side; with one name its error is the answer."""
+        names = call.strings("names")
+        wait, timeout = call.boolean("wait", True), call.seconds("timeout")
+        call.finish()
+        selections = self._named(names)
+        results: dict[str, dict[str, Any]] = {}
+        errors: dict[str, AsyncsupError] = {}
+
+        async def one(selection: Selection) -> None:
+            began = time.monotonic()
+            name = selection.target.name
+            result: dict[str, Any] = {"target": name, "ok": True, "detail": "", "instances": None}
+            try:
+                result["instances"] = await work(selection, wait=wait)
+            except AsyncsupError as error:
+                errors[name] = error
+                result |= {"ok": False, "detail": error.message, "code": error.error_code}
+            result["state"] = selection.target.state
+            result["took"] = time.monotonic() - began
+            results[name] = result
+
+        with anyio.move_on_after(timeout) as scope:
+            await together(partial(one, selection) for selection in selections)
+        if scope.cancelled_caught:
+            late = [s.target for s in selections if s.target.name not in results]
+            states = ", ".join(f"{target.name} is {target.state}" for target in late)
+            raise TimeoutExpiredError(f"not done after {timeout:g} s: {states}")
+        if len(selections) == 1 and errors:
+            raise next(iter(errors.values()))
+        return {"results": [results[selection.target.name] for selection in selections]}
+
+    def _named(self, names: Sequence[str]) -> list[Selection]:
+        if not names:
+            raise RequestError('names: give at least one target; "all" means every one')
+        return self.supervisor.select(names)
+
+    def _one(self, name: str) -> Target:
+        selections = self._named([name])
+        if len(selections) != 1:
+            raise RequestError(f"name: {name!r} means {len(selections)} targets; give one")
+        return selections[0].target
+
+    # --- output ---------------------------------------------------------------------------------------------
+
+    @method("logs")
+    async def logs(self, call: Call) -> Any:
+        name = call.string("name")
+        stream = call.choice("stream", ("stdout", "stderr"), "stdout")
+        lines = call.integer("lines", 100, at_most=MOST_LINES)
+        call.finish()
+        (selection,) = self._named([name])[:1]
+        chunks = []
+        for instance in selection.instances:
+            output = self.supervisor.stream(instance, stream)
+            text, cursor = output.tail(lines)
+            chunks.append(
+                {
+                    "instance": instance.name,
+                    "stream": output.stream,
+                    "path": str(output.file.path),
+                    "text": text,
+                    "cursor": cursor.to_json(),
+                }
+            )
+        return {"chunks": chunks}
+
+    @method("logs.follow")
+    async def follow(self, call: Call) -> Any:
+        cursors = [Cursor.from_json(value) for value in call.array("cursors")]
+        timeout = min(call.seconds("timeout") or 25.0, LONGEST_FOLLOW_SECONDS)
+        call.finish()
+        outputs = [
+            self.supervisor.stream(self.supervisor.instance(cursor.instance), cursor.stream)
+            for cursor in cursors
+        ]
+        chunks: list[dict[str, Any]] = []
+        with anyio.move_on_after(timeout):
+            while cursors and not chunks:
+                growths = [output.growth() for output in outputs]
+                try:
+                    for output, cursor in zip(outputs, cursors, strict=True):
+                        text, after = output.read(cursor)
+                        if text:
+                            chunk = {"instance": cursor.instance, "stream": cursor.stream, "text": text}
+                            chunks.append({**chunk, "cursor": after.to_json()})
+                    if not chunks:
+                        await asyncio.wait(growths, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for growth in growths:
+                        growth.cancel()
+        return {"chunks": chunks}
+
+    # --- patches --------------------------------------------------------------------------------------------
+
+    def _source(self, call: Call) -> Source:
+        crc32 = call.optional_string("crc32")
+        sha256 = call.optional_string("sha256")
+        if sha256 is not None and (len(sha256) != 64 or not set(sha256.lower()) <= set("0123456789abcdef")):
+            raise RequestError(f"sha256: must be 64 hexadecimal digits, is {sha256!r:.80}")
+        return self.supervisor.overseer.source(
+            path=call.optional_string("path"),
+            upload=call.optional_string("upload"),
+            name=call.optional_string("name"),
+            sha256=sha256.lower() if sha256 is not None else None,
+            crc32=parse_crc32(crc32) if crc32 is not None else None,
+        )
+
+    @method("patch.upload")
+    async def patch_upload(self, call: Call) -> Any:
+        upload, encoded = call.optional_string("upload"), call.string("data")
+        offset = call.integer("offset", 0, at_most=2**53)
+        last = call.boolean("last", False)
+        call.finish()
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except binascii.Error as error:
+            raise RequestError(f"data: not base64: {error}") from None
+        if len(data) > UPLOAD_CHUNK_BYTES:
+            raise RequestError(f"data: at most {UPLOAD_CHUNK_BYTES} bytes a piece, got {len(data)}")
+        return self.supervisor.overseer.upload(upload, offset, data, last=last)
+
+    @method("patch.verify")
+    async def patch_verify(self, call: Call) -> Any:
+        source = self._source(call)
+        call.finish()
+        return await self.supervisor.overseer.verify(source)
+
+    @method("patch.plan")
+    async def patch_plan(self, call: Call) -> Any:
+        source, target = self._source(call), call.optional_string("target")
+        call.finish()
+        return await self.supervisor.overseer.plan(source, target)
+
+    @method("patch.apply")
+    async def patch_apply(self, call: Call) -> Any:
+        source, target = self._source(call), call.optional_string("target")
+        wait_busy = call.boolean("wait_busy", True)
+        call.finish()
+        return await self.supervisor.overseer.apply(
+            source, target=target, asked_by=call.asked_by, wait_busy=wait_busy
+        )
+
+    @method("patch.rollback")
+    async def patch_rollback(self, call: Call) -> Any:
+        target, wait_busy = call.string("target"), call.boolean("wait_busy", True)
+        call.finish()
+        return await self.supervisor.overseer.rollback(target, asked_by=call.asked_by, wait_busy=wait_busy)
+
+    @method("patch.list")
+    async def patch_list(self, call: Call) -> Any:
+        call.finish()
+        return await self.supervisor.overseer.inbox()
+
+    @method("patch.history")
+    async def patch_history(self, call: Call) -> Any:
+        target, limit = call.optional_string("target"), call.integer("limit", 50, at_most=1000)
+        call.finish()
+        name = self._one(target).name if target is not None else None
+        return {"transactions": await self.supervisor.overseer.history(name, limit)}
+
+    @method("patch.show")
+    async def patch_show(self, call: Call) -> Any:
+        reference = call.string("id")
+        call.finish()
+        return await self.supervisor.overseer.show(reference)
+
+
+def failure_of(request_id: RequestId, error: AsyncsupError) -> Failure:
+    """The one place where an error becomes a JSON-RPC error object."""
+    return Failure(
+        id=request_id,
+        number=INVALID_PARAMS if isinstance(error, RequestError) else APPLICATION_ERROR,
+        message=error.message,
+        data={**error.details, "code": error.error_code, "exit_status": error.exit_status},
+    )
+
+
+def _caller(address: str) -> str:
+    """``uid 0 (root), pid 4711`` from libzmq's ``localhost:UID:GID:PID``."""
+    parts = address.rsplit(":", 3)
+    if len(parts) != 4 or not parts[1].isdigit():
+        return address or "unknown"
+    try:
+        user = pwd.getpwuid(int(parts[1])).pw_name
+    except KeyError:
+        return f"uid {parts[1]}, pid {parts[3]}"
+    return f"{user} (uid {parts[1]}, pid {parts[3]})"
+
+
+def _signal_number(text: str) -> int:
+    name = text.upper()
+    try:
+        return (
+            signal.Signals(int(name)) if name.isdigit() else signal.Signals[f"SIG{name.removeprefix('SIG')}"]
+        )
+    except (KeyError, ValueError):
+        raise RequestError(f"signal: {text!r:.40} is none; for example HUP, SIGUSR1 or 15") from None

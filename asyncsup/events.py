@@ -1,0 +1,44 @@
+"""The event stream: everything that happens, numbered without gaps, kept for a while, published.
+
+A client takes a snapshot (`status` carries the sequence number it is true for), follows the PUB socket from
+there, and asks `events.since` when a number is missing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from target_sdk.protocol import Notification
+
+KEPT_EVENTS: Final = 10_000
+"""How far back `events.since` can go."""
+
+
+def timestamp() -> str:
+    """Now, as RFC 3339 in UTC with milliseconds: for people, never for measuring."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class EventStream:
+    """Numbers events and hands them to `publish` as ``(topic, frame)``."""
+
+    def __init__(self, publish: Callable[[bytes, bytes], None]) -> None:
+        self._publish = publish
+        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
+        self.seq = 0
+
+    def emit(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self.seq += 1
+        event = {"seq": self.seq, "at": timestamp(), "type": kind, **fields}
+        self._kept.append(event)
+        self._publish(kind.encode(), Notification(method="event", params=event).encode())
+        return event
+
+    def since(self, seq: int) -> tuple[list[dict[str, Any]], int]:
+        """Events after ``seq`` and the oldest number still kept."""
+        oldest = self.seq - len(self._kept) + 1
+        skip = max(0, seq + 1 - oldest)
+        return [event for index, event in enumerate(self._kept) if index >= skip], oldest

@@ -1,0 +1,612 @@
+"""One running process of a target: its state, and what it does about each event.
+
+Everything here is synchronous and happens on the event loop's thread, so there is nothing to lock: the
+kernel, the clock, the program (through the channel or the notify socket) and the target's operations call
+in, the transition table decides, and whoever waits for a state is woken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from asyncsup import lifecycle
+from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
+from asyncsup.child import Child, SpawnSpec, spawn, when_group_empty
+from asyncsup.config import TargetConfig
+from asyncsup.environment import build_environment
+from asyncsup.errors import SpawnError, TargetNotRunningError
+from asyncsup.events import EventStream, timestamp
+from asyncsup.lifecycle import Event, State
+from asyncsup.logs import OutputStream, RotatingFile
+from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
+from target_sdk import protocol
+from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswer
+
+log = logging.getLogger("asyncsup.instance")
+
+LAST_ESCALATION_SECONDS: Final = 5.0
+"""How long after SIGKILL a process may take to vanish before that is worth a word."""
+
+ToldBy = Literal["sdk", "signal", "command", "nobody"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootFacts:
+    """What an instance is told about the resources it is started on."""
+
+    build: int
+    generation: int | None
+    current: Path | None
+    """The path that always leads to the generation in force; None for a target without a root."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Runtime:
+    """What all instances share."""
+
+    events: EventStream
+    channel: TargetChannel
+    target_endpoint: str
+    notify_path: Path
+    runtime_dir: Path
+    state_dir: Path
+    environ: Mapping[str, str]
+    root_facts: Callable[[str], RootFacts]
+    essential_ended: Callable[[Instance], None]
+    log_files: dict[Path, RotatingFile] = field(default_factory=dict)
+
+    def log_file(self, path: Path, *, max_size: int, max_files: int) -> RotatingFile:
+        """One open file per path: two writers that do not know of each other would overwrite one another."""
+        if path not in self.log_files:
+            self.log_files[path] = RotatingFile(path, max_size=max_size, max_files=max_files)
+        return self.log_files[path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReloadOutcome:
+    """How a reload went; ``took`` in seconds."""
+
+    told_by: ToldBy
+    ok: bool
+    took: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastExit:
+    ended: Exit | str
+    at: str
+    reason: str
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell would report it: 128 and the signal for a process that was killed."""
+        if not isinstance(self.ended, Exit):
+            return 1
+        return 128 + self.ended.signal if self.ended.signal is not None else self.ended.status or 0
+
+    def to_json(self) -> dict[str, Any]:
+        ended = self.ended
+        how: dict[str, Any] = {}
+        if isinstance(ended, Exit):
+            how = {"status": ended.status} if ended.signal is None else {"signal": ended.signal}
+        return {**how, "at": self.at, "reason": self.reason}
+
+
+class Instance:
+    """A slot for one process, ``NAME:INDEX``. The slot lives as long as its target; processes come and go."""
+
+    def __init__(self, config: TargetConfig, index: int, runtime: Runtime) -> None:
+        self.config = config
+        self.index = index
+        self.name = f"{config.name}:{index}"
+        self.state = State.STOPPED
+        self.detail = ""
+        self.status_text = ""
+        self.restarts = 0
+        self.last_exit: LastExit | None = None
+        self.hello: Hello | None = None
+        self.token = ""
+        self._runtime = runtime
+        self._policy = RestartPolicy(
+            mode=config.restart,
+            delay=config.restart_delay,
+            max_delay=config.restart_max_delay,
+            burst=config.start_limit_burst,
+            interval=config.start_limit_interval,
+            min_uptime=config.min_uptime,
+            success_exit_codes=config.success_exit_codes,
+        )
+        self._history = RestartHistory()
+        self._child: Child | None = None
+        self._ready_at: float | None = None
+        self._since = time.monotonic()
+        self._doomed: str | None = None
+        """Why the supervisor itself is ending a process that nobody asked to stop."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._streams: dict[str, OutputStream] = {}
+        self._reload_confirmed: asyncio.Future[None] | None = None
+
+    # --- looking --------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child is not None and self._child.alive else None
+
+    @property
+    def ready(self) -> bool:
+        return self.state in lifecycle.READY
+
+    @property
+    def streams(self) -> Mapping[str, OutputStream]:
+        if not self._streams:
+            self._open_streams()
+        return self._streams
+
+    @property
+    def told_by(self) -> ToldBy:
+        """How this instance learns of changed resources."""
+        if self.hello is not None:
+            return "sdk"
+        if self.config.protocol == "sdk":
+            return "sdk"
+        if self.config.reload_command is not None:
+            return "command"
+        return "signal" if self.config.reload_signal is not None else "nobody"
+
+    def describe(self) -> dict[str, Any]:
+        now = time.monotonic()
+        return {
+            "name": self.name,
+            "state": self.state.value,
+            "pid": self.pid,
+            "ready": self.ready,
+            "uptime": now - self._child.started if self._child is not None and self._child.alive else None,
+            "in_state": now - self._since,
+            "restarts": self.restarts,
+            "status_text": self.status_text,
+            "exit": self.last_exit.to_json() if self.last_exit is not None else None,
+            "sdk": self.hello is not None,
+            "build": self.hello.build if self.hello is not None else None,
+            "region": self.hello.region if self.hello is not None else None,
+            "detail": self.detail,
+        }
+
+    async def wait_until(self, condition: Callable[[Instance], bool]) -> None:
+        """Return as soon as the condition holds; it is looked at after every change of state."""
+        while not condition(self):
+            future = asyncio.get_running_loop().create_future()
+            self._waiters.append(future)
+            try:
+                await future
+            finally:
+                if future in self._waiters:
+                    self._waiters.remove(future)
+
+    # --- what operations ask for ----------------------------------------------------------------------------
+
+    def wait_for_dependencies(self, names: str) -> None:
+        if lifecycle.accepts(self.state, Event.WAIT):
+            self._cancel_timer()
+            self._apply(Event.WAIT, f"waiting for {names}")
+
+    def start(self, reason: str) -> None:
+        """Start now, unless there is a process already. A commanded start forgets earlier failures."""
+        if lifecycle.accepts(self.state, Event.START):
+            self._cancel_timer()
+            self._history = RestartHistory()
+            self._apply(Event.START, reason)
+            self._spawn()
+
+    def stop(self, reason: str) -> None:
+        """Begin to stop; `STOPPED` is reached when the whole group is gone."""
+        if not lifecycle.accepts(self.state, Event.STOP):
+            return
+        alive = self.state in lifecycle.ALIVE
+        self._cancel_timer()
+        self._apply(Event.STOP, reason)
+        if alive:
+            self._terminate()
+
+    def kill(self) -> None:
+        """SIGKILL at once, for whoever cannot wait for `stop_timeout`."""
+        if self.state in lifecycle.ALIVE:
+            self._kill()
+
+    def signal(self, number: int) -> int:
+        """Send a signal to the process; returns its pid.
+
+        Raises:
+            TargetNotRunningError: there is no process.
+        """
+        if self._child is None or not self._child.signal(number):
+            raise TargetNotRunningError(f"{self.name} is {self.state.value}: there is no process to signal")
+        return self._child.pid
+
+    def reset(self) -> None:
+        """Forget the past of a slot that an operator has dealt with."""
+        self.restarts = 0
+
+    async def prepare(self, request: protocol.Prepare) -> PrepareAnswer:
+        """Ask whether a patch may come now.
+
+        Raises:
+            TimeoutError, PeerGoneError, PeerError, ProtocolError: no valid answer.
+        """
+        answer = await self._runtime.channel.request(
+            self.token, request.METHOD, request.params(), deadline=request.deadline
+        )
+        return PrepareAnswer.from_result(answer)
+
+    async def abort(self, patch: str, *, deadline: float) -> None:
+        """Tell that a prepared patch will not come. Best effort: who is gone needs no telling."""
+        try:
+            await self._runtime.channel.request(
+                self.token, protocol.Abort.METHOD, protocol.Abort(patch=patch).params(), deadline=deadline
+            )
+        except (TimeoutError, PeerGoneError, PeerError) as error:
+            log.warning("%s was not told that patch %s is off: %s", self.name, patch[:12], error)
+
+    async def reload(self, request: protocol.Reload, *, deadline: float) -> ReloadOutcome:
+        """Have changed resources taken up, in whichever way this instance knows. Never raises: the outcome
+        says what went wrong. On failure the process runs on.
+        """
+        told_by = self.told_by
+        if told_by == "nobody":
+            return ReloadOutcome(told_by=told_by, ok=True, took=0.0)
+        began = time.monotonic()
+        if lifecycle.accepts(self.state, Event.RELOAD):
+            self._apply(Event.RELOAD, f"build {request.build}")
+        try:
+            if told_by == "sdk":
+                reason = await self._reload_by_sdk(request, deadline)
+            elif told_by == "command":
+                reason = await self._reload_by_command(deadline)
+            else:
+                reason = await self._reload_by_signal(deadline)
+        finally:
+            if self.state is State.RELOADING:
+                self._apply(Event.RELOADED, f"build {request.build}")
+        return ReloadOutcome(told_by=told_by, ok=reason is None, took=time.monotonic() - began, reason=reason)
+
+    # --- what the program says ------------------------------------------------------------------------------
+
+    def said_hello(self, hello: Hello) -> Mapping[str, Any]:
+        self.hello = hello
+        facts = self._runtime.root_facts(self.config.name)
+        return {
+            "name": self.config.name,
+            "instance": self.name,
+            "build": facts.build,
+            "region": self.config.region,
+        }
+
+    def said_ready(self, build: int | None) -> None:
+        if self.hello is not None and build is not None:
+            self.hello = Hello(**{**self.hello.params(), "build": build})
+        self._became_ready("said ready")
+
+    def said_status(self, text: str) -> None:
+        self.status_text = text[:1000]
+        self._runtime.events.emit(
+            "instance.status", target=self.config.name, instance=self.name, text=self.status_text
+        )
+
+    def said_extend(self, seconds: float) -> None:
+        """Push the running start or stop time-out further away."""
+        if self._timer is not None and self.state in {State.STARTING, State.STOPPING}:
+            action = self._start_timed_out if self.state is State.STARTING else self._kill
+            self._arm(seconds, action)
+
+    def said_stopping(self) -> None:
+        self.detail = "said that it is stopping"
+
+    def said_notify(self, fields: Mapping[str, str]) -> None:
+        """One datagram of the sd_notify protocol."""
+        if "STATUS" in fields:
+            self.said_status(fields["STATUS"])
+        if fields.get("EXTEND_TIMEOUT_USEC", "").isdigit():
+            self.said_extend(int(fields["EXTEND_TIMEOUT_USEC"]) / 1e6)
+        if fields.get("STOPPING") == "1":
+            self.said_stopping()
+        if fields.get("RELOADING") == "1" and lifecycle.accepts(self.state, Event.RELOAD):
+            self._apply(Event.RELOAD, "said that it is reloading")
+        elif fields.get("READY") == "1":
+            if self._reload_confirmed is not None and not self._reload_confirmed.done():
+                self._reload_confirmed.set_result(None)
+            elif self.state is State.RELOADING:
+                self._apply(Event.RELOADED, "said ready")
+            elif self.config.protocol == "notify":
+                self._became_ready("said ready")
+
+    # --- the machine ----------------------------------------------------------------------------------------
+
+    def _apply(self, event: Event, reason: str) -> None:
+        """The one place that changes the state, and so the one that logs and publishes it."""
+        before, self.state = self.state, lifecycle.next_state(self.state, event)
+        self._since = time.monotonic()
+        self.detail = reason
+        log.info("%s: %s -> %s (%s)", self.name, before.value, self.state.value, reason)
+        self._runtime.events.emit(
+            "instance.state",
+            target=self.config.name,
+            instance=self.name,
+            **{"from": before.value, "to": self.state.value},
+            pid=self.pid,
+            reason=reason,
+        )
+        waiters, self._waiters = self._waiters, []
+        for future in waiters:
+            if not future.done():
+                future.set_result(None)
+
+    def _spawn(self) -> None:
+        self._ready_at = None
+        self._doomed = None
+        self.hello = None
+        self.status_text = ""
+        self.token = secrets.token_hex(16)
+        try:
+            self._child = self._spawn_command(self.config.command, {})
+        except SpawnError as error:
+            self._ended(error.message)
+            return
+        self._runtime.channel.admit(self.token, self)
+        self._child.on_exit(self._exited)
+        if self.config.protocol != "none":
+            self._arm(self.config.start_timeout, self._start_timed_out)
+        elif self.config.min_uptime > 0:
+            self._arm(self.config.min_uptime, self._survived)
+        else:
+            self._survived()
+
+    def _spawn_command(self, command: tuple[str, ...], extra: Mapping[str, str]) -> Child:
+        """Run a command as this instance: its environment, folder, user, limits and output."""
+        expand = self._expand
+        environment = build_environment(
+            environ=self._runtime.environ,
+            inherit=self.config.inherit_env,
+            env_files=self.config.env_files,
+            env={name: expand(value) for name, value in self.config.env.items()},
+            own={**self._own_environment(), **extra},
+        )
+        try:
+            with contextlib.ExitStack() as child_ends:
+                opened = {}
+                for name, stream in self.streams.items():
+                    opened[name] = stream.open_child_end()
+                    child_ends.callback(os.close, opened[name])
+                return spawn(
+                    SpawnSpec(
+                        command=[expand(part) for part in command],
+                        directory=self.config.directory,
+                        env=environment,
+                        stdout=opened["stdout"],
+                        stderr=opened.get("stderr", opened["stdout"]),
+                        umask=self.config.umask,
+                        user=self.config.user,
+                        group=self.config.group,
+                        limits=self.config.limits,
+                    )
+                )
+        except OSError as error:
+            raise SpawnError(f"{command[0]}: no place for its output: {error}") from None
+
+    def _own_environment(self) -> dict[str, str]:
+        config, facts = self.config, self._runtime.root_facts(self.config.name)
+        own = {
+            protocol.ENV_ENDPOINT: self._runtime.target_endpoint,
+            protocol.ENV_TOKEN: self.token,
+            protocol.ENV_NAME: config.name,
+            protocol.ENV_INSTANCE: self.name,
+            protocol.ENV_REGION: config.region,
+            protocol.ENV_BUILD: str(facts.build),
+        }
+        if config.root is not None and facts.current is not None:
+            own[protocol.ENV_ROOT] = str(config.root)
+            own[protocol.ENV_CURRENT] = str(facts.current)
+            # Source of equal size and equal mtime second would run the bytecode of the build before.
+            cache = self._runtime.state_dir / "pycache" / config.name / str(facts.generation)
+            own["PYTHONPYCACHEPREFIX"] = str(cache)
+        if config.protocol == "notify":
+            own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)
+        return own
+
+    def _expand(self, text: str) -> str:
+        return text.replace("${instance}", str(self.index))
+
+    def _open_streams(self) -> None:
+        settings = self.config.log
+        logs = self._runtime.state_dir / "logs"
+        paths = {"stdout": settings.stdout or logs / f"{self.config.name}.{self.index}.log"}
+        if settings.stderr != "stdout":
+            paths["stderr"] = settings.stderr or logs / f"{self.config.name}.{self.index}.err.log"
+        for stream, path in paths.items():
+            self._streams[stream] = OutputStream(
+                self._runtime.runtime_dir / "output" / f"{self.name}.{stream}",
+                self._runtime.log_file(
+                    Path(self._expand(str(path))), max_size=settings.max_size, max_files=settings.max_files
+                ),
+                instance=self.name,
+                stream=stream,
+                format_=settings.format,
+            )
+
+    def close(self) -> None:
+        """Let go of descriptors; the process, if there is one, is not touched."""
+        self._cancel_timer()
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def _survived(self) -> None:
+        self._became_ready(f"up for {self.config.min_uptime:g} s" if self.config.min_uptime else "spawned")
+
+    def _became_ready(self, reason: str) -> None:
+        if lifecycle.accepts(self.state, Event.READY) and self._doomed is None:
+            self._cancel_timer()
+            self._ready_at = time.monotonic()
+            self._apply(Event.READY, reason)
+
+    def _start_timed_out(self) -> None:
+        self._doomed = f"not ready within {self.config.start_timeout:g} s"
+        log.warning("%s: %s; ending it", self.name, self._doomed)
+        self._terminate()
+
+    def _terminate(self) -> None:
+        """Ask the process group to end, and see to it that it does."""
+        assert self._child is not None
+        self._arm(self.config.stop_timeout, self._kill)
+        if self.config.stop_command is None:
+            self._send(self.config.stop_signal)
+            self._send(signal.SIGCONT)  # a stopped process could not act on the signal
+            return
+        pid = self._child.pid
+
+        def ended(result: Exit) -> None:
+            if result.status != 0:
+                log.warning("%s: stop_command ended with %s; sending the signal", self.name, result)
+                self._send(self.config.stop_signal)
+
+        try:
+            self._spawn_command(self.config.stop_command, {"MAINPID": str(pid)}).on_exit(ended)
+        except SpawnError as error:
+            log.warning("%s: stop_command: %s; sending the signal", self.name, error.message)
+            self._send(self.config.stop_signal)
+
+    def _send(self, number: int) -> None:
+        if self._child is None:
+            return
+        if self.config.kill_mode == "group":
+            self._child.signal_group(number)
+        else:
+            self._child.signal(number)
+
+    def _kill(self) -> None:
+        log.warning("%s: still there, sending SIGKILL", self.name)
+        self._send(signal.SIGKILL)
+        self._arm(LAST_ESCALATION_SECONDS, self._unkillable)
+
+    def _unkillable(self) -> None:
+        self.detail = "a process survives SIGKILL (uninterruptible in the kernel?)"
+        log.error("%s: %s", self.name, self.detail)
+        self._timer = None
+
+    def _exited(self, ended: Exit) -> None:
+        assert self._child is not None
+        for stream in self._streams.values():
+            stream.drain()
+        self._runtime.channel.dismiss(self.token)
+        group = self._child.pid
+        if self.config.kill_mode != "group" or not self._child.signal_group(0):
+            self._gone(ended)
+            return
+        if self.state is not State.STOPPING and self._doomed is None:
+            # Its leader is gone, so nobody minds them; they would hold the ports the next one needs.
+            self._child.signal_group(signal.SIGKILL)
+        when_group_empty(group, lambda: self._gone(ended))
+
+    def _gone(self, ended: Exit) -> None:
+        """The process, and with `kill_mode = "group"` its whole group, has ended."""
+        self._child = None
+        self._cancel_timer()
+        for stream in self._streams.values():
+            stream.drain()
+        if self.state is State.STOPPING:
+            self.last_exit = LastExit(ended=ended, at=timestamp(), reason=f"stopped: {ended}")
+            self._apply(Event.GONE, str(ended))
+        else:
+            self._ended(ended if self._doomed is None else self._doomed)
+
+    def _ended(self, ended: Exit | str) -> None:
+        now = time.monotonic()
+        uptime = now - self._ready_at if self._ready_at is not None else None
+        decision = decide(self._policy, self._history, ended=ended, uptime=uptime, now=now)
+        self._history = decision.history
+        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(ended))
+        self._apply(decision.event, decision.reason)
+        if decision.event is Event.CRASHED:
+            self._arm(decision.delay, self._backoff_elapsed)
+        elif decision.event is Event.RESPAWN:
+            self.restarts += 1
+            self._spawn()
+        elif self.config.essential:
+            self._runtime.essential_ended(self)
+
+    def _backoff_elapsed(self) -> None:
+        self._timer = None
+        self.restarts += 1
+        self._apply(Event.BACKOFF_ELAPSED, f"try {self._history.early_ends + 1}")
+        self._spawn()
+
+    def _arm(self, seconds: float, action: Callable[[], None]) -> None:
+        self._cancel_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, action)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- the three ways to reload: each returns why it failed, or None --------------------------------------
+
+    async def _reload_by_sdk(self, request: protocol.Reload, deadline: float) -> str | None:
+        try:
+            value = await self._runtime.channel.request(
+                self.token, request.METHOD, request.params(), deadline=deadline
+            )
+            answer = ReloadAnswer.from_result(value)
+        except TimeoutError:
+            return f"no answer within {deadline:g} s"
+        except (PeerGoneError, PeerError, ProtocolError) as error:
+            return str(error)
+        if answer.ok and self.hello is not None:
+            self.hello = Hello(**{**self.hello.params(), "build": request.build})
+        return None if answer.ok else answer.reason or "failed without a reason"
+
+    async def _reload_by_command(self, deadline: float) -> str | None:
+        assert self.config.reload_command is not None
+        finished: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        try:
+            child = self._spawn_command(self.config.reload_command, {"MAINPID": str(self.pid or "")})
+        except SpawnError as error:
+            return f"reload_command: {error.message}"
+        child.on_exit(lambda ended: None if finished.done() else finished.set_result(ended))
+        try:
+            async with asyncio.timeout(deadline):
+                ended = await finished
+        except TimeoutError:
+            return f"reload_command did not end within {deadline:g} s"
+        finally:
+            if not finished.done() or finished.cancelled():
+                child.signal_group(signal.SIGKILL)
+        return None if ended.status == 0 else f"reload_command: {ended}"
+
+    async def _reload_by_signal(self, deadline: float) -> str | None:
+        assert self.config.reload_signal is not None
+        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reload_confirmed = confirmed if self.config.protocol == "notify" else None
+        try:
+            self.signal(self.config.reload_signal)
+            if self._reload_confirmed is None:
+                return None
+            async with asyncio.timeout(deadline):
+                await confirmed
+        except TargetNotRunningError as error:
+            return error.message
+        except TimeoutError:
+            return f"no READY=1 within {deadline:g} s of {self.config.reload_signal.name}"
+        finally:
+            self._reload_confirmed = None
+        return None

@@ -1,0 +1,138 @@
+"""The inbox: the folder patches are dropped into.
+
+A zip is noticed when its writer closes it or renames it into place (inotify: no polling), and counts as
+complete once it ends the way a zip ends: a copy that is still under way, or whose writer opens the file
+several times, is listed as incomplete. What has been dealt with moves to ``applied/`` or ``rejected/`` with a
+report beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import anyio
+import anyio.abc
+import orjson
+from asyncinotify import Inotify, Mask
+
+from asyncsup.errors import PatchNotFoundError
+from asyncsup.events import EventStream
+
+log = logging.getLogger("asyncsup.inbox")
+
+END_OF_CENTRAL_DIRECTORY: Final = b"PK\x05\x06"
+TAIL_BYTES: Final = 22 + 0xFFFF
+"""The end record and the longest comment behind it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """A zip that lies in the inbox; ``size`` in bytes."""
+
+    path: Path
+    size: int
+    complete: bool
+
+
+class Inbox:
+    """Knows what lies in the folder and tells when something is new."""
+
+    def __init__(self, folder: Path, events: EventStream) -> None:
+        self.folder = folder
+        self._events = events
+        self._arrived = asyncio.Event()
+        for each in (folder, folder / "applied", folder / "rejected"):
+            each.mkdir(parents=True, exist_ok=True)
+
+    def arrivals(self) -> list[Arrival]:
+        """What lies there, by name. Hidden files and other endings are none of ours."""
+        found = []
+        for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
+            if not entry.name.endswith(".zip") or entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_file(follow_symlinks=False):
+                    path = Path(entry.path)
+                    found.append(Arrival(path=path, size=entry.stat().st_size, complete=looks_complete(path)))
+            except FileNotFoundError:
+                continue  # moved away while we looked
+        return found
+
+    def find(self, name: str) -> Path:
+        """The path of a zip by its name, with or without the ending.
+
+        Raises:
+            PatchNotFoundError: says what there is.
+        """
+        for arrival in self.arrivals():
+            if arrival.path.name in {name, f"{name}.zip"}:
+                return arrival.path
+        there = ", ".join(arrival.path.name for arrival in self.arrivals()) or "nothing"
+        raise PatchNotFoundError(f"no patch {name!r} in the inbox {self.folder}; there is {there}", name=name)
+
+    def settle(
+        self, path: Path, report: Mapping[str, Any], *, outcome: Literal["applied", "rejected"]
+    ) -> Path:
+        """Move a zip (and its checksum file) away and write the report beside it; returns the new path."""
+        folder = self.folder / outcome
+        target = folder / path.name
+        number = 1
+        while target.exists():
+            number += 1
+            target = folder / f"{path.stem}-{number}{path.suffix}"
+        text = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        target.with_name(f"{target.name}.json").write_bytes(text)
+        path.replace(target)
+        checksum = path.with_name(f"{path.name}.sha256")
+        if checksum.exists():
+            checksum.replace(target.with_name(f"{target.name}.sha256"))
+        self._events.emit("inbox.changed", file=path.name, state=outcome)
+        return target
+
+    async def watch(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        """Notice changes until cancelled."""
+        mask = Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM
+        with Inotify() as inotify:
+            inotify.add_watch(self.folder, mask)
+            task_status.started()
+            self._arrived.set()
+            async for event in inotify:
+                name = str(event.name or "")
+                if not name.endswith(".zip") or name.startswith("."):
+                    continue
+                self._events.emit("inbox.changed", file=name, state=self._state_of(name))
+                self._arrived.set()
+
+    async def changed(self) -> None:
+        """Wait until something has come since the last call."""
+        await self._arrived.wait()
+        self._arrived.clear()
+
+    def _state_of(self, name: str) -> str:
+        path = self.folder / name
+        try:
+            return "complete" if looks_complete(path) else "incomplete"
+        except FileNotFoundError:
+            return "gone"
+
+
+def looks_complete(path: Path) -> bool:
+    """Whether the file ends with the end record of a zip, and the record's offsets lie within the file.
+
+    A cheap look, no judgement: the strict check is that of `asyncsup.patch.package`.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        tail = file.read()
+    at = tail.rfind(END_OF_CENTRAL_DIRECTORY)
+    if at < 0 or len(tail) - at < 22:
+        return False
+    comment = int.from_bytes(tail[at + 20 : at + 22], "little")
+    return at + 22 + comment <= len(tail)

@@ -1,0 +1,479 @@
+"""One patch, or one rollback, carried out on one or several targets: all of them, or none.
+
+The straight line is `Transaction.run`. Each step registers its undo before it begins, because a step that is
+cancelled or fails halfway needs undoing too; so every undo is harmless when its step never ran. The files of
+all targets change in one rename (`Store.switch`), so there is no moment at which one target is patched and
+another is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Literal
+
+import anyio
+import anyio.to_thread
+
+from asyncsup.channel import PeerError, PeerGoneError
+from asyncsup.errors import (
+    AsyncsupError,
+    CancelledByRequestError,
+    PatchError,
+    PatchRolledBackError,
+    PatchTargetRefusedError,
+    RollbackFailedError,
+    StartFailedError,
+)
+from asyncsup.events import EventStream, timestamp
+from asyncsup.instance import Instance
+from asyncsup.lifecycle import State
+from asyncsup.patch.manifest import Kind
+from asyncsup.patch.store import Store
+from asyncsup.target import Target
+from asyncsup.together import together
+from target_sdk.protocol import Prepare, ProtocolError, Verdict
+
+log = logging.getLogger("asyncsup.patch")
+
+DEFAULT_RETRY_SECONDS: Final = 1.0
+"""When a target says `wait` without saying how long."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class InstanceRecord:
+    """What happened to one instance; durations in seconds."""
+
+    name: str
+    told_by: str
+    pid_before: int | None
+    pid_after: int | None = None
+    prepare: str | None = None
+    prepare_took: float | None = None
+    reload: str | None = None
+    reload_took: float | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True, kw_only=True)
+class Participant:
+    """One target's part in a transaction.
+
+    Attributes:
+        stage: builds the next generation; runs in a worker thread.
+        changed: paths relative to the target's root, as told to the instances.
+    """
+
+    target: Target
+    build_before: int
+    build_after: int
+    changed: Sequence[str]
+    stage: Callable[[int, Progress], None]
+    instances: list[Instance] = field(default_factory=list)
+    """Those that have, or are to have, a process: a target that is stopped gets the files only."""
+    records: dict[str, InstanceRecord] = field(default_factory=dict)
+
+    def enlist(self) -> None:
+        """Take down who is concerned, as things stand when the transaction has the target to itself."""
+        down = {State.STOPPED, State.EXITED}
+        self.instances = [i for i in self.target.instances if i.state not in down and self.target.wanted]
+        self.records = {
+            i.name: InstanceRecord(name=i.name, told_by=i.told_by, pid_before=i.pid)
+            for i in self.target.instances
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What is to be done; ``probation`` in seconds."""
+
+    action: Literal["apply", "rollback"]
+    kind: Kind
+    patch: str
+    probation: float
+    total_bytes: int
+    participants: Sequence[Participant]
+
+
+class Undo:
+    """The way back, step by step, last first."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        self.touched = False
+        """Whether a process or a file that a target sees has been changed."""
+
+    def push(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+        self._steps.append((name, step))
+
+    async def unwind(self) -> list[str]:
+        """Take every step, whatever becomes of the others; returns what failed. Each step has deadlines of
+        its own, so no clock may cut the way back short."""
+        failures = []
+        while self._steps:
+            name, step = self._steps.pop()
+            try:
+                await step()
+            except Exception as error:
+                log.exception("undo of %s failed", name)
+                failures.append(f"{name}: {error}")
+        return failures
+
+
+class Transaction:
+    """Carries out a `Change` on targets the caller holds.
+
+    Args:
+        txn: the transaction's number in the store, begun there already.
+    """
+
+    def __init__(self, txn: int, change: Change, store: Store, events: EventStream) -> None:
+        self.txn = txn
+        self.change = change
+        self.steps: list[dict[str, Any]] = []
+        self.cancel_reason = "cancelled"
+        self._store = store
+        self._events = events
+        self._began = time.monotonic()
+        self._staged_bytes = 0
+        self._prepared: list[Instance] = []
+        self._told: list[tuple[Instance, int | None]] = []
+
+    async def run(self) -> None:
+        """Carry the change out, or leave everything as it was, processes included.
+
+        Raises:
+            PatchRefusedError, PatchMalformedError, PatchTargetRefusedError: nothing was changed.
+            PatchRolledBackError: it was applied and undone; ``__cause__`` says why.
+            RollbackFailedError: undoing failed as well; the message says where.
+        """
+        async with self._rollback_on_error() as undo:
+            undo.push("staging", self._discard)
+            await self._stage()
+            undo.push("preparing", self._abort_prepared)
+            await self._prepare()
+            if self.change.kind is Kind.COLD:
+                undo.push("stopping", self._start_again)
+                undo.touched = bool(self._concerned)
+                await self._stop()
+            undo.push("reloading", self._reload_back)
+            undo.push("switching", self._switch_back)
+            undo.touched = True
+            await self._switch()
+            if self.change.kind is Kind.COLD:
+                undo.push("starting", self._stop_new)
+                await self._start()
+            else:
+                await self._reload()
+            await self._probation()
+            await self._commit()
+        # Leaving the block without an error is the commit.
+
+    # --- the way there --------------------------------------------------------------------------------------
+
+    async def _stage(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def progress(size: int) -> None:
+            self._staged_bytes += size
+            loop.call_soon_threadsafe(self._publish_progress)
+
+        for participant in self.change.participants:
+            with self._step("stage", participant.target.name) as step:
+                await anyio.to_thread.run_sync(participant.stage, self.txn, progress)
+                step["detail"] = f"{len(participant.changed)} files for build {participant.build_after}"
+
+    async def _prepare(self) -> None:
+        """Ask every instance that can answer; all at once."""
+        await together(
+            partial(self._ask, participant, instance)
+            for participant in self.change.participants
+            for instance in participant.instances
+            if instance.told_by == "sdk"
+        )
+
+    async def _ask(self, participant: Participant, instance: Instance) -> None:
+        config = participant.target.config
+        record = participant.records[instance.name]
+        began = time.monotonic()
+        if instance.state is State.STARTING:
+            # It has not finished starting on what is to be replaced; its answer would mean nothing.
+            with anyio.move_on_after(config.patch.ack_timeout):
+                await instance.wait_until(lambda i: i.state is not State.STARTING)
+        if not instance.ready:
+            record.prepare = f"not asked, {instance.state.value}"
+            return
+        request = Prepare(
+            patch=self.change.patch,
+            kind=self.change.kind.value,
+            build=participant.build_after,
+            region=config.region,
+            changed=participant.changed,
+            deadline=config.patch.ack_timeout,
+        )
+        with self._step("prepare", config.name, instance.name) as step:
+            self._prepared.append(instance)
+            while True:
+                try:
+                    answer = await instance.prepare(request)
+                except TimeoutError:
+                    raise PatchTargetRefusedError(
+                        f"{instance.name} did not answer `prepare` within {request.deadline:g} s",
+                        code="patch.no_answer",
+                        instance=instance.name,
+                    ) from None
+                except PeerGoneError as error:
+                    raise PatchTargetRefusedError(
+                        f"{error}", code="patch.target_died", instance=instance.name
+                    ) from None
+                except (PeerError, ProtocolError) as error:
+                    raise PatchTargetRefusedError(
+                        f"{instance.name} answered `prepare` with an error: {error}",
+                        code="patch.bad_answer",
+                        instance=instance.name,
+                    ) from None
+                record.prepare, record.reason = answer.verdict.value, answer.reason
+                record.prepare_took = time.monotonic() - began
+                because = f": {answer.reason}" if answer.reason else ""
+                if answer.verdict is Verdict.GO_AHEAD:
+                    step["detail"] = "go ahead"
+                    return
+                if answer.verdict is Verdict.NOT_ALLOWED:
+                    raise PatchTargetRefusedError(
+                        f"{instance.name} does not allow the patch{because}",
+                        code="patch.not_allowed",
+                        instance=instance.name,
+                    )
+                pause = DEFAULT_RETRY_SECONDS if answer.retry_after is None else max(answer.retry_after, 0.01)
+                if record.prepare_took + pause > config.patch.wait_max:
+                    raise PatchTargetRefusedError(
+                        f"{instance.name} still asks to wait after {record.prepare_took:.1f} s "
+                        f"(wait_max is {config.patch.wait_max:g} s){because}",
+                        code="patch.still_waiting",
+                        instance=instance.name,
+                    )
+                self._note("wait", config.name, instance.name, f"asks to wait {pause:g} s{because}")
+                await anyio.sleep(pause)
+
+    async def _stop(self) -> None:
+        async def stop(participant: Participant) -> None:
+            with self._step("stop", participant.target.name):
+                await participant.target.stop_instances(
+                    participant.instances, f"patch {self.change.patch[:12]}"
+                )
+            carried = await anyio.to_thread.run_sync(self._store.carry, self.txn, participant.target.name)
+            if carried:
+                self._note("carry", participant.target.name, None, f"{len(carried)} files the program wrote")
+
+        await together(partial(stop, participant) for participant in self.change.participants)
+
+    async def _switch(self) -> None:
+        with self._step("switch") as step:
+            await anyio.to_thread.run_sync(self._store.switch, self.txn)
+            names = ", ".join(participant.target.name for participant in self.change.participants)
+            step["detail"] = f"one rename for {names}"
+
+    async def _reload(self) -> None:
+        await together(partial(self._tell, participant) for participant in self.change.participants)
+
+    async def _tell(self, participant: Participant) -> None:
+        target = participant.target
+        chosen = [instance for instance in participant.instances if instance.ready]
+        self._told += [(instance, instance.pid) for instance in chosen]
+        outcomes = await target.reload_instances(
+            chosen, patch=self.change.patch, build=participant.build_after, changed=participant.changed,
+            rollback=self.change.action == "rollback",
+        )  # fmt: skip
+        failure: PatchError | None = None
+        for name, outcome in outcomes:
+            record = participant.records[name]
+            record.told_by, record.reload_took = outcome.told_by, outcome.took
+            record.reload = "ok" if outcome.ok else "failed"
+            if outcome.told_by == "nobody":
+                record.reload = None
+            if not outcome.ok:
+                record.reason = outcome.reason
+                failure = failure or PatchError(
+                    f"{name} failed to take up build {participant.build_after}: {outcome.reason}",
+                    code="patch.reload_failed",
+                    instance=name,
+                )
+            detail = {"nobody": "not told: it has no way to be"}.get(outcome.told_by, f"by {outcome.told_by}")
+            self._note("reload", target.name, name, outcome.reason or detail, took=outcome.took)
+        if failure is not None:
+            raise failure
+
+    async def _start(self) -> None:
+        async def start(participant: Participant) -> None:
+            with self._step("start", participant.target.name):
+                await self._bring_up(participant)
+
+        await together(partial(start, participant) for participant in self.change.participants)
+
+    async def _probation(self) -> None:
+        """Nobody may end, or stop being ready, for a while after the change."""
+        with self._step("probation") as step:
+            step["detail"] = f"{self.change.probation:g} s"
+            watched = [(instance, instance.pid) for instance in self._concerned if instance.ready]
+            with anyio.move_on_after(self.change.probation):
+                await together(partial(self._fall, instance, pid) for instance, pid in watched)
+            for instance, pid in watched:
+                self._check_standing(instance, pid)
+
+    async def _fall(self, instance: Instance, pid: int | None) -> None:
+        await instance.wait_until(lambda i: not i.ready or i.pid != pid)
+        self._check_standing(instance, pid)
+
+    def _check_standing(self, instance: Instance, pid: int | None) -> None:
+        if not instance.ready or instance.pid != pid:
+            why = instance.last_exit.reason if instance.last_exit is not None else instance.detail
+            raise PatchError(
+                f"{instance.name} did not survive probation: {why}",
+                code="patch.probation_failed",
+                instance=instance.name,
+            )
+
+    async def _commit(self) -> None:
+        with self._step("commit"):
+            await anyio.to_thread.run_sync(self._store.commit, self.txn)
+
+    # --- the way back ---------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _rollback_on_error(self) -> AsyncIterator[Undo]:
+        undo = Undo()
+        try:
+            yield undo
+        except BaseException as error:
+            cause = self._cause(error)
+            with anyio.CancelScope(shield=True):
+                self._note("undo", None, None, cause.message)
+                failures = await undo.unwind()
+            if failures:
+                raise RollbackFailedError(
+                    f"{cause.message}; and going back failed: {'; '.join(failures)}", cause=cause.error_code
+                ) from cause
+            if undo.touched:
+                raise PatchRolledBackError(
+                    f"everything is as before, because: {cause.message}", cause=cause.error_code
+                ) from cause
+            raise cause from None
+        finally:
+            for participant in self.change.participants:
+                for instance in participant.target.instances:
+                    participant.records[instance.name].pid_after = instance.pid
+
+    def _cause(self, error: BaseException) -> AsyncsupError:
+        if isinstance(error, AsyncsupError):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return CancelledByRequestError(f"the patch was cancelled: {self.cancel_reason}")
+        if isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename else ""
+            return PatchError(f"{error.strerror or error}{where}", code="patch.io_failed")
+        log.error("patch step failed unexpectedly", exc_info=error)
+        return PatchError(f"{type(error).__name__}: {error}", code="internal")
+
+    async def _discard(self) -> None:
+        await anyio.to_thread.run_sync(self._store.abort, self.txn)
+
+    async def _abort_prepared(self) -> None:
+        told = {instance.name for instance, _ in self._told}
+        limit = max((p.target.config.patch.ack_timeout for p in self.change.participants), default=0.0)
+        await together(
+            partial(instance.abort, self.change.patch, deadline=limit)
+            for instance in self._prepared
+            if instance.ready and instance.name not in told
+        )
+
+    async def _start_again(self) -> None:
+        async def start(participant: Participant) -> None:
+            for instance in participant.instances:
+                await instance.wait_until(lambda i: i.state is not State.STOPPING)
+            await self._bring_up(participant)
+
+        await together(partial(start, participant) for participant in self.change.participants)
+
+    async def _switch_back(self) -> None:
+        await anyio.to_thread.run_sync(self._store.switch_back, self.txn)
+
+    async def _reload_back(self) -> None:
+        """Tell those that were told. Whoever has ended meanwhile starts on the old files by itself."""
+
+        async def tell(participant: Participant) -> None:
+            told = {instance.name for instance, pid in self._told if instance.pid == pid}
+            chosen = [i for i in participant.instances if i.name in told and i.ready]
+            outcomes = await participant.target.reload_instances(
+                chosen, patch=self.change.patch, build=participant.build_before, changed=participant.changed,
+                rollback=True,
+            )  # fmt: skip
+            for instance, (name, outcome) in zip(chosen, outcomes, strict=True):
+                self._note(
+                    "reload back", participant.target.name, name, outcome.reason or "ok", took=outcome.took
+                )
+                if not outcome.ok and instance.ready:
+                    raise PatchError(
+                        f"{name} has the old files again but did not take them up ({outcome.reason}); "
+                        f"`asyncsup restart {name}` would",
+                        instance=name,
+                    )
+
+        await together(partial(tell, participant) for participant in self.change.participants)
+
+    async def _stop_new(self) -> None:
+        await together(
+            partial(participant.target.stop_instances, participant.instances, "going back")
+            for participant in self.change.participants
+        )
+
+    # --- helpers --------------------------------------------------------------------------------------------
+
+    @property
+    def _concerned(self) -> list[Instance]:
+        return [instance for p in self.change.participants for instance in p.instances]
+
+    async def _bring_up(self, participant: Participant) -> None:
+        await participant.target.spawn_instances(participant.instances, f"patch {self.change.patch[:12]}")
+        try:
+            await participant.target.wait_settled(participant.instances)
+        except StartFailedError as error:
+            raise PatchError(error.message, code="patch.start_failed", **error.details) from None
+
+    @contextlib.contextmanager
+    def _step(self, name: str, target: str | None = None, instance: str | None = None) -> Any:
+        """Time a step and note it when it has ended, well or not; yields a dict for its detail."""
+        began = time.monotonic()
+        record = {"detail": ""}
+        try:
+            yield record
+        except AsyncsupError as error:
+            self._note(name, target, instance, error.message, took=time.monotonic() - began)
+            raise
+        self._note(name, target, instance, record["detail"], took=time.monotonic() - began)
+
+    def _note(
+        self, step: str, target: str | None, instance: str | None, detail: str, *, took: float | None = None
+    ) -> None:
+        record = {
+            "seq": len(self.steps) + 1, "at": timestamp(), "step": step, "target": target,
+            "instance": instance, "detail": detail, "took": took,
+        }  # fmt: skip
+        self.steps.append(record)
+        self._events.emit(
+            "patch.step", txn=self.txn, **{k: v for k, v in record.items() if k not in {"seq", "at"}}
+        )
+
+    def _publish_progress(self) -> None:
+        self._events.emit(
+            "patch.progress", txn=self.txn, done=self._staged_bytes, total=self.change.total_bytes
+        )

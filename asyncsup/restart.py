@@ -1,0 +1,102 @@
+"""What the end of a process means, and when to try again. Pure: the clock is passed in.
+
+A process that had become ready and stayed up for ``min_uptime`` is started again at once; one that ended
+earlier waits ``restart_delay``, then twice that, and so on up to ``restart_max_delay``. More than
+``start_limit_burst`` restarts within ``start_limit_interval`` end in `GAVE_UP`, as with systemd's
+``StartLimitBurst``.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Literal
+
+from asyncsup.lifecycle import Event
+
+RestartMode = Literal["always", "on-failure", "unless-stopped", "never"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit:
+    """How a process ended: an exit status, or the signal that killed it."""
+
+    status: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exit status {self.status}"
+        try:
+            return f"killed by {signal.Signals(self.signal).name}"
+        except ValueError:
+            return f"killed by signal {self.signal}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """When to start again; durations in seconds."""
+
+    mode: RestartMode
+    delay: float
+    max_delay: float
+    burst: int
+    interval: float
+    min_uptime: float
+    success_exit_codes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartHistory:
+    """What the policy remembers: early ends in a row, and the times of recent restarts (monotonic)."""
+
+    early_ends: int = 0
+    restarts: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    event: Event
+    history: RestartHistory
+    delay: float = 0.0
+    reason: str
+
+
+def decide(
+    policy: RestartPolicy,
+    history: RestartHistory,
+    *,
+    ended: Exit | str,
+    uptime: float | None,
+    now: float,
+) -> Decision:
+    """Decide what follows the end of a process.
+
+    Args:
+        ended: how it ended, or why it could not be spawned or had to be killed.
+        uptime: seconds since it became ready, None when it never did.
+        now: monotonic time.
+    """
+    success = isinstance(ended, Exit) and ended.status in policy.success_exit_codes
+    if policy.mode == "never" or (policy.mode == "on-failure" and success):
+        event = Event.ENDED if success else Event.GAVE_UP
+        return Decision(event=event, history=RestartHistory(), reason=str(ended))
+    recent = tuple(at for at in history.restarts if now - at < policy.interval)
+    if len(recent) >= policy.burst:
+        return Decision(
+            event=Event.GAVE_UP,
+            history=RestartHistory(),
+            reason=f"{ended}; gave up after {len(recent)} restarts within {policy.interval:g} s",
+        )
+    recent = (*recent, now)
+    if uptime is not None and uptime >= policy.min_uptime:
+        return Decision(event=Event.RESPAWN, history=RestartHistory(restarts=recent), reason=str(ended))
+    early = history.early_ends + 1
+    # The exponent is capped because 2.0**1024 overflows, long after the ceiling was reached.
+    delay = min(policy.delay * 2.0 ** min(early - 1, 64), policy.max_delay)
+    return Decision(
+        event=Event.CRASHED,
+        history=RestartHistory(early_ends=early, restarts=recent),
+        delay=delay,
+        reason=f"{ended}; trying again in {delay:g} s",
+    )

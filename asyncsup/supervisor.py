@@ -1,0 +1,444 @@
+"""The supervisor: owns the task group, the targets, the sockets and the store; starts all and ends all.
+
+Nothing here knows the wire: `control.py` turns requests into calls of these methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import fnmatch
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.abc
+import zmq
+
+import asyncsup
+from asyncsup.channel import TargetChannel
+from asyncsup.child import raise_descriptor_limit
+from asyncsup.config import Config
+from asyncsup.errors import (
+    AsyncsupError,
+    ShuttingDownError,
+    StateLockedError,
+    TargetNotFoundError,
+    TimeoutExpiredError,
+)
+from asyncsup.events import EventStream, timestamp
+from asyncsup.instance import Instance, RootFacts, Runtime
+from asyncsup.ipc import Publisher, Router, private_directory
+from asyncsup.lifecycle import State
+from asyncsup.logs import OutputStream
+from asyncsup.notify import NotifySocket
+from asyncsup.patch.inbox import Inbox
+from asyncsup.patch.overseer import PatchOverseer
+from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.target import Target
+from asyncsup.together import together
+from target_sdk.protocol import PROTOCOL_VERSION
+
+log = logging.getLogger("asyncsup")
+
+SPAWNS_AT_ONCE: Final = 1
+"""A spawn blocks the event loop for a third of a millisecond; between two of them it serves others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Instances of one target that a request named; all of them unless one was named by its index."""
+
+    target: Target
+    instances: Sequence[Instance]
+
+
+class Supervisor:
+    """Everything one `asyncsup serve` runs. Use as an async context manager around `run`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.started_at = timestamp()
+        self.counters: Counter[str] = Counter()
+        self.targets: dict[str, Target] = {}
+        self._started = time.monotonic()
+        self._stopping = asyncio.Event()
+        self._impatient = False
+        self._exit_status = 0
+        self._cleanup = contextlib.ExitStack()
+
+    # --- life -----------------------------------------------------------------------------------------------
+
+    async def run(self, serve_control: Callable[[Supervisor, Router], Any] | None = None) -> int:
+        """Start everything, serve until told to stop, stop everything. Returns the exit status."""
+        try:
+            self._open()
+            return await self._serve()
+        finally:
+            self._cleanup.close()
+
+    def _open(self) -> None:
+        """Take hold of what must be ours alone, in the order in which a conflict shows without a trace."""
+        settings = self.config.supervisor
+        private_directory(settings.state_dir)
+        private_directory(settings.runtime_dir)
+        self._lock_runtime_dir(settings.runtime_dir)
+        self.store = Store.open(settings.state_dir)
+        self._cleanup.callback(self.store.close)
+        raise_descriptor_limit()
+        self.store.register(
+            [
+                TargetRoot(
+                    name=target.name,
+                    root=target.root,
+                    layout=Layout(target.layout),
+                    persist=target.persist,
+                    build=target.build,
+                )
+                for target in self.config.targets.values()
+                if target.root is not None
+            ]
+        )
+        for recovered in self.store.recover():
+            log.warning("recovered: %s", recovered)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # Instances, clients and the fan-out of a thousand targets share one context.
+        context.set(zmq.MAX_SOCKETS, 65_000)
+        self._cleanup.callback(context.destroy, 0)
+        run = settings.runtime_dir
+        publisher = Publisher(context, f"ipc://{run}/events.sock")
+        self._cleanup.callback(publisher.close)
+        self.events = EventStream(publisher.send)
+        self.channel = TargetChannel(partial(Router, context, f"ipc://{run}/target.sock"))
+        self._cleanup.callback(self.channel.close)
+        self.notify = NotifySocket(run / "notify.sock", self._on_notify)
+        self._cleanup.callback(self.notify.close)
+        self._context = context
+        self._runtime = Runtime(
+            events=self.events,
+            channel=self.channel,
+            target_endpoint=f"ipc://{run}/target.sock",
+            notify_path=self.notify.path,
+            runtime_dir=run,
+            state_dir=settings.state_dir,
+            environ=dict(os.environ),
+            root_facts=self.root_facts,
+            essential_ended=self._essential_ended,
+        )
+        gate = anyio.Semaphore(SPAWNS_AT_ONCE)
+        for name, config in self.config.targets.items():
+            self.targets[name] = Target(
+                config, self._runtime, spawn_gate=gate, on_wanted=self._remember_wanted
+            )
+        for target in self.targets.values():
+            target.dependencies = [self.targets[name] for name in target.config.depends_on]
+        self._cleanup.callback(self._close_instances)
+
+    def _lock_runtime_dir(self, runtime_dir: Path) -> None:
+        """A second bind on an ipc path succeeds silently and steals it, hence a lock."""
+        fd = os.open(runtime_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._cleanup.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(fd, 32, 0).decode().strip() or "unknown"
+            raise StateLockedError(
+                f"another supervisor (pid {pid}) runs with runtime_dir {runtime_dir}; "
+                "stop it with `asyncsup shutdown`, or give this one a runtime_dir of its own"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+
+    async def _serve(self) -> int:
+        from asyncsup.control import ControlServer  # noqa: PLC0415 - control knows the supervisor's type
+
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            for target in self.targets.values():
+                tasks.start_soon(target.run, name=f"target {target.name}")
+            self.inbox = Inbox(self.config.patch.inbox, self.events)
+            self.overseer = PatchOverseer(self, tasks)
+            control = ControlServer(
+                self, tasks, partial(Router, self._context, self.config.supervisor.endpoint)
+            )
+            try:
+                with self._signals():
+                    await tasks.start(self.inbox.watch)
+                    self.events.emit("supervisor.started", pid=os.getpid(), version=asyncsup.__version__)
+                    log.info("ready at %s, pid %d", self.config.supervisor.endpoint, os.getpid())
+                    tasks.start_soon(self._autostart)
+                    if self.config.patch.auto:
+                        tasks.start_soon(self.overseer.apply_arrivals)
+                    await self._stopping.wait()
+                    await self._stop_all()
+            finally:
+                control.close()
+                tasks.cancel_scope.cancel()
+        return self._exit_status
+
+    @contextlib.contextmanager
+    def _signals(self) -> Any:
+        loop = asyncio.get_running_loop()
+        handlers: Mapping[signal.Signals, Callable[[], None]] = {
+            signal.SIGTERM: partial(self._on_signal, "SIGTERM"),
+            signal.SIGINT: partial(self._on_signal, "SIGINT"),
+            signal.SIGQUIT: partial(self._on_signal, "SIGQUIT"),
+            signal.SIGHUP: lambda: log.warning("SIGHUP: ignored; `asyncsup restart` takes up changes"),
+            signal.SIGUSR2: self._reopen_logs,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            yield
+        finally:
+            for number in handlers:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, name: str) -> None:
+        if not self._stopping.is_set():
+            self.shutdown(name)
+        elif not self._impatient:
+            self._impatient = True
+            log.warning("%s again: killing what is left", name)
+            for target in self.targets.values():
+                for instance in target.instances:
+                    instance.kill()
+
+    def _reopen_logs(self) -> None:
+        log.info("SIGUSR2: reopening log files")
+        for file in self._runtime.log_files.values():
+            file.reopen()
+
+    def shutdown(self, reason: str) -> int:
+        """Begin to end; returns how many instances there are to stop. The caller may watch the events."""
+        alive = sum(instance.pid is not None for t in self.targets.values() for instance in t.instances)
+        if not self._stopping.is_set():
+            log.info("stopping (%s)", reason)
+            self.events.emit("supervisor.stopping", reason=reason)
+            self._stopping.set()
+        return alive
+
+    async def _stop_all(self) -> None:
+        """Stop every target, each only after the targets that depend on it."""
+        self.overseer.refuse_new()
+        stopped = {name: asyncio.Event() for name in self.targets}
+        dependents = {
+            name: [other.name for other in self.targets.values() if name in other.config.depends_on]
+            for name in self.targets
+        }
+
+        async def stop(target: Target) -> None:
+            for name in dependents[target.name]:
+                await stopped[name].wait()
+            try:
+                await target.shut_down()
+            except AsyncsupError as error:
+                log.error("%s", error.message)  # noqa: TRY400 - foreseen, no traceback
+                self._exit_status = 1
+            finally:
+                stopped[target.name].set()
+
+        async with anyio.create_task_group() as stops:
+            for target in reversed(self.targets.values()):
+                stops.start_soon(stop, target)
+
+    def _close_instances(self) -> None:
+        for target in self.targets.values():
+            for instance in target.instances:
+                instance.close()
+        for file in self._runtime.log_files.values():
+            file.close()
+
+    async def _autostart(self) -> None:
+        async def start(target: Target) -> None:
+            try:
+                await target.start(target.instances, asked_by="autostart", wait=False)
+            except AsyncsupError as error:
+                log.warning("%s", error.message)
+
+        async with anyio.create_task_group() as starts:
+            for target in self.targets.values():
+                stays_down = target.config.restart == "unless-stopped" and not self.store.wanted(target.name)
+                if target.config.autostart and not stays_down:
+                    starts.start_soon(start, target)
+
+    def _remember_wanted(self, name: str, wanted: bool) -> None:
+        if self.config.targets[name].restart == "unless-stopped":
+            self.store.set_wanted(name, wanted)
+
+    def _essential_ended(self, instance: Instance) -> None:
+        """An `essential` target has ended: the supervisor ends with its exit status."""
+        status = instance.last_exit.exit_status if instance.last_exit is not None else 1
+        self._exit_status = status
+        self.shutdown(f"essential {instance.name} has ended")
+
+    # --- facts ----------------------------------------------------------------------------------------------
+
+    def root_facts(self, name: str) -> RootFacts:
+        config = self.config.targets[name]
+        if config.root is None:
+            return RootFacts(build=config.build, generation=None, current=None)
+        state = self.store.state(name)
+        return RootFacts(
+            build=state.build, generation=state.generation, current=self.store.current_link(name)
+        )
+
+    def _on_notify(self, group: int, fields: Mapping[str, str]) -> bool:
+        for target in self.targets.values():
+            for instance in target.instances:
+                if instance.pid == group:
+                    instance.said_notify(fields)
+                    return True
+        return False
+
+    def info(self) -> dict[str, Any]:
+        settings = self.config.supervisor
+        counters = self.counters + self.channel.counters + self.notify.counters
+        return {
+            "version": asyncsup.__version__,
+            "protocol": PROTOCOL_VERSION,
+            "pid": os.getpid(),
+            "region": settings.region,
+            "config": str(self.config.path),
+            "state_dir": str(settings.state_dir),
+            "runtime_dir": str(settings.runtime_dir),
+            "started": self.started_at,
+            "uptime": time.monotonic() - self._started,
+            "seq": self.events.seq,
+            "trust": self.config.patch.trust,
+            "inbox": str(self.config.patch.inbox),
+            "targets": len(self.targets),
+            "stopping": self._stopping.is_set(),
+            "counters": dict(sorted(counters.items())),
+        }
+
+    def describe(self, target: Target) -> dict[str, Any]:
+        facts = self.root_facts(target.name)
+        return {
+            "name": target.name,
+            "state": target.state,
+            "ready": target.ready,
+            "build": facts.build,
+            "region": target.config.region,
+            "generation": facts.generation,
+            "patch": self.store.state(target.name).patch if target.config.root is not None else None,
+            "wanted": "up" if target.wanted else "down",
+            "busy": target.busy,
+            "waiting": target.waiting,
+            "instances": [instance.describe() for instance in target.instances],
+        }
+
+    def select(self, names: Sequence[str], *, default_all: bool = False) -> list[Selection]:
+        """Find what names, shell globs and instance names (``web:0``) mean, in the configuration's order.
+
+        Raises:
+            TargetNotFoundError: a name (or glob) matches nothing.
+        """
+        if (not names and default_all) or "all" in names:
+            return [Selection(target=t, instances=t.instances) for t in self.targets.values()]
+        chosen: dict[str, set[int]] = {}
+        for pattern in names:
+            name, colon, index = pattern.partition(":")
+            matches = [t for t in self.targets.values() if fnmatch.fnmatchcase(t.name, name)]
+            found = False
+            for target in matches:
+                wanted = {i.index for i in target.instances if index in {"", "*", str(i.index)}}
+                if wanted or (not colon and not target.instances):
+                    chosen.setdefault(target.name, set()).update(wanted)
+                    found = True
+            if not found:
+                raise TargetNotFoundError(self._no_such(pattern), name=pattern)
+        return [
+            Selection(target=t, instances=[i for i in t.instances if i.index in chosen[t.name]])
+            for t in self.targets.values()
+            if t.name in chosen
+        ]
+
+    def _no_such(self, pattern: str) -> str:
+        import difflib  # noqa: PLC0415 - only on the way to an error
+
+        near = difflib.get_close_matches(pattern.partition(":")[0], self.targets, n=1)
+        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.targets) or 'none'}"
+        return f"no target or instance {pattern!r}; {known}"
+
+    # --- operations -----------------------------------------------------------------------------------------
+
+    async def start(self, selection: Selection, *, asked_by: str, wait: bool) -> None:
+        """Start a target, and first the targets it depends on."""
+        self.refuse_while_stopping()
+        jobs = [partial(selection.target.start, selection.instances, asked_by=asked_by, wait=wait)]
+        jobs += [
+            partial(dependency.start, dependency.instances, asked_by=asked_by, wait=False)
+            for dependency in _closure(selection.target)
+            if not dependency.satisfied and not dependency.wanted
+        ]
+        await together(jobs)
+
+    async def wait_for(self, selections: Sequence[Selection], what: str, timeout: float | None) -> None:
+        """Wait until every instance is ``ready``, ``running`` (has a process) or ``stopped`` (has none).
+
+        Raises:
+            TimeoutExpiredError: names the instances that are not there yet.
+        """
+        reached: Callable[[Instance], bool] = {
+            "ready": lambda i: i.ready,
+            "running": lambda i: i.pid is not None,
+            "stopped": lambda i: i.state in {State.STOPPED, State.EXITED, State.FAILED},
+        }[what]
+        chosen = [instance for selection in selections for instance in selection.instances]
+        with anyio.move_on_after(timeout) as scope:
+            for instance in chosen:
+                await instance.wait_until(reached)
+        if scope.cancelled_caught:
+            missing = [f"{i.name} is {i.state.value}" for i in chosen if not reached(i)]
+            raise TimeoutExpiredError(f"not {what} after {timeout:g} s: {', '.join(missing)}")
+
+    def stream(self, instance: Instance, name: str) -> OutputStream:
+        streams = instance.streams
+        return streams.get(name) or streams["stdout"]
+
+    def instance(self, name: str) -> Instance:
+        """Raises TargetNotFoundError."""
+        for target in self.targets.values():
+            for instance in target.instances:
+                if instance.name == name:
+                    return instance
+        raise TargetNotFoundError(self._no_such(name), name=name)
+
+    def refuse_while_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise ShuttingDownError("the supervisor is stopping and takes no new work")
+
+
+def _closure(target: Target) -> list[Target]:
+    """What a target depends on, directly or not, nearest last."""
+    found: dict[str, Target] = {}
+
+    def visit(each: Target) -> None:
+        for dependency in each.dependencies:
+            if dependency.name not in found:
+                visit(dependency)
+                found[dependency.name] = dependency
+
+    visit(target)
+    return list(found.values())
+
+
+def serve(config: Config) -> int:
+    """Run the supervisor in this process until it is told to stop; returns the exit status."""
+    logging.basicConfig(
+        level=config.supervisor.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        stream=sys.stderr,
+    )
+    return anyio.run(Supervisor(config).run, backend="asyncio")

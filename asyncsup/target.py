@@ -1,0 +1,391 @@
+"""A target: its instances, and the queue through which everything that is done to them passes.
+
+One operation at a time, in the order asked, in the target's own task; a slow target delays only itself.
+`stop` pre-empts: it cancels what is running and what is queued. An operation whose client gives up is
+cancelled. A patch takes the target by `hold` for the length of its transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import anyio
+
+from asyncsup.config import TargetConfig
+from asyncsup.errors import (
+    AsyncsupError,
+    CancelledByRequestError,
+    ReloadFailedError,
+    StartFailedError,
+    StopFailedError,
+    TargetBusyError,
+    TargetNotRunningError,
+)
+from asyncsup.instance import Instance, ReloadOutcome, Runtime
+from asyncsup.lifecycle import State
+from target_sdk.protocol import Reload
+
+log = logging.getLogger("asyncsup.target")
+
+STOP_GRACE_SECONDS: Final = 10.0
+"""How long after SIGKILL a stop is still waited for."""
+
+SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.FAILED, State.BACKOFF})
+"""States that answer the question whether a start has worked."""
+
+
+@dataclass(slots=True, eq=False)
+class _Operation:
+    name: str
+    asked_by: str
+    work: Callable[[], Awaitable[Any]]
+    future: asyncio.Future[Any]
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    cancelled_because: str = "its client gave up"
+    began: float = field(default_factory=time.monotonic)
+
+    def cancel(self, because: str) -> None:
+        self.cancelled_because = because
+        self.scope.cancel()
+
+
+class Target:
+    """A configured program and its instances.
+
+    Args:
+        spawn_gate: lets one spawn through at a time, over all targets, so that the event loop stays
+            responsive while a thousand instances start.
+        on_wanted: told when an operator's wish for this target (up or down) changes.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        runtime: Runtime,
+        *,
+        spawn_gate: anyio.Semaphore,
+        on_wanted: Callable[[str, bool], None],
+    ) -> None:
+        self.config = config
+        self.name = config.name
+        self.wanted = False
+        """Whether an operator (or autostart) wants it up."""
+        self.dependencies: Sequence[Target] = ()
+        self.instances = [Instance(config, index, runtime) for index in range(config.instances)]
+        self._runtime = runtime
+        self._spawn_gate = spawn_gate
+        self._on_wanted = on_wanted
+        self._queue: deque[_Operation] = deque()
+        self._current: _Operation | None = None
+        self._wake = asyncio.Event()
+
+    # --- looking --------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.instances) and all(instance.ready for instance in self.instances)
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether what depends on this target may start."""
+        return bool(self.instances) and all(i.ready or i.state is State.EXITED for i in self.instances)
+
+    @property
+    def state(self) -> str:
+        """The worst state of the instances, so that one line says whether there is something to look at."""
+        order = (
+            State.FAILED, State.BACKOFF, State.STOPPING, State.STARTING, State.WAITING,
+            State.RELOADING, State.STOPPED, State.EXITED, State.RUNNING,
+        )  # fmt: skip
+        states = {instance.state for instance in self.instances}
+        return next((state.value for state in order if state in states), State.STOPPED.value)
+
+    @property
+    def busy(self) -> str | None:
+        return self._current.name if self._current is not None else None
+
+    @property
+    def waiting(self) -> list[dict[str, Any]]:
+        """The operations in the queue: what, for whom, since when (seconds)."""
+        now = time.monotonic()
+        return [
+            {"operation": op.name, "asked_by": op.asked_by, "since": now - op.began} for op in self._queue
+        ]
+
+    # --- the queue ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Carry out operations until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                await self._carry_out(self._queue.popleft())
+
+    async def _carry_out(self, operation: _Operation) -> None:
+        if operation.future.done():
+            return
+        self._current = operation
+        try:
+            with operation.scope:
+                result = await operation.work()
+                if not operation.future.done():
+                    operation.future.set_result(result)
+            if not operation.future.done():
+                operation.future.set_exception(
+                    CancelledByRequestError(
+                        f"{operation.name} of {self.name} was cancelled: {operation.cancelled_because}"
+                    )
+                )
+        except AsyncsupError as error:
+            _fail(operation.future, error)
+        except Exception as error:
+            log.exception("%s of %s failed unexpectedly", operation.name, self.name)
+            _fail(operation.future, error)
+        finally:
+            self._current = None
+
+    def _enqueue(
+        self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]], *, wait_busy: bool = True
+    ) -> _Operation:
+        """Raises TargetBusyError when something else is going on and ``wait_busy`` is False."""
+        if not wait_busy and (self._current is not None or self._queue):
+            other = self._current or self._queue[0]
+            raise TargetBusyError(
+                f"{self.name} is busy: {other.name} for {other.asked_by}, since "
+                f"{time.monotonic() - other.began:.1f} s",
+                operation=other.name,
+            )
+        operation = _Operation(name, asked_by, work, asyncio.get_running_loop().create_future())
+        self._queue.append(operation)
+        self._wake.set()
+        return operation
+
+    async def _perform(self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]]) -> Any:
+        operation = self._enqueue(name, asked_by, work)
+        try:
+            return await operation.future
+        finally:
+            if not operation.future.done() or operation.future.cancelled():
+                operation.cancel("its client gave up")
+
+    def _preempt(self, because: str) -> None:
+        for operation in self._queue:
+            operation.cancel(because)
+            _fail(operation.future, CancelledByRequestError(f"{operation.name} of {self.name}: {because}"))
+        self._queue.clear()
+        if self._current is not None and self._current.name != "stop":
+            self._current.cancel(because)
+
+    @asynccontextmanager
+    async def hold(
+        self, name: str, asked_by: str, *, on_preempt: Callable[[str], None], wait_busy: bool = True
+    ) -> AsyncIterator[None]:
+        """Keep every other operation away for as long as the block runs.
+
+        When a `stop` pre-empts, ``on_preempt`` is called with the reason, and the stop waits until the block
+        has ended: it is expected to put things back first.
+
+        Raises:
+            TargetBusyError: something else is going on and ``wait_busy`` is False.
+        """
+        acquired, released = asyncio.Event(), asyncio.Event()
+
+        async def keep() -> None:
+            acquired.set()
+            try:
+                await released.wait()
+            except asyncio.CancelledError:
+                on_preempt(operation.cancelled_because)
+                with anyio.CancelScope(shield=True):
+                    await released.wait()
+                raise
+
+        operation = self._enqueue(name, asked_by, keep, wait_busy=wait_busy)
+        try:
+            acquiring = asyncio.ensure_future(acquired.wait())
+            try:
+                await asyncio.wait([acquiring, operation.future], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                acquiring.cancel()
+            if not acquired.is_set():
+                await operation.future  # raises: pre-empted while it was queued
+            yield
+        finally:
+            released.set()
+            if not acquired.is_set():
+                operation.cancel("its client gave up")
+                operation.future.cancel()
+            elif operation.future.done() and not operation.future.cancelled():
+                operation.future.exception()  # a pre-emption was reported through on_preempt
+            else:
+                operation.future.add_done_callback(_retrieve)
+
+    # --- operations -----------------------------------------------------------------------------------------
+
+    async def start(self, chosen: Sequence[Instance], *, asked_by: str, wait: bool) -> None:
+        """Start instances, after the targets they depend on.
+
+        Raises:
+            StartFailedError: with ``wait``, one ended or gave up before it was ready.
+        """
+        self._want(True)
+
+        async def work() -> None:
+            await self.spawn_instances(chosen, f"start by {asked_by}")
+            if wait:
+                await self.wait_settled(chosen)
+
+        await self._perform("start", asked_by, work)
+
+    async def stop(self, chosen: Sequence[Instance], *, asked_by: str) -> None:
+        """Stop instances, whatever else was going on, and wait until their process groups are empty.
+
+        Raises:
+            StopFailedError: a process survives SIGKILL.
+        """
+        if len(chosen) == len(self.instances):
+            self._want(False)
+        self._preempt(f"{asked_by} asked to stop {self.name}")
+        await self._perform("stop", asked_by, lambda: self.stop_instances(chosen, f"stop by {asked_by}"))
+
+    async def shut_down(self) -> None:
+        """Stop everything because the supervisor ends; what the operator wants stays as it is.
+
+        Raises:
+            StopFailedError: a process survives SIGKILL.
+        """
+        self._preempt("the supervisor is stopping")
+        await self._perform(
+            "stop", "shutdown", lambda: self.stop_instances(self.instances, "the supervisor is stopping")
+        )
+
+    async def restart(self, chosen: Sequence[Instance], *, asked_by: str, wait: bool) -> None:
+        """Stop, then start. A client that gives up in between leaves the instances starting, not stopped."""
+        self._want(True)
+        reason = f"restart by {asked_by}"
+
+        async def work() -> None:
+            try:
+                await self.stop_instances(chosen, reason)
+                await self.spawn_instances(chosen, reason)
+            except asyncio.CancelledError:
+                if self.wanted:
+                    with anyio.CancelScope(shield=True):
+                        await self.stop_instances(chosen, reason)
+                        await self.spawn_instances(chosen, reason)
+                raise
+            if wait:
+                await self.wait_settled(chosen)
+
+        await self._perform("restart", asked_by, work)
+
+    async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
+        """Have running instances read their resources again.
+
+        Raises:
+            TargetNotRunningError: none is running.
+            ReloadFailedError: one refused or did not answer.
+        """
+
+        async def work() -> list[tuple[str, ReloadOutcome]]:
+            ready = [instance for instance in chosen if instance.ready]
+            if not ready:
+                raise TargetNotRunningError(f"{self.name} has no running instance to reload")
+            outcomes = await self.reload_instances(
+                ready, patch=None, build=self._runtime.root_facts(self.name).build, changed=()
+            )
+            for name, outcome in outcomes:
+                if outcome.told_by == "nobody":
+                    raise ReloadFailedError(
+                        f"{name} cannot be told: set reload_signal or reload_command for {self.name}, "
+                        "or use the SDK"
+                    )
+                if not outcome.ok:
+                    raise ReloadFailedError(f"{name}: {outcome.reason}")
+            return outcomes
+
+        result: list[tuple[str, ReloadOutcome]] = await self._perform("reload", asked_by, work)
+        return result
+
+    # --- steps, for operations and for the transaction that holds the target --------------------------------
+
+    async def spawn_instances(self, chosen: Sequence[Instance], reason: str) -> None:
+        blocked = [target for target in self.dependencies if not target.satisfied]
+        if blocked:
+            for instance in chosen:
+                instance.wait_for_dependencies(", ".join(target.name for target in blocked))
+            for target in blocked:
+                await target.wait_satisfied()
+        for instance in chosen:
+            async with self._spawn_gate:
+                instance.start(reason)
+                await anyio.lowlevel.checkpoint()
+
+    async def stop_instances(self, chosen: Sequence[Instance], reason: str) -> None:
+        for instance in chosen:
+            instance.stop(reason)
+        limit = self.config.stop_timeout + STOP_GRACE_SECONDS
+        with anyio.move_on_after(limit) as scope:
+            for instance in chosen:
+                await instance.wait_until(lambda i: i.state not in {State.STOPPING})
+        if scope.cancelled_caught:
+            left = ", ".join(i.name for i in chosen if i.state is State.STOPPING)
+            raise StopFailedError(f"{left}: a process is still there {limit:g} s after the stop began")
+
+    async def wait_settled(self, chosen: Sequence[Instance]) -> None:
+        """Wait until every instance is ready or has failed to become so.
+
+        Raises:
+            StartFailedError: names the first that failed, and why.
+        """
+        for instance in chosen:
+            await instance.wait_until(lambda i: i.state in SETTLED or i.state is State.STOPPED)
+            if instance.state is State.EXITED or instance.ready:
+                continue
+            raise StartFailedError(
+                f"{instance.name} did not become ready: {instance.detail}", instance=instance.name
+            )
+
+    async def reload_instances(
+        self,
+        chosen: Sequence[Instance],
+        *,
+        patch: str | None,
+        build: int,
+        changed: Sequence[str],
+        rollback: bool = False,
+    ) -> list[tuple[str, ReloadOutcome]]:
+        """Tell all at once and gather every answer."""
+        request = Reload(
+            patch=patch, build=build, root=str(self.config.root or ""), changed=changed, rollback=rollback
+        )
+        deadline = self.config.patch.ack_timeout if patch is not None else self.config.reload_timeout
+        outcomes = await asyncio.gather(*(i.reload(request, deadline=deadline) for i in chosen))
+        return [(instance.name, outcome) for instance, outcome in zip(chosen, outcomes, strict=True)]
+
+    async def wait_satisfied(self) -> None:
+        for instance in self.instances:
+            await instance.wait_until(lambda i: i.ready or i.state is State.EXITED)
+
+    def _want(self, wanted: bool) -> None:
+        if self.wanted != wanted:
+            self.wanted = wanted
+            self._on_wanted(self.name, wanted)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
