@@ -1,0 +1,1063 @@
+"""The control client: what the command line, the console and any Python program talk to a supervisor with.
+
+    with ControlClient(find_endpoint()) as client:
+        print(client.call("status", names=["web"]))
+
+    async with AsyncControlClient(find_endpoint()) as client:
+        await client.call("restart", names=["web"])
+
+One JSON-RPC 2.0 request in one ZeroMQ frame, one answer with the same id (``docs/protocol.md``). What the
+supervisor answers is returned as its JSON says it; what it refuses is raised as `RemoteError`. Nothing of the
+supervisor's inside is imported here, and nothing that ``asyncsup status`` would have to wait for.
+"""
+
+# ruff: noqa: PTH100, PTH113, PTH118, PTH120, PTH123
+# pathlib (and dataclasses, asyncio, logging) would be a good part of the run time of `asyncsup status`.
+
+from __future__ import annotations
+
+import binascii
+import errno
+import json
+import os
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+import zmq
+
+from asyncsup.errors import (
+    AsyncsupError,
+    NotAllowedError,
+    RemoteError,
+    SupervisorUnreachableError,
+    TimeoutExpiredError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    import anyio
+    import anyio.abc
+
+__all__ = [
+    "AsyncControlClient",
+    "AsyncEventStream",
+    "ControlClient",
+    "Event",
+    "EventStream",
+    "Gap",
+    "exit_status_of",
+    "find_endpoint",
+]
+
+UPLOAD_CHUNK_BYTES: Final = 512 * 1024
+"""Of the file; base64 makes two thirds of the 1 MiB a message may have out of it."""
+
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+"""A longer answer is not one of a supervisor."""
+
+JOIN_SECONDS: Final = 0.25
+"""A new subscription misses what is published before it has arrived, and nobody says when it has. This long
+after it, whatever was missed is fetched."""
+
+MAX_WAITING_EVENTS: Final = 10_000
+"""Events a slow reader may leave lying; later ones are dropped here and fetched again as a gap."""
+
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""What the address of a UNIX socket holds."""
+
+Params = Mapping[str, Any]
+
+
+class Event(NamedTuple):
+    """One event of the supervisor's stream."""
+
+    seq: int
+    type: str
+    data: Mapping[str, Any]
+    """The whole event: ``seq``, ``at`` (RFC 3339), ``type`` and what belongs to the type."""
+
+
+class Gap(NamedTuple):
+    """Events that did not arrive by themselves."""
+
+    first: int
+    last: int
+    lost: int
+    """How many of them the supervisor no longer had; the others have been fetched and follow."""
+    restarted: bool
+    """The supervisor is another one than before: its events are numbered from 1 again."""
+
+
+def exit_status_of(error: AsyncsupError) -> int:
+    """What a command that ends with ``error`` exits with; for a `RemoteError`, what the supervisor said."""
+    return error.remote_exit_status if isinstance(error, RemoteError) else error.exit_status
+
+
+# --- where the supervisor is --------------------------------------------------------------------------------
+
+
+def find_endpoint(config: str | os.PathLike[str] | None = None) -> str:
+    """The control endpoint of the supervisor that is meant.
+
+    That of the configuration file ``config`` if one is given, else ``$ASYNCSUP_ENDPOINT``, else that of the
+    configuration file `asyncsup serve` would take. Only its ``[supervisor]`` table is looked at.
+
+    Raises:
+        ConfigError: there is no configuration file, or what it says of the endpoint is wrong.
+    """
+    if config is None and os.environ.get("ASYNCSUP_ENDPOINT"):
+        return os.environ["ASYNCSUP_ENDPOINT"]
+    path = _find_config() if config is None else os.fspath(config)
+    if path is not None and (endpoint := _plain_endpoint(path)) is not None:
+        return endpoint
+    # Anything out of the ordinary is the configuration reader's business, which has the words for it.
+    from pathlib import Path  # noqa: PLC0415
+
+    from asyncsup.config import find_config, load_supervisor  # noqa: PLC0415
+
+    settings = load_supervisor(find_config(None if path is None else Path(path), os.environ))
+    return str(settings.endpoint)
+
+
+def _find_config() -> str | None:
+    """The order of `asyncsup.config.find_config` without its import; a test holds the two together."""
+    environ = os.environ
+    if environ.get("ASYNCSUP_CONFIG"):
+        return environ["ASYNCSUP_CONFIG"]
+    places = ["asyncsup.toml"]
+    if environ.get("XDG_CONFIG_HOME", "").startswith("/"):
+        places.append(f"{environ['XDG_CONFIG_HOME']}/asyncsup/asyncsup.toml")
+    elif environ.get("HOME"):
+        places.append(f"{environ['HOME']}/.config/asyncsup/asyncsup.toml")
+    places.append("/etc/asyncsup/asyncsup.toml")
+    return next((path for path in places if os.path.isfile(path)), None)
+
+
+def _plain_endpoint(path: str) -> str | None:
+    """What `asyncsup.config.load_supervisor` would say, at half the run time of `asyncsup status`.
+
+    None when the file has anything but plain paths to say about it, or is wrong.
+    """
+    import tomllib  # noqa: PLC0415 - not needed when the endpoint is given
+
+    try:
+        with open(path, "rb") as file:
+            settings = tomllib.load(file).get("supervisor", {})
+        values = {name: settings.get(name) for name in ("state_dir", "runtime_dir", "endpoint")}
+    except (OSError, ValueError, AttributeError):
+        return None
+    for value in values.values():
+        if value is not None and (not isinstance(value, str) or not value or "$" in value or value[0] == "~"):
+            return None
+    endpoint = values["endpoint"]
+    address = "" if endpoint is None else endpoint.removeprefix("ipc://")
+    if endpoint is not None and (address == endpoint or address[:1] in {"", "@", "~"}):
+        return None
+    runtime_dir = values["runtime_dir"] or f"{values['state_dir'] or '.asyncsup'}/run"
+    # The folder is checked even where it is not used: the supervisor has its other sockets there.
+    sockets = [_absolute(path, f"{runtime_dir}/control.sock"), _absolute(path, address or ".")]
+    if any(len(os.fsencode(name)) > MAX_SOCKET_PATH_BYTES for name in sockets):
+        return None
+    return f"ipc://{sockets[1] if address else sockets[0]}"
+
+
+def _absolute(config: str, path: str) -> str:
+    folder = os.path.dirname(os.path.abspath(config))
+    return "/" + os.path.normpath(os.path.join(folder, path)).lstrip("/")
+
+
+def check_reachable(endpoint: str) -> None:
+    """Return at once if something listens at ``endpoint``; ZeroMQ itself would wait for it without a word.
+
+    Raises:
+        SupervisorUnreachableError: nobody listens there.
+        NotAllowedError: the socket is not ours to use.
+        UsageError: it is no endpoint.
+    """
+    scheme, _, address = endpoint.partition("://")
+    if scheme == "tcp" and address:
+        return
+    if scheme != "ipc" or not address:
+        raise UsageError(
+            f"{endpoint!r} is no endpoint; expected something like ipc:///run/asyncsup/control.sock"
+        )
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.setblocking(False)
+        probe.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+    except BlockingIOError:
+        pass  # its backlog is full, so somebody has it
+    except PermissionError:
+        raise NotAllowedError(
+            f"no permission for the supervisor's socket at {endpoint}", endpoint=endpoint
+        ) from None
+    except OSError as error:
+        if error.errno is None:  # "AF_UNIX path too long" comes without a number
+            raise UsageError(f"{endpoint}: {error}", endpoint=endpoint) from None
+        raise _unreachable(endpoint, None if error.errno == errno.ENOENT else error.strerror) from None
+    finally:
+        probe.close()
+
+
+def _unreachable(endpoint: str, why: str | None) -> SupervisorUnreachableError:
+    reason = f" ({why})" if why else ""
+    return SupervisorUnreachableError(
+        f"no supervisor at {endpoint}{reason}; start one with `asyncsup serve`", endpoint=endpoint
+    )
+
+
+# --- messages (pure) ----------------------------------------------------------------------------------------
+
+
+def _encode(request_id: int, method: str, params: Params) -> bytes:
+    given = {name: value for name, value in params.items() if value is not None}
+    request = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": given}
+    return json.dumps(request, separators=(",", ":")).encode()
+
+
+def _decode(frame: bytes) -> Mapping[str, Any] | None:
+    """One JSON-RPC object, or None for what is none: it cannot be the answer to anything."""
+    try:
+        value = json.loads(frame)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and value.get("jsonrpc") == "2.0" else None
+
+
+def _result(answer: Mapping[str, Any]) -> Any:
+    """Raises RemoteError, with the supervisor's code, exit status and details."""
+    if "error" not in answer:
+        return answer.get("result")
+    error = answer["error"] if isinstance(answer["error"], dict) else {}
+    data = error.get("data")
+    details = dict(data) if isinstance(data, dict) else {}
+    number = error.get("code")
+    # JSON-RPC's own numbers are about the request; a program that asks wrongly is a usage error.
+    ours = number in {-32700, -32600, -32601, -32602}
+    code = details.pop("code", "request.invalid" if ours else "internal")
+    exit_status = details.pop("exit_status", 2 if ours else 1)
+    raised = RemoteError(
+        str(error.get("message", "the supervisor failed without saying why")),
+        code=str(code),
+        exit_status=exit_status if isinstance(exit_status, int) else 1,
+    )
+    raised.details = details
+    raise raised
+
+
+def _as_event(message: Mapping[str, Any] | None) -> Event | None:
+    data = message.get("params") if message is not None else None
+    if not isinstance(data, dict) or not isinstance(data.get("seq"), int):
+        return None
+    return Event(data["seq"], str(data.get("type", "")), data)
+
+
+def _gone(endpoint: str) -> str:
+    return f"the supervisor at {endpoint} went away"
+
+
+def _went_away(endpoint: str, method: str) -> str:
+    return f"the supervisor at {endpoint} went away before it answered {method}; whether it did it is unknown"
+
+
+def _timed_out(method: str, timeout: float) -> TimeoutExpiredError:
+    return TimeoutExpiredError(
+        f"no answer to {method} within {timeout:g} s; the request was cancelled", method=method
+    )
+
+
+class _Sequence:
+    """Makes one gapless order out of events that arrive late, twice or not at all. Knows no socket.
+
+    Events that were fetched after a gap may still arrive from the socket; that is the only way in which one
+    comes twice. Any other step back in the numbers means that another supervisor is counting.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self._fetched: dict[int, object] = {}
+
+    def follows(self, event: Event) -> bool:
+        return event.seq == self.last + 1
+
+    def is_repeat(self, event: Event) -> bool:
+        return event.seq in self._fetched and self._fetched.pop(event.seq) == event.data.get("at")
+
+    def take(self, event: Event) -> bool:
+        """Whether ``event`` is to be delivered; then it is the last one."""
+        if self.is_repeat(event) or event.seq <= self.last:
+            return False
+        self.last = event.seq
+        return True
+
+    def restart(self) -> None:
+        self.last = 0
+        self._fetched.clear()
+
+    def fetched(self, answer: Mapping[str, Any]) -> tuple[list[Event], int]:
+        """What `events.since` answered: the events to deliver, and how many before them are lost."""
+        events = [event for data in answer["events"] if (event := _as_event({"params": data}))]
+        new = [event for event in events if event.seq > self.last]
+        oldest = new[0].seq if new else int(answer["oldest"])
+        lost = max(oldest - self.last - 1, 0)
+        self.last = max([self.last, oldest - 1, *(event.seq for event in new)])
+        self._fetched.update((event.seq, event.data.get("at")) for event in new)
+        while len(self._fetched) > MAX_WAITING_EVENTS:
+            del self._fetched[next(iter(self._fetched))]
+        return new, lost
+
+
+# --- one socket ---------------------------------------------------------------------------------------------
+
+
+class _Link:
+    """A ZeroMQ socket to the supervisor, and word of its loss (which ZeroMQ itself keeps quiet about)."""
+
+    _numbers = iter(range(1, 1 << 62))
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> None:
+        self.socket = context.socket(kind)
+        self.monitor = context.socket(zmq.PAIR)
+        # A `cancel` sent on the way out may leave within this time; without a supervisor nothing waits.
+        self.socket.setsockopt(zmq.LINGER, 200)
+        self.monitor.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        if kind == zmq.SUB:
+            self.socket.setsockopt(zmq.RCVHWM, MAX_WAITING_EVENTS)
+            self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        address = f"inproc://monitor-{next(self._numbers)}"
+        self.socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self.monitor.connect(address)
+        self.socket.connect(endpoint)
+
+    def receive(self) -> list[bytes] | None:
+        """The next message, or None when there is none now: only that None re-arms the descriptor."""
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def news(self) -> tuple[bool, bool]:
+        """Whether the connection has broken, and whether one has been made, since this was last asked."""
+        seen = 0
+        while True:
+            try:
+                frames = self.monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return bool(seen & zmq.EVENT_DISCONNECTED), bool(seen & zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            seen |= struct.unpack_from("=H", frames[0])[0]
+
+    def lost(self) -> bool:
+        return self.news()[0]
+
+    def close(self, *, linger: bool = False) -> None:
+        """May be called twice. With ``linger``, what is still queued may leave first, for a moment."""
+        if self.socket.closed:
+            return
+        if not linger:
+            self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.disable_monitor()
+        self.monitor.close()
+        self.socket.close()
+
+
+# --- blocking -----------------------------------------------------------------------------------------------
+
+
+class ControlClient:
+    """A blocking client. A context manager; not to be shared between threads.
+
+    Connects at the first call, and again by itself after the supervisor has come back. A call that was under
+    way when the supervisor went away raises `SupervisorUnreachableError` and is not repeated: only the caller
+    knows whether it may be.
+
+    Args:
+        endpoint: as `find_endpoint` returns it, ``ipc:///run/asyncsup/control.sock``.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._link: _Link | None = None
+        self._next_id = 0
+        self._waiting: set[int] = set()
+        self._answers: dict[int, Mapping[str, Any]] = {}
+        self._streams: list[EventStream] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every socket, event streams included. May be called twice."""
+        for stream in list(self._streams):
+            stream.close()
+        self._drop(linger=True)
+        self._context.term()
+
+    def call(
+        self,
+        method: str,
+        params: Params | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        events: EventStream | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call ``method`` and return its result.
+
+        ``params`` and keyword arguments are merged; a value of None is left out. A parameter of the method
+        that is itself called ``timeout`` goes into ``params``.
+
+        An exception on the way, Ctrl-C included, cancels the request at the supervisor before it is raised.
+
+        Args:
+            timeout: how long to wait for the answer (seconds); None: for as long as the supervisor is there.
+            events, on_event: hand over the events of this stream while waiting.
+
+        Raises:
+            RemoteError: the supervisor answered with an error; `exit_status_of` and ``error_code`` say which.
+            SupervisorUnreachableError: there is none, or it went away before it had answered.
+            TimeoutExpiredError: there was no answer in time.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        request_id = self._send(method, {**(params or {}), **more})
+        self._waiting.add(request_id)
+        try:
+            while (answer := self._answers.pop(request_id, None)) is None:
+                self._wait(_remaining(deadline, timeout, method), events, on_event, method)
+        except SupervisorUnreachableError:
+            raise
+        except BaseException:
+            self._cancel(request_id)
+            raise
+        finally:
+            self._waiting.discard(request_id)
+            self._answers.pop(request_id, None)
+        return _result(answer)
+
+    def upload(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> str:
+        """Send a file to the supervisor in pieces; returns the id that goes where a ``path`` would.
+
+        Args:
+            timeout: for each piece (seconds).
+            on_progress: called with the bytes sent and the bytes there are.
+
+        Raises:
+            OSError: the file cannot be read.
+            and what `call` raises.
+        """
+        upload: str | None = None
+        with open(path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            for chunk in _chunks(file.read, total):
+                answer = self.call("patch.upload", chunk, upload=upload, timeout=timeout)
+                upload = str(answer["upload"])
+                if on_progress is not None:
+                    on_progress(int(answer["size"]), total)
+        assert upload is not None
+        return upload
+
+    def subscribe(
+        self, *, since: int | None = None, on_gap: Callable[[Gap], None] | None = None
+    ) -> EventStream:
+        """Follow the event stream, gapless, from now on or from just after number ``since``.
+
+        Args:
+            on_gap: told when events had to be fetched, or were lost. (Those in the first moments of a
+                subscription are fetched without a word.)
+
+        Raises:
+            what `call` raises.
+        """
+        stream = EventStream(self, since, on_gap)
+        self._streams.append(stream)
+        return stream
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _send(self, method: str, params: Params) -> int:
+        if self._link is not None and self._link.lost():
+            self._drop()
+        if self._link is None:
+            check_reachable(self.endpoint)
+            self._link = _Link(self._context, zmq.DEALER, self.endpoint)
+        self._next_id += 1
+        try:
+            self._link.socket.send(_encode(self._next_id, method, params), zmq.NOBLOCK)
+        except zmq.Again:
+            raise _unreachable(self.endpoint, "it takes no more requests") from None
+        return self._next_id
+
+    def _cancel(self, request_id: int) -> None:
+        if self._link is None:
+            return
+        self._next_id += 1
+        frame = _encode(self._next_id, "cancel", {"id": request_id})
+        try:
+            self._link.socket.send(frame, zmq.NOBLOCK)  # its answer is nobody's: it is dropped when it comes
+        except zmq.Again:
+            self._drop()
+
+    def _wait(
+        self,
+        seconds: float | None,
+        events: EventStream | None,
+        on_event: Callable[[Event], None] | None,
+        method: str,
+    ) -> None:
+        assert self._link is not None
+        poller = zmq.Poller()
+        poller.register(self._link.socket, zmq.POLLIN)
+        poller.register(self._link.monitor, zmq.POLLIN)
+        if events is not None:
+            seconds = events.register(poller, seconds)
+        poller.poll(_milliseconds(seconds))
+        if events is not None and on_event is not None:
+            # Before the answer: what happened before it is told before it.
+            for event in events.arrived():
+                on_event(event)
+        self._receive()
+        if self._link is not None and not self._answers and self._link.lost():
+            self._drop()
+        if self._link is None and not self._answers:
+            raise SupervisorUnreachableError(_went_away(self.endpoint, method), endpoint=self.endpoint)
+
+    def _receive(self) -> None:
+        while self._link is not None and (frames := self._link.receive()) is not None:
+            answer = _decode(frames[-1])
+            if answer is not None and answer.get("id") in self._waiting:
+                self._answers[answer["id"]] = answer
+
+    def _drop(self, *, linger: bool = False) -> None:
+        """Forget the connection and what was still queued in it: the next supervisor must not act on it."""
+        if self._link is not None:
+            self._link.close(linger=linger)
+            self._link = None
+
+    def _events_endpoint(self) -> str:
+        return _events_endpoint(self.endpoint) or _events_endpoint_of(self.call("supervisor.info"))
+
+
+def _remaining(deadline: float | None, timeout: float | None, method: str) -> float | None:
+    """Raises TimeoutExpiredError."""
+    if deadline is None or timeout is None:
+        return None
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise _timed_out(method, timeout)
+    return remaining
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    """For a poller, which counts whole milliseconds: rounded up, or it would spin through the last one."""
+    return None if seconds is None else int(max(0.0, seconds) * 1000) + 1
+
+
+def _chunks(read: Callable[[int], bytes], total: int) -> Iterator[Params]:
+    offset = 0
+    while True:
+        data = read(UPLOAD_CHUNK_BYTES)
+        last = offset + len(data) >= total or not data
+        yield {"offset": offset, "data": binascii.b2a_base64(data, newline=False).decode(), "last": last}
+        offset += len(data)
+        if last:
+            return
+
+
+def _events_endpoint(endpoint: str) -> str | None:
+    folder, found, _ = endpoint.rpartition("/control.sock")
+    return f"{folder}/events.sock" if found else None
+
+
+def _events_endpoint_of(info: Mapping[str, Any]) -> str:
+    return f"ipc://{info['runtime_dir']}/events.sock"
+
+
+class EventStream:
+    """The supervisor's events in order and without gaps. Iterate over it, or `read` with a time-out."""
+
+    def __init__(
+        self, client: ControlClient, since: int | None, on_gap: Callable[[Gap], None] | None
+    ) -> None:
+        endpoint = client._events_endpoint()
+        check_reachable(endpoint)
+        self._client = client
+        self._on_gap = on_gap
+        self._ready: deque[Event] = deque()
+        # Subscribed first and asked second: what happens in between comes twice rather than not at all.
+        self._link = _Link(client._context, zmq.SUB, endpoint)
+        try:
+            info = client.call("supervisor.info")
+        except BaseException:
+            self._link.close()
+            raise
+        self._sequence = _Sequence(int(info["seq"]) if since is None else since)
+        self._started = info.get("started")
+        self._stale = since is not None
+        self._lost = False
+        self._settles_at: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self in self._client._streams:
+            self._client._streams.remove(self)
+        self._link.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        while True:
+            event = self.read()
+            if event is not None:
+                return event
+
+    def read(self, timeout: float | None = None) -> Event | None:
+        """The next event, or None after ``timeout`` seconds without one.
+
+        Raises:
+            SupervisorUnreachableError: the supervisor went away. Read on once there is one again: what was
+                missed is fetched then.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if not self._ready:
+                self._ready.extend(self.arrived())
+            if self._ready:
+                return self._ready.popleft()
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return None
+            poller = zmq.Poller()
+            poller.poll(_milliseconds(self.register(poller, remaining)))
+
+    def register(self, poller: zmq.Poller, seconds: float | None) -> float | None:
+        """Have ``poller`` wake up when `arrived` has something to do; returns how long it may wait for it."""
+        poller.register(self._link.socket, zmq.POLLIN)
+        poller.register(self._link.monitor, zmq.POLLIN)
+        if self._settles_at is None:
+            return seconds
+        settles = self._settles_at - time.monotonic()
+        return settles if seconds is None else min(settles, seconds)
+
+    def arrived(self) -> list[Event]:
+        """The events that are here by now, without waiting for more. Raises as `read` does."""
+        lost, joined = self._link.news()
+        if joined:
+            self._settles_at = time.monotonic() + JOIN_SECONDS
+        self._lost |= lost
+        events = list(self._ready)
+        self._ready.clear()
+        if self._lost:
+            # Its last words first; what may be missing among them nobody can be asked for.
+            while (frames := self._link.receive()) is not None:
+                event = _as_event(_decode(frames[-1]))
+                if event is not None and self._sequence.take(event):
+                    events.append(event)
+            if not events:
+                self._lost, self._stale = False, True
+                raise SupervisorUnreachableError(_gone(self._client.endpoint), endpoint=self._client.endpoint)
+            return events
+        settled = self._settles_at is not None and time.monotonic() >= self._settles_at
+        if self._stale or settled:
+            events += self._fetch(quiet=True)
+            self._stale = False
+        while (frames := self._link.receive()) is not None:
+            event = _as_event(_decode(frames[-1]))
+            if event is None or self._sequence.is_repeat(event):
+                continue
+            if not self._sequence.follows(event):
+                events += self._fetch(quiet=self._settles_at is not None)
+            if self._sequence.take(event):
+                events.append(event)
+        if settled:
+            self._settles_at = None
+        return events
+
+    def catch_up(self) -> list[Event]:
+        """What has arrived, and what has happened since: after this nothing up to now is missing."""
+        return [*self.arrived(), *self._fetch(quiet=True)]
+
+    def _fetch(self, *, quiet: bool) -> list[Event]:
+        info = self._client.call("supervisor.info")
+        restarted = info.get("started") != self._started
+        if restarted:
+            self._started = info.get("started")
+            self._sequence.restart()
+            while self._link.receive() is not None:
+                pass  # the dead one's, or among those that are fetched now
+        first = self._sequence.last + 1
+        events, lost = self._sequence.fetched(self._client.call("events.since", seq=self._sequence.last))
+        if self._on_gap is not None and (lost or restarted or (events and not quiet)):
+            self._on_gap(Gap(first, self._sequence.last, lost, restarted))
+        return events
+
+
+# --- asynchronous -------------------------------------------------------------------------------------------
+
+
+class _Pending:
+    """A call that waits for its answer, or for word that none will come."""
+
+    __slots__ = ("answer", "done")
+
+    def __init__(self, done: anyio.Event) -> None:
+        self.done = done
+        self.answer: Mapping[str, Any] | None = None
+
+
+class _AsyncLink:
+    """A `_Link` read by two tasks on the event loop (any that anyio runs on).
+
+    ZeroMQ's descriptor only says that something has changed since it was last drained, and a *send* consumes
+    that as well. So every send is followed by a drain, and the descriptor is only waited for after a drain
+    that ended with nothing left.
+    """
+
+    def __init__(
+        self,
+        link: _Link,
+        *,
+        on_message: Callable[[list[bytes]], None],
+        on_news: Callable[[bool, bool], None],
+    ) -> None:
+        import anyio  # noqa: PLC0415 - the blocking client does without
+
+        self._link = link
+        self._on_message = on_message
+        self._on_news = on_news
+        self._scope = anyio.CancelScope()
+
+    async def run(self) -> None:
+        import anyio  # noqa: PLC0415
+
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._watch)
+                    descriptor = int(self._link.socket.getsockopt(zmq.FD))
+                    while True:
+                        self._drain()
+                        await anyio.wait_readable(descriptor)
+        finally:
+            self._link.close(linger=True)
+
+    async def _watch(self) -> None:
+        import anyio  # noqa: PLC0415
+
+        descriptor = int(self._link.monitor.getsockopt(zmq.FD))
+        while True:
+            lost, joined = self._link.news()
+            if lost or joined:
+                self._on_news(lost, joined)
+            await anyio.wait_readable(descriptor)
+
+    def _drain(self) -> None:
+        while (frames := self._link.receive()) is not None:
+            self._on_message(frames)
+
+    def send(self, frame: bytes) -> None:
+        """Raises zmq.Again when the supervisor takes nothing."""
+        self._link.socket.send(frame, zmq.NOBLOCK)
+        self._drain()
+
+    def close(self, *, linger: bool = False) -> None:
+        """May be called twice. Without ``linger``, what is queued for the supervisor is forgotten."""
+        if not linger:
+            self._link.socket.setsockopt(zmq.LINGER, 0)
+        self._scope.cancel()
+
+
+class AsyncControlClient:
+    """The same client for asyncio and anyio programs. Use as an async context manager, in one event loop.
+
+    Calls of several tasks may overlap. Cancelling a call cancels the request at the supervisor.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._link: _AsyncLink | None = None
+        self._next_id = 0
+        self._waiting: dict[int, _Pending] = {}
+
+    async def __aenter__(self) -> Self:
+        import anyio  # noqa: PLC0415
+
+        tasks = anyio.create_task_group()
+        await tasks.__aenter__()
+        self._tasks = tasks
+        self._context = zmq.Context()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        tasks, self._tasks, self._link = self._tasks, None, None
+        context, self._context = self._context, None
+        assert tasks is not None
+        assert context is not None
+        tasks.cancel_scope.cancel()
+        try:
+            await tasks.__aexit__(exc_type, exc, traceback)
+        finally:
+            context.term()
+
+    async def call(
+        self, method: str, params: Params | None = None, /, *, timeout: float | None = None, **more: Any
+    ) -> Any:
+        """As `ControlClient.call`."""
+        import anyio  # noqa: PLC0415
+
+        request_id, pending = self._send(method, {**(params or {}), **more})
+        answered = False
+        try:
+            with anyio.move_on_after(timeout):
+                await pending.done.wait()
+                answered = True
+        finally:
+            if not answered:
+                self._cancel(request_id)
+            del self._waiting[request_id]
+        if not answered:
+            assert timeout is not None
+            raise _timed_out(method, timeout)
+        if pending.answer is None:
+            raise SupervisorUnreachableError(_went_away(self.endpoint, method), endpoint=self.endpoint)
+        return _result(pending.answer)
+
+    async def upload(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> str:
+        """As `ControlClient.upload`; the file is read in a worker thread."""
+        import anyio  # noqa: PLC0415
+        import anyio.to_thread  # noqa: PLC0415
+
+        upload: str | None = None
+        async with await anyio.open_file(path, "rb") as file:
+            total = os.fstat(file.wrapped.fileno()).st_size
+            chunks = _chunks(file.wrapped.read, total)
+            while (chunk := await anyio.to_thread.run_sync(next, chunks, None)) is not None:
+                answer = await self.call("patch.upload", chunk, upload=upload, timeout=timeout)
+                upload = str(answer["upload"])
+                if on_progress is not None:
+                    on_progress(int(answer["size"]), total)
+        assert upload is not None
+        return upload
+
+    async def subscribe(
+        self, *, since: int | None = None, on_gap: Callable[[Gap], None] | None = None
+    ) -> AsyncEventStream:
+        """As `ControlClient.subscribe`; a context manager and an asynchronous iterator.
+
+        with await client.subscribe() as events:
+            async for event in events: ...
+        """
+        info = await self.call("supervisor.info")
+        endpoint = _events_endpoint(self.endpoint) or _events_endpoint_of(info)
+        check_reachable(endpoint)
+        return AsyncEventStream(self, endpoint, info, since, on_gap)
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _open(
+        self,
+        kind: int,
+        endpoint: str,
+        on_message: Callable[[list[bytes]], None],
+        on_news: Callable[[bool, bool], None],
+    ) -> _AsyncLink:
+        if self._tasks is None or self._context is None:
+            raise RuntimeError("use AsyncControlClient as an async context manager")
+        link = _AsyncLink(_Link(self._context, kind, endpoint), on_message=on_message, on_news=on_news)
+        self._tasks.start_soon(link.run)
+        return link
+
+    def _send(self, method: str, params: Params) -> tuple[int, _Pending]:
+        import anyio  # noqa: PLC0415
+
+        if self._link is None:
+            check_reachable(self.endpoint)
+            self._link = self._open(zmq.DEALER, self.endpoint, self._on_message, self._on_news)
+        self._next_id += 1
+        pending = self._waiting[self._next_id] = _Pending(anyio.Event())
+        try:
+            self._link.send(_encode(self._next_id, method, params))
+        except zmq.Again:
+            del self._waiting[self._next_id]
+            raise _unreachable(self.endpoint, "it takes no more requests") from None
+        return self._next_id, pending
+
+    def _cancel(self, request_id: int) -> None:
+        if self._link is None:
+            return
+        self._next_id += 1
+        try:
+            self._link.send(_encode(self._next_id, "cancel", {"id": request_id}))
+        except zmq.Again:
+            self._on_news(lost=True, joined=False)
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        answer = _decode(frames[-1])
+        pending = self._waiting.get(answer["id"]) if answer is not None and "id" in answer else None
+        if pending is not None:
+            pending.answer = answer
+            pending.done.set()
+
+    def _on_news(self, lost: bool, joined: bool) -> None:
+        if not lost or self._link is None:
+            return
+        self._link.close()
+        self._link = None
+        for pending in self._waiting.values():
+            pending.done.set()
+
+
+class AsyncEventStream:
+    """The supervisor's events in order and without gaps, for ``async for``."""
+
+    def __init__(
+        self,
+        client: AsyncControlClient,
+        endpoint: str,
+        info: Mapping[str, Any],
+        since: int | None,
+        on_gap: Callable[[Gap], None] | None,
+    ) -> None:
+        import anyio  # noqa: PLC0415
+
+        self._client = client
+        self._on_gap = on_gap
+        self._sequence = _Sequence(int(info["seq"]) if since is None else since)
+        self._started = info.get("started")
+        self._stale = since is not None
+        self._lost = False
+        self._settles_at: float | None = None
+        self._raw: deque[Event] = deque()
+        self._ready: deque[Event] = deque()
+        self._wake = anyio.Event()
+        self._link = client._open(zmq.SUB, endpoint, self._on_message, self._on_news)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Raises SupervisorUnreachableError as `EventStream.read` does."""
+        import anyio  # noqa: PLC0415
+
+        while True:
+            if self._ready:
+                return self._ready.popleft()
+            self._wake = anyio.Event()
+            await self._sift()
+            if self._ready:
+                continue
+            patience = None if self._settles_at is None else self._settles_at - time.monotonic()
+            with anyio.move_on_after(patience):
+                await self._wake.wait()
+
+    async def _sift(self) -> None:
+        if self._lost:
+            while self._raw:
+                event = self._raw.popleft()
+                if self._sequence.take(event):
+                    self._ready.append(event)
+            if self._ready:
+                return
+            self._lost, self._stale = False, True
+            raise SupervisorUnreachableError(_gone(self._client.endpoint), endpoint=self._client.endpoint)
+        settled = self._settles_at is not None and time.monotonic() >= self._settles_at
+        if self._stale or settled:
+            await self._fetch(quiet=True)
+            self._stale = False
+        while self._raw:
+            event = self._raw.popleft()
+            if self._sequence.is_repeat(event):
+                continue
+            if not self._sequence.follows(event):
+                await self._fetch(quiet=self._settles_at is not None)
+            if self._sequence.take(event):
+                self._ready.append(event)
+        if settled:
+            self._settles_at = None
+
+    async def _fetch(self, *, quiet: bool) -> None:
+        info = await self._client.call("supervisor.info")
+        restarted = info.get("started") != self._started
+        if restarted:
+            self._started = info.get("started")
+            self._sequence.restart()
+            self._raw.clear()  # the dead one's, or among those that are fetched now
+        first = self._sequence.last + 1
+        answer = await self._client.call("events.since", seq=self._sequence.last)
+        events, lost = self._sequence.fetched(answer)
+        self._ready.extend(events)
+        if self._on_gap is not None and (lost or restarted or (events and not quiet)):
+            self._on_gap(Gap(first, self._sequence.last, lost, restarted))
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        event = _as_event(_decode(frames[-1]))
+        if event is not None and len(self._raw) < MAX_WAITING_EVENTS:
+            self._raw.append(event)
+            self._wake.set()
+
+    def _on_news(self, lost: bool, joined: bool) -> None:
+        self._lost |= lost
+        if joined:
+            self._settles_at = time.monotonic() + JOIN_SECONDS
+        self._wake.set()

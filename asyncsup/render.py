@@ -1,0 +1,852 @@
+"""Values of the control API as text for people. Pure: a value in, a list of lines out.
+
+Nothing here knows whether it writes to a terminal: the caller says whether colour is wanted (`Ink`) and how
+wide a line may be (``width``, None when piped: then nothing is cut). Every text that comes from a target, a
+patch or the wire goes through `clean`, so that a status text cannot move the cursor, recolour the screen or
+hide a line.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, tzinfo
+from typing import Any, Final
+
+Value = Mapping[str, Any]
+"""One object of the control API, as its JSON says it."""
+
+Cell = tuple[str, str]
+"""Text of one table cell and its colour ("" for none)."""
+
+_CODES: Final = {"green": "32", "yellow": "33", "red": "31", "grey": "90", "bold": "1", "cyan": "36"}
+_NAME_COLOURS: Final = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
+_MISSING: Final = "-"
+
+_STATE_COLOURS: Final = {
+    "running": "green", "starting": "yellow", "reloading": "yellow", "stopping": "yellow",
+    "waiting": "yellow", "backoff": "yellow", "failed": "red", "lost": "red",
+    "stopped": "grey", "exited": "grey",
+}  # fmt: skip
+_OP_WORDS: Final = {"deleted": "deleted", "modified": "modified", "new": "inserted"}
+_OP_ORDER: Final = ("deleted", "modified", "new")
+_VERDICT_COLOURS: Final = {"committed": "green", "already": "green", "apply": "green"}
+# The prototype printed the number its target answered with; operators of it look for that number.
+_TARGET_STATES: Final = {"go_ahead": "GO_AHEAD (0)", "not_allowed": "NOT_ALLOWED (1)", "wait": "WAIT (2)"}
+_TOLD_BY: Final = {
+    "sdk": "told by the SDK",
+    "signal": "told by signal",
+    "command": "told by command",
+    "restart": "told by restart",
+    "nobody": "told by nobody",
+}
+
+# Select Graphic Rendition: colours and weights. The only escape sequence of a target that reaches a terminal.
+_SGR: Final = re.compile(r"(\x1b\[[0-9;:]*m)")
+
+
+class Ink:
+    """Colours text, or leaves it alone. ``Ink(False)`` is what pipes and ``NO_COLOR`` get."""
+
+    __slots__ = ("enabled",)
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def __call__(self, colour: str, text: str) -> str:
+        if not self.enabled or not colour or not text:
+            return text
+        return f"\x1b[{_CODES[colour]}m{text}\x1b[0m"
+
+    def name(self, index: int, text: str) -> str:
+        """``text`` in the ``index``-th of the colours that tell names apart."""
+        if not self.enabled:
+            return text
+        return f"\x1b[{_NAME_COLOURS[index % len(_NAME_COLOURS)]}m{text}\x1b[0m"
+
+
+PLAIN: Final = Ink(False)
+
+
+# --- words and numbers --------------------------------------------------------------------------------------
+
+
+def clean(text: object) -> str:
+    r"""``text`` on one line, with every control and format character written as an escape (``\x1b``)."""
+    plain = str(text)
+    if plain.isprintable():
+        return plain
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in plain)
+
+
+def clean_log(text: str, ink: Ink) -> str:
+    """One line of a target's output, safe for a terminal.
+
+    Tabs stay. Colours stay where ``ink`` has colour and are dropped where it has not; every other escape
+    sequence is written out.
+    """
+    if text.isprintable():
+        return text
+    parts = _SGR.split(text.removesuffix("\r"))
+    coloured = ink.enabled and len(parts) > 1
+    for index, part in enumerate(parts):
+        if index % 2:
+            parts[index] = part if coloured else ""
+        elif not part.isprintable():
+            parts[index] = "\t".join(clean(piece) for piece in part.split("\t"))
+    return "".join(parts) + ("\x1b[0m" if coloured else "")
+
+
+def duration(seconds: float | None) -> str:
+    """``0.0123`` as ``12 ms``, ``3.21`` as ``3.2 s``, ``11520`` as ``3h 12m``."""
+    if seconds is None:
+        return _MISSING
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.{1 if seconds < 0.01 else 0}f} ms"
+    if seconds < 60:
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    whole = int(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600}h"
+
+
+def size(count: int | None) -> str:
+    """Bytes as ``812 B``, ``1.4 KiB``, ``20.0 MiB``."""
+    if count is None:
+        return _MISSING
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} TiB"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def moment(at: object, *, date: bool = False, tz: tzinfo | None = None) -> str:
+    """An RFC 3339 time in ``tz`` (None: the local zone); whatever else it is, cleaned."""
+    try:
+        when = datetime.fromisoformat(str(at)).astimezone(tz)
+    except ValueError:
+        return clean(at) if at else _MISSING
+    if date:
+        return when.strftime("%Y-%m-%d %H:%M:%S")
+    return f"{when:%H:%M:%S}.{when.microsecond // 1000:03}"
+
+
+def short(identifier: object) -> str:
+    """The first 12 characters of a patch id: enough to tell patches apart, and accepted by ``patch show``."""
+    return clean(identifier)[:12] if identifier else _MISSING
+
+
+def width_of(text: str) -> int:
+    """Terminal columns of ``text`` (which must be clean)."""
+    if text.isascii():
+        return len(text)
+    columns = 0
+    for ch in text:
+        if not unicodedata.combining(ch):
+            columns += 2 if unicodedata.east_asian_width(ch) in "WF" else 1
+    return columns
+
+
+def cut(text: str, columns: int) -> str:
+    """``text`` in at most ``columns`` columns; what is cut off is replaced by ``...``."""
+    if width_of(text) <= columns:
+        return text
+    kept, used = [], 0
+    dots = "..."[: max(columns, 0)]
+    for ch in text:
+        used += width_of(ch)
+        if used > columns - len(dots):
+            break
+        kept.append(ch)
+    return "".join(kept).rstrip() + dots
+
+
+def progress(done: int, total: int, width: int) -> str:
+    """One line of a progress bar, at most ``width`` columns, without a line end."""
+    share = 1.0 if total <= 0 else min(max(done / total, 0.0), 1.0)
+    text = f" {share:4.0%}  {size(done)} of {size(total)}"
+    room = min(width - len(text) - 2, 40)
+    if room < 5:
+        return cut(text.strip(), width)
+    filled = int(room * share)
+    return f"[{'#' * filled}{'.' * (room - filled)}]{text}"
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    *,
+    width: int | None = None,
+    ink: Ink = PLAIN,
+    right: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> list[str]:
+    """Aligned columns, two spaces apart; the last one takes what is left and is cut to it.
+
+    Args:
+        right: names of columns aligned to the right.
+        drop: names of columns to leave out, in this order, while ``width`` leaves the last one too little.
+    """
+    body = [list(row) for row in rows]
+    columns = list(range(len(header)))
+    widths = [max([width_of(header[i]), *(width_of(row[i][0]) for row in body)]) for i in columns]
+    last = columns[-1]
+    if width is not None:
+        for name in drop:
+            fixed = sum(widths[i] + 2 for i in columns if i != last)
+            if fixed + min(widths[last], 24) <= width:
+                break
+            columns.remove(header.index(name))
+        fixed = sum(widths[i] + 2 for i in columns if i != last)
+        widths[last] = min(widths[last], max(width - fixed, 8))
+    lines = []
+    for row in [[(name, "bold") for name in header], *body]:
+        cells = []
+        for i in columns:
+            text, colour = row[i]
+            shown = cut(text, widths[i])
+            padding = " " * (widths[i] - width_of(shown))
+            painted = ink(colour, shown)
+            cells.append(padding + painted if header[i] in right else painted + padding)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _pairs(pairs: Iterable[tuple[str, str]], indent: str = "") -> list[str]:
+    known = [(name, text) for name, text in pairs if text]
+    if not known:
+        return []
+    column = max(len(name) for name, _ in known)
+    return [f"{indent}{name:<{column}}  {text}" for name, text in known]
+
+
+# --- status -------------------------------------------------------------------------------------------------
+
+
+def is_down(target: Value) -> bool:
+    """Something that should run is not running or not ready."""
+    return target.get("wanted") == "up" and not (
+        target.get("ready") and target.get("state") in {"running", "reloading"}
+    )
+
+
+def status_lines(value: Value, *, width: int | None = None, ink: Ink = PLAIN) -> list[str]:
+    """The table of ``asyncsup status``; instances are indented where a target has more than one."""
+    targets: Sequence[Value] = value.get("targets") or ()
+    if not targets:
+        return ["no targets"]
+    rows: list[list[Cell]] = []
+    for target in targets:
+        instances: Sequence[Value] = target.get("instances") or ()
+        rows.append(_target_row(target, instances))
+        if len(instances) > 1:
+            rows.extend(_instance_row(instance) for instance in instances)
+    header = ("NAME", "STATE", "READY", "PID", "UPTIME", "RESTARTS", "BUILD", "DETAIL")
+    return table(
+        header,
+        rows,
+        width=width,
+        ink=ink,
+        right=("PID", "RESTARTS", "BUILD"),
+        drop=("RESTARTS", "UPTIME", "BUILD", "READY"),
+    )
+
+
+def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
+    state = clean(target.get("state", "unknown"))
+    one = instances[0] if len(instances) == 1 else None
+    details = []
+    if target.get("busy"):
+        details.append(f"busy: {clean(target['busy'])}")
+    if target.get("waiting"):
+        details.append(f"waiting for {', '.join(clean(name) for name in target['waiting'])}")
+    if one is not None:
+        details.append(_instance_detail(one))
+        pid, uptime, ready = _number(one.get("pid")), duration(one.get("uptime")), _yes(target, "ready")
+    else:
+        pid, uptime = _MISSING, _MISSING
+        ready = f"{sum(1 for i in instances if i.get('ready'))}/{len(instances)}"
+    restarts = sum(int(i.get("restarts") or 0) for i in instances)
+    return [
+        (clean(target.get("name", "")), ""),
+        (state, _state_colour(target)),
+        (ready, ""),
+        (pid, ""),
+        (uptime, ""),
+        (str(restarts), "yellow" if restarts else ""),
+        (_number(target.get("build")), ""),
+        ("; ".join(text for text in details if text), ""),
+    ]
+
+
+def _instance_row(instance: Value) -> list[Cell]:
+    restarts = int(instance.get("restarts") or 0)
+    return [
+        (f"  {clean(instance.get('name', ''))}", ""),
+        (clean(instance.get("state", "unknown")), _state_colour(instance)),
+        (_yes(instance, "ready"), ""),
+        (_number(instance.get("pid")), ""),
+        (duration(instance.get("uptime")), ""),
+        (str(restarts), "yellow" if restarts else ""),
+        ("", ""),
+        (_instance_detail(instance), ""),
+    ]
+
+
+def _instance_detail(instance: Value) -> str:
+    parts = []
+    detail, text = instance.get("detail"), instance.get("status_text")
+    if detail:
+        parts.append(clean(detail))
+    if text and text != detail:
+        parts.append(clean(text))
+    ended = instance.get("exit")
+    if not parts and ended and instance.get("pid") is None:
+        parts.append(_exit_text(ended))
+    return "; ".join(parts)
+
+
+def _exit_text(ended: Value) -> str:
+    if ended.get("signal") is not None:
+        text = f"killed by {clean(ended['signal'])}"
+    else:
+        text = f"exit status {clean(ended.get('status'))}"
+    reason = ended.get("reason")
+    return f"{text}: {clean(reason)}" if reason else text
+
+
+def _state_colour(value: Value) -> str:
+    colour = _STATE_COLOURS.get(str(value.get("state")), "yellow")
+    if colour == "green" and not value.get("ready"):
+        return "yellow"
+    return colour
+
+
+def _yes(value: Value, key: str) -> str:
+    if value.get("state") in {"stopped", "exited", "failed"}:
+        return _MISSING
+    return "yes" if value.get(key) else "no"
+
+
+def _number(value: object) -> str:
+    return _MISSING if value is None else clean(value)
+
+
+def info_lines(info: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """``supervisor.info`` as names and values."""
+    counters: Value = info.get("counters") or {}
+    return _pairs(
+        [
+            ("supervisor", f"asyncsup {clean(info.get('version', '?'))}, pid {_number(info.get('pid'))}"),
+            ("region", clean(info.get("region", ""))),
+            ("up for", duration(info.get("uptime"))),
+            ("config", clean(info.get("config") or "")),
+            ("state", clean(info.get("state_dir") or "")),
+            ("runtime", clean(info.get("runtime_dir") or "")),
+            ("inbox", clean(info.get("inbox") or "")),
+            ("trust", trust_text(info.get("trust"), ink=ink)),
+            ("targets", _listed(info.get("targets"))),
+            ("counters", ", ".join(f"{clean(k)} {clean(v)}" for k, v in counters.items() if v)),
+        ]
+    )
+
+
+def trust_text(trust: object, *, ink: Ink = PLAIN) -> str:
+    if trust == "none":
+        return ink("red", "NONE: patches are applied UNVERIFIED (development only)")
+    return clean(trust or "")
+
+
+def _listed(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(clean(item) for item in value)
+    return "" if value is None else clean(value)
+
+
+def show_lines(
+    value: Value, *, width: int | None = None, ink: Ink = PLAIN, tz: tzinfo | None = None
+) -> list[str]:
+    """One target: its state, its instances, its settings, its last transactions."""
+    lines = _pairs(
+        [
+            ("target", ink("bold", clean(value.get("name", "")))),
+            ("state", ink(_state_colour(value), clean(value.get("state", "unknown")))),
+            ("ready", "yes" if value.get("ready") else "no"),
+            ("wanted", clean(value.get("wanted") or "")),
+            ("busy", clean(value.get("busy") or "")),
+            ("waiting", _listed(value.get("waiting"))),
+            ("region", clean(value.get("region") or "")),
+            ("build", _number(value.get("build"))),
+            ("generation", _number(value.get("generation"))),
+            ("patch", clean(value.get("patch") or "")),
+        ]
+    )
+    for instance in value.get("instances") or ():
+        lines += ["", f"instance {ink('bold', clean(instance.get('name', '')))}"]
+        ended = instance.get("exit")
+        lines += _pairs(
+            [
+                ("state", ink(_state_colour(instance), clean(instance.get("state", "unknown")))),
+                ("ready", "yes" if instance.get("ready") else "no"),
+                ("pid", _number(instance.get("pid"))),
+                ("uptime", duration(instance.get("uptime"))),
+                ("restarts", _number(instance.get("restarts"))),
+                ("status", clean(instance.get("status_text") or "")),
+                ("detail", clean(instance.get("detail") or "")),
+                ("last exit", f"{_exit_text(ended)} at {moment(ended.get('at'), date=True, tz=tz)}")
+                if ended
+                else ("last exit", ""),
+                ("sdk", "connected" if instance.get("sdk") else "no"),
+            ],
+            "  ",
+        )
+    config: Value = value.get("config") or {}
+    if config:
+        lines += ["", "configuration", *_pairs([(k, _setting(v)) for k, v in config.items()], "  ")]
+    history: Sequence[Value] = value.get("history") or ()
+    if history:
+        lines += ["", "last transactions"]
+        lines += [f"  {line}" for line in _history_table(history, width and width - 2, ink, tz)]
+    return lines
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{clean(k)}={_setting(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_word(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else clean(value)
+
+
+def _word(value: object) -> str:
+    """One item of a list, quoted where its own spaces would make it look like several."""
+    text = clean(value)
+    return f"'{text}'" if " " in text or not text else text
+
+
+def results_lines(value: Value, verb: str, *, ink: Ink = PLAIN) -> list[str]:
+    """What ``start``, ``stop``, ``restart`` or ``reload`` did, one line for each target."""
+    results: Sequence[Value] = value.get("results") or ()
+    column = max((width_of(clean(r.get("target", ""))) for r in results), default=0)
+    lines = []
+    for result in results:
+        name = clean(result.get("target", ""))
+        ok = bool(result.get("ok"))
+        mark = ink("green", "ok    ") if ok else ink("red", "failed")
+        text = clean(result.get("detail") or (f"{verb} done" if ok else f"{verb} failed"))
+        took = result.get("took")
+        after = f" ({duration(took)})" if took is not None else ""
+        lines.append(f"{mark}  {name}{' ' * (column - width_of(name))}  {text}{after}")
+    return lines or [f"no targets to {verb}"]
+
+
+# --- events -------------------------------------------------------------------------------------------------
+
+
+def event_line(event: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = None) -> str:
+    """One event of the stream."""
+    kind = clean(event.get("type", "?"))
+    subject, text = _event_text(event, kind, ink)
+    seq = f"#{clean(event.get('seq', '?'))}"
+    parts = [ink("grey", f"{moment(event.get('at'), tz=tz)}  {seq:<6}"), f"{kind:<18}", subject, text]
+    return "  ".join(part for part in parts if part).rstrip()
+
+
+def _event_text(event: Value, kind: str, ink: Ink) -> tuple[str, str]:
+    subject = ink("bold", clean(event.get("instance") or event.get("target") or ""))
+    if kind == "instance.state":
+        to = clean(event.get("to", "?"))
+        text = f"{clean(event.get('from', '?'))} -> {ink(_STATE_COLOURS.get(to, ''), to)}"
+        if event.get("pid") is not None:
+            text += f"  pid {clean(event['pid'])}"
+        if event.get("reason"):
+            text += f"  ({clean(event['reason'])})"
+        return subject, text
+    if kind == "patch.step":
+        return f"txn {clean(event.get('txn', '?'))}", step_line(event, ink=ink)
+    if kind == "patch.progress":
+        return (
+            f"txn {clean(event.get('txn', '?'))}",
+            f"{size(event.get('done'))} of {size(event.get('total'))}",
+        )
+    if kind == "patch.ended":
+        verdict = clean(event.get("verdict", "?"))
+        return f"txn {clean(event.get('txn', '?'))}", ink(_VERDICT_COLOURS.get(verdict, "red"), verdict)
+    known = {"seq", "at", "type", "target", "instance"}
+    rest = ", ".join(
+        clean(v) if k == "text" else f"{clean(k)}={_setting(v)}"
+        for k, v in event.items()
+        if k not in known and v is not None
+    )
+    return subject, rest
+
+
+def step_line(step: Value, *, ink: Ink = PLAIN) -> str:
+    """One step of a transaction, from ``patch.show``, a report or the event stream."""
+    where = clean(step.get("instance") or step.get("target") or "")
+    detail = clean(step.get("detail") or "")
+    took = step.get("took")
+    name = clean(step.get("step", "?"))
+    text = f"{ink('cyan', f'{name:<9}')} "
+    text += f"{where}: {detail}" if where and detail else where or detail
+    if took is not None:
+        text += ink("grey", f" ({duration(took)})")
+    return text.rstrip()
+
+
+# --- patches ------------------------------------------------------------------------------------------------
+
+
+def patch_title(value: Value, *, ink: Ink = PLAIN) -> str:
+    """``pricing-rules 2.3.0, build 300, warm, 3f9ac1d2e5b7``"""
+    name = " ".join(clean(value[key]) for key in ("name", "version") if value.get(key))
+    parts = [ink("bold", name or "unnamed patch")]
+    if value.get("build") is not None:
+        parts.append(f"build {clean(value['build'])}")
+    if value.get("kind"):
+        parts.append(clean(value["kind"]))
+    identifier = value.get("patch") or value.get("id")
+    if identifier:
+        parts.append(ink("grey", short(identifier)))
+    return ", ".join(parts)
+
+
+def report_lines(report: Value, *, ink: Ink = PLAIN, steps: bool = False) -> list[str]:
+    """The whole transcript of an apply or a rollback, verdict last.
+
+    Args:
+        steps: also each step with its time (leave out when they were printed as they happened).
+    """
+    action = "rollback" if report.get("action") == "rollback" else "patch"
+    lines = [f"{action} {patch_title(report, ink=ink)}"]
+    if steps:
+        lines += [f"  {step_line(step, ink=ink)}" for step in report.get("steps") or ()]
+    for target in report.get("targets") or ():
+        lines += _target_transcript(target, report, ink)
+    return [*lines, *verdict_lines(report, ink=ink)]
+
+
+def _target_transcript(target: Value, report: Value, ink: Ink) -> list[str]:
+    before, after = target.get("build_before"), target.get("build_after")
+    facts = []
+    if before is not None:
+        moved = after is not None and after != before
+        facts.append(
+            f"build {clean(before)} -> {clean(after)}" if moved else f"build {clean(before)}, unchanged"
+        )
+    if target.get("generation") is not None:
+        facts.append(f"generation {clean(target['generation'])}")
+    if target.get("layout"):
+        facts.append(clean(target["layout"]))
+    lines = [f"target {ink('bold', clean(target.get('target', '')))}: {', '.join(facts)}".rstrip(": ")]
+    instances: Sequence[Value] = target.get("instances") or ()
+    states = [
+        f"{clean(i.get('name', ''))} {_TARGET_STATES.get(str(i['prepare']), clean(i['prepare']))}"
+        f" in {duration(i.get('prepare_took'))}"
+        for i in instances
+        if i.get("prepare")
+    ]
+    if states:
+        lines += ["  target state", *(f"    {state}" for state in states)]
+    lines += _gate_lines(target.get("gates") or (), ink)
+    lines += _file_lines(target.get("files") or (), ink)
+    if instances:
+        lines.append("  told")
+        lines += [f"    {_told_line(instance, report, ink)}" for instance in instances]
+    pids = (target.get("pids_before"), target.get("pids_after"))
+    if not instances and pids[0]:
+        lines.append(f"  pids {_pid_change(pids[0], pids[1], ink)}")
+    return lines
+
+
+def _gate_lines(gates: Sequence[Value], ink: Ink) -> list[str]:
+    if not gates:
+        return []
+    column = max(width_of(clean(gate.get("name", ""))) for gate in gates)
+    lines = ["  checks"]
+    for gate in gates:
+        mark = ink("green", "ok     ") if gate.get("ok") else ink("red", "refused")
+        code = f" [{clean(gate['code'])}]" if gate.get("code") and not gate.get("ok") else ""
+        name = clean(gate.get("name", ""))
+        padded = name + " " * (column - width_of(name))
+        lines.append(f"    {mark}  {padded}  {clean(gate.get('detail') or '')}{code}".rstrip())
+    return lines
+
+
+def _file_lines(files: Sequence[Value], ink: Ink) -> list[str]:
+    """Deleted, modified, inserted: the order in which the prototype listed (and did) them."""
+    colours = {"deleted": "red", "modified": "yellow", "new": "green"}
+    lines = ["  files"] if files else []
+    for op in (*_OP_ORDER, None):
+        for file in files:
+            kind = str(file.get("op"))
+            if (kind if kind in _OP_WORDS else None) != op:
+                continue
+            note = f"  ({clean(file['note'])})" if file.get("note") else ""
+            word = ink(colours.get(kind, ""), f"{_OP_WORDS.get(kind, clean(kind)):<8}")
+            lines.append(f"    {word}  {clean(file.get('path', '?'))}{note}")
+    return lines
+
+
+def _told_line(instance: Value, report: Value, ink: Ink) -> str:
+    told = str(instance.get("told_by") or "nobody")
+    parts = [_TOLD_BY.get(told, f"told by {clean(told)}")]
+    answer, took = instance.get("reload"), instance.get("reload_took")
+    if answer == "ok":
+        word = "ready" if told == "restart" else "acknowledged"
+        parts.append(
+            ink("green", word if took is None else f"{word} {'after' if told == 'restart' else 'in'} ")
+            + ink("green", duration(took) if took is not None else "")
+        )
+    elif answer:
+        parts.append(ink("red", "failed" if took is None else f"failed after {duration(took)}"))
+    elif report.get("verdict") in {"refused", "target_refused", "already"}:
+        parts = ["not told"]
+    elif told not in {"restart", "nobody"}:
+        parts.append(ink("red", "no acknowledgement"))
+    before, after = instance.get("pid_before"), instance.get("pid_after")
+    if before is not None or after is not None:
+        parts.append(_pid_change(before, after, ink))
+    if instance.get("reason"):
+        parts.append(clean(instance["reason"]))
+    return f"{clean(instance.get('name', '?'))}  {', '.join(parts)}"
+
+
+def _pid_change(before: object, after: object, ink: Ink) -> str:
+    if before == after:
+        return f"pid {_setting(before)} (the same)"
+    return ink("yellow", f"pid {_setting(before) or 'none'} -> {_setting(after) or 'none'}")
+
+
+def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """How a transaction ended, in one line, and why in a second one where there is a reason."""
+    verdict = str(report.get("verdict"))
+    done = (
+        "rolled back to the build before" if report.get("action") == "rollback" else "applied and committed"
+    )
+    text = {
+        "committed": done,
+        "already": "already applied with the same content; nothing to do",
+        "refused": "refused; nothing was touched",
+        "target_refused": "the target did not give its go-ahead; nothing was changed",
+        "rolled_back": "applied and rolled back; everything is as it was before",
+        "rollback_failed": "ROLLBACK FAILED; the files are wholly one build, a process is not well",
+    }.get(verdict, clean(verdict))
+    facts = []
+    if report.get("took") is not None:
+        facts.append(duration(report["took"]))
+    if report.get("txn") is not None:
+        facts.append(f"transaction {clean(report['txn'])}")
+    after = f" ({', '.join(facts)})" if facts else ""
+    colour = _VERDICT_COLOURS.get(verdict, "red")
+    lines = [f"verdict: {ink(colour, f'{verdict.upper()}: {text}')}{after}"]
+    if report.get("reason"):
+        code = f" [{clean(report['code'])}]" if report.get("code") else ""
+        lines.append(f"reason: {clean(report['reason'])}{code}")
+    return lines
+
+
+def plan_lines(plan: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """What an apply would do, target by target."""
+    summary: Value = plan.get("manifest") or plan
+    title = patch_title({**summary, "id": plan.get("id") or summary.get("id")}, ink=ink)
+    lines = [f"plan for {title}"]
+    for target in plan.get("targets") or ():
+        name = ink("bold", clean(target.get("target", "")))
+        if target.get("refused"):
+            state = ink("red", "would be refused")
+        elif target.get("already"):
+            state = ink("green", "has it already")
+        else:
+            state = ink("green", "would be patched")
+        lines.append(f"target {name}: {state}")
+        lines += _gate_lines(target.get("gates") or (), ink)
+        lines += _file_lines(target.get("files") or (), ink)
+        instances: Sequence[Value] = target.get("instances") or ()
+        if instances:
+            lines.append("  would be told")
+            for instance in instances:
+                told = str(instance.get("told_by") or "nobody").replace("sdk", "the SDK")
+                lines.append(f"    {clean(instance.get('name', '?'))}  by {clean(told)}")
+    verdict = str(plan.get("verdict"))
+    text = {
+        "apply": "APPLY: it would be applied",
+        "already": "ALREADY: nothing would be done",
+        "refused": "REFUSED: nothing would be touched",
+    }.get(verdict, clean(verdict))
+    return [*lines, f"verdict: {ink(_VERDICT_COLOURS.get(verdict, 'red'), text)}"]
+
+
+def inbox_lines(value: Value, *, width: int | None = None, ink: Ink = PLAIN) -> list[str]:
+    """What lies in the inbox."""
+    entries: Sequence[Value] = value.get("inbox") or ()
+    if not entries:
+        return ["the inbox is empty"]
+    colours = {"complete": "green", "incomplete": "yellow", "malformed": "red"}
+    rows: list[list[Cell]] = []
+    for entry in entries:
+        state = clean(entry.get("state", "?"))
+        name = " ".join(clean(entry[key]) for key in ("name", "version") if entry.get(key))
+        rows.append(
+            [
+                (clean(entry.get("file", "?")), ""),
+                (state, colours.get(state, "")),
+                (size(entry.get("size")), ""),
+                (name or _MISSING, ""),
+                (_number(entry.get("build")), ""),
+                (clean(entry.get("kind") or _MISSING), ""),
+                (_listed(entry.get("targets")) or _MISSING, ""),
+                (_listed(entry.get("regions")) or _MISSING, ""),
+                (short(entry.get("id")), "grey"),
+                (clean(entry.get("detail") or ""), ""),
+            ]
+        )
+    header = ("FILE", "STATE", "SIZE", "PATCH", "BUILD", "KIND", "TARGETS", "REGIONS", "ID", "DETAIL")
+    return table(
+        header, rows, width=width, ink=ink, right=("SIZE", "BUILD"), drop=("SIZE", "ID", "REGIONS", "KIND")
+    )
+
+
+def history_lines(
+    value: Value, *, width: int | None = None, ink: Ink = PLAIN, tz: tzinfo | None = None
+) -> list[str]:
+    """Transactions, in the order the supervisor gave them."""
+    transactions: Sequence[Value] = value.get("transactions") or ()
+    return _history_table(transactions, width, ink, tz) if transactions else ["no transactions"]
+
+
+def _history_table(
+    transactions: Sequence[Value], width: int | None, ink: Ink, tz: tzinfo | None
+) -> list[str]:
+    rows: list[list[Cell]] = []
+    for txn in transactions:
+        verdict = clean(txn.get("verdict") or txn.get("state") or "?")
+        name = " ".join(clean(txn[key]) for key in ("name", "version") if txn.get(key))
+        rows.append(
+            [
+                (_number(txn.get("txn")), ""),
+                (moment(txn.get("started"), date=True, tz=tz), ""),
+                (clean(txn.get("action") or "?"), ""),
+                (verdict, _VERDICT_COLOURS.get(verdict, "red")),
+                (name or _MISSING, ""),
+                (_number(txn.get("build")), ""),
+                (clean(txn.get("kind") or _MISSING), ""),
+                (_listed(txn.get("targets")) or _MISSING, ""),
+                (duration(txn.get("took")), ""),
+                (_listed(txn.get("asked_by")) or _MISSING, ""),
+                (clean(_error_text(txn.get("error"))), ""),
+            ]
+        )
+    return table(
+        ("TXN", "STARTED", "ACTION", "VERDICT", "PATCH", "BUILD", "KIND", "TARGETS", "TOOK", "BY", "ERROR"),
+        rows,
+        width=width,
+        ink=ink,
+        right=("TXN", "BUILD", "TOOK"),
+        drop=("BY", "TOOK", "KIND", "STARTED"),
+    )
+
+
+def _error_text(error: object) -> str:
+    if isinstance(error, Mapping):
+        return str(error.get("message") or error.get("code") or "")
+    return str(error or "")
+
+
+def transaction_lines(value: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = None) -> list[str]:
+    """``patch.show``: one transaction with its steps and files."""
+    verdict = clean(value.get("verdict") or value.get("state") or "?")
+    lines = _pairs(
+        [
+            ("transaction", f"{_number(value.get('txn'))} ({clean(value.get('action') or 'apply')})"),
+            ("patch", patch_title({**value, "patch": None, "id": None}, ink=ink)),
+            ("id", clean(value.get("patch") or value.get("id") or "")),
+            ("targets", _listed(value.get("targets"))),
+            ("state", clean(value.get("state") or "")),
+            ("verdict", ink(_VERDICT_COLOURS.get(verdict, "red"), verdict)),
+            ("started", moment(value.get("started"), date=True, tz=tz)),
+            ("took", duration(value.get("took"))),
+            ("asked by", _listed(value.get("asked_by"))),
+            ("error", clean(_error_text(value.get("error")))),
+        ]
+    )
+    steps: Sequence[Value] = value.get("steps") or ()
+    if steps:
+        lines.append("steps")
+        lines += [
+            f"  {ink('grey', moment(step.get('at'), tz=tz))}  {step_line(step, ink=ink)}" for step in steps
+        ]
+    files: Sequence[Value] = value.get("files") or ()
+    lines += [line.removeprefix("  ") for line in _file_lines(files, ink)]
+    return lines
+
+
+def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """``patch.verify``, or what `patch verify` found without a supervisor."""
+    manifest: Value = value.get("manifest") or {}
+    requires: Value = manifest.get("requires") or {}
+    lines = [ink("green", "the package is well formed and every file matches its digest")]
+    lines += _pairs(
+        [
+            ("patch", patch_title({**manifest, "id": None}, ink=ink)),
+            ("id", clean(value.get("id") or "")),
+            ("size", size(value.get("size"))),
+            ("format", clean(value.get("format") or "")),
+            ("targets", _listed(manifest.get("targets")) or "named by whoever applies it"),
+            ("regions", _listed(manifest.get("regions"))),
+            ("created", clean(manifest.get("created") or "")),
+            ("expires", clean(manifest.get("expires") or "")),
+            ("requires", ", ".join(f"{clean(k)} {clean(v)}" for k, v in requires.items() if v is not None)),
+            ("probation", duration(manifest["probation"]) if manifest.get("probation") is not None else ""),
+            ("signatures", _listed(value.get("signatures"))),
+            ("trust", trust_text(value.get("trust"), ink=ink)),
+            ("notes", clean(manifest.get("notes") or "")),
+        ]
+    )
+    files: Sequence[Value] = value.get("files") or manifest.get("files") or ()
+    lines += [line.removeprefix("  ") for line in _file_lines([_with_size(file) for file in files], ink)]
+    lines += [f"{ink('yellow', 'warning')}: {clean(warning)}" for warning in value.get("warnings") or ()]
+    return lines
+
+
+def _with_size(file: Value) -> Value:
+    if file.get("note") or file.get("size") is None:
+        return file
+    digest = file.get("sha256")
+    note = size(file["size"]) + (f", sha256 {short(digest)}" if digest else "")
+    return {**file, "note": note}
+
+
+def built_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """What `patch build` wrote."""
+    lines = [f"wrote {ink('bold', clean(value.get('path', '')))}"]
+    lines += _pairs(
+        [
+            ("patch", patch_title({**(value.get("manifest") or {}), "id": None}, ink=ink)),
+            ("size", size(value.get("size"))),
+            ("sha256", clean(value.get("id") or "")),
+            ("crc32", clean(value.get("crc32") or "")),
+        ]
+    )
+    files: Sequence[Value] = (value.get("manifest") or {}).get("files") or ()
+    lines += [line.removeprefix("  ") for line in _file_lines([_with_size(file) for file in files], ink)]
+    return lines
