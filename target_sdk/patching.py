@@ -1,0 +1,247 @@
+"""The program's side of a patch: what a handler is given, what it may answer, what goes back on the wire.
+
+Pure: no sockets, no threads, no clock. Where handlers run is `dispatch.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from target_sdk.protocol import (
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    METHOD_NOT_FOUND,
+    Abort,
+    Failure,
+    Prepare,
+    PrepareAnswer,
+    ProtocolError,
+    Reload,
+    ReloadAnswer,
+    Request,
+    Result,
+    Verdict,
+)
+from target_sdk.session import CallKey
+
+MAX_TEXT: Final = 2000
+"""Characters of a reason or status text that are sent; the rest is cut off."""
+
+MIN_RETRY: Final = 0.01
+"""The shortest time (seconds) after which a target can be asked again."""
+
+REMEMBERED_PATCHES: Final = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """What is about to change (`on_prepare`, `on_abort`), or has just changed (`on_reload`).
+
+    A reload that an operator asked for without a patch has ``id`` None and nothing in ``changed``.
+    """
+
+    id: str | None
+    build: int
+    """The build that the files will have, or have now."""
+    changed: tuple[str, ...]
+    """The files that differ, relative to the root."""
+    root: Path
+    kind: str = "warm"
+    """``warm``: a reload follows. ``cold``: the program is going to be restarted."""
+    rollback: bool = False
+    """The build is an older one that the supervisor went back to."""
+    deadline: float | None = None
+    """In `on_prepare`: seconds that the supervisor waits for the answer."""
+
+
+def wait(retry_after: float, reason: str = "") -> PrepareAnswer:
+    """Not at a point where it can be patched: ask again in ``retry_after`` seconds."""
+    if not math.isfinite(retry_after):
+        raise ValueError(f"retry_after must be a number of seconds, got {retry_after!r}")
+    return PrepareAnswer(
+        verdict=Verdict.WAIT, retry_after=max(MIN_RETRY, retry_after), reason=wire_text(reason) or None
+    )
+
+
+def not_allowed(reason: str) -> PrepareAnswer:
+    """Do not apply this patch. The reason is shown to whoever asked for it."""
+    return PrepareAnswer(verdict=Verdict.NOT_ALLOWED, reason=wire_text(reason))
+
+
+PrepareHandler = Callable[[Patch], "PrepareAnswer | bool | Awaitable[PrepareAnswer | bool | None] | None"]
+PatchHandler = Callable[[Patch], object]
+DrainHandler = Callable[[float], object]
+
+
+class StoppingError(Exception):
+    """The program left its `Target` before the handler had answered."""
+
+    def __init__(self) -> None:
+        super().__init__("the program is stopping")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a handler ended: with a value or an error, after ``took`` seconds."""
+
+    value: object = None
+    error: BaseException | None = None
+    took: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A request of the supervisor on its way to the program's handler (None: there is none for it)."""
+
+    key: CallKey
+    method: str
+    argument: Patch | float
+    handler: Callable[[Any], object] | None
+
+    def answer(self, outcome: Outcome) -> Result | Failure:
+        match self.method:
+            case Prepare.METHOD:
+                return Result(id=self.key.id, result=_prepare_answer(outcome).result())
+            case Reload.METHOD:
+                return Result(id=self.key.id, result=_reload_answer(outcome).result())
+        if outcome.error is not None:
+            return Failure(id=self.key.id, number=INTERNAL_ERROR, message=reason_of(outcome.error))
+        return Result(id=self.key.id, result={})
+
+    def succeeded(self, outcome: Outcome) -> bool:
+        return outcome.error is None and not (self.method == Reload.METHOD and outcome.value is False)
+
+
+@dataclass(slots=True, kw_only=True)
+class Handlers:
+    """The program's functions, and the patches it has been asked about."""
+
+    prepare: PrepareHandler | None = None
+    reload: PatchHandler | None = None
+    abort: PatchHandler | None = None
+    drain: DrainHandler | None = None
+    _offered: dict[str, Patch] = field(default_factory=dict)
+
+    def all(self) -> list[Callable[[Any], object]]:
+        return [
+            handler for handler in (self.prepare, self.reload, self.abort, self.drain) if handler is not None
+        ]
+
+    def call_for(self, key: CallKey, request: Request, root: Path) -> Call:
+        """Find what a request is for.
+
+        Raises:
+            ProtocolError: the method is unknown or its parameters are of a wrong type.
+        """
+        handler: Callable[[Any], object] | None
+        argument: Patch | float
+        match request.method:
+            case Prepare.METHOD:
+                argument = self._offer(Prepare.from_params(request.params), root)
+                handler = self.prepare
+            case Reload.METHOD:
+                argument = self._take_up(Reload.from_params(request.params))
+                handler = self.reload
+            case Abort.METHOD:
+                abort = Abort.from_params(request.params)
+                # One we were never asked about was never begun here: there is nothing to abort.
+                offered = self._offered.pop(abort.patch, None)
+                argument = offered or Patch(id=abort.patch, build=0, changed=(), root=root)
+                handler = None if offered is None else self.abort
+            case "drain":
+                argument = _deadline(request)
+                handler = self.drain
+            case _:
+                raise ProtocolError(f"unknown method {request.method!r}", number=METHOD_NOT_FOUND)
+        return Call(key=key, method=request.method, argument=argument, handler=handler)
+
+    def _offer(self, prepare: Prepare, root: Path) -> Patch:
+        patch = Patch(
+            id=prepare.patch,
+            build=prepare.build,
+            changed=tuple(prepare.changed),
+            root=root,
+            kind=prepare.kind,
+            deadline=prepare.deadline,
+        )
+        self._offered[prepare.patch] = patch
+        while len(self._offered) > REMEMBERED_PATCHES:
+            del self._offered[next(iter(self._offered))]
+        return patch
+
+    def _take_up(self, reload: Reload) -> Patch:
+        if reload.patch is not None:
+            self._offered.pop(reload.patch, None)
+        return Patch(
+            id=reload.patch,
+            build=reload.build,
+            changed=tuple(reload.changed),
+            root=Path(reload.root),
+            rollback=reload.rollback,
+        )
+
+
+def check_handler(event: str, handler: Callable[[Any], object]) -> None:
+    """Find out at start-up, not at the first patch, that a handler cannot be called.
+
+    Raises:
+        TypeError: it does not take exactly one argument.
+    """
+    try:
+        signature = inspect.signature(handler)
+    except ValueError:
+        return  # some callables written in C do not tell
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise TypeError(f"{event}: the handler must take one argument, but is {signature}") from None
+
+
+def is_async(handler: Callable[[Any], object]) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
+
+
+def reason_of(error: BaseException) -> str:
+    if isinstance(error, StoppingError):
+        return str(error)
+    return wire_text(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+
+
+def wire_text(text: str) -> str:
+    """Make any text fit to be sent: no lone surrogates (file names may hold them), at most `MAX_TEXT`."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _prepare_answer(outcome: Outcome) -> PrepareAnswer:
+    """Only a clear yes is a yes: whatever else a handler does, the patch is not applied over its head."""
+    if outcome.error is not None:
+        return not_allowed(reason_of(outcome.error))
+    match outcome.value:
+        case None | True:
+            return PrepareAnswer(verdict=Verdict.GO_AHEAD)
+        case PrepareAnswer():
+            return outcome.value
+        case False:
+            return not_allowed("the program said no")
+    return not_allowed(f"the program's prepare handler returned {outcome.value!r}")
+
+
+def _reload_answer(outcome: Outcome) -> ReloadAnswer:
+    if outcome.error is not None:
+        return ReloadAnswer(ok=False, took=outcome.took, reason=reason_of(outcome.error))
+    if outcome.value is False:
+        return ReloadAnswer(ok=False, took=outcome.took, reason="the program's reload handler returned False")
+    return ReloadAnswer(ok=True, took=outcome.took)
+
+
+def _deadline(request: Request) -> float:
+    value = request.params.get("deadline")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ProtocolError("deadline must be a number", number=INVALID_PARAMS)
+    return float(value)
