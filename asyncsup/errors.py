@@ -207,3 +207,12 @@ class RemoteError(AsyncsupError):
     def __init__(self, message: str, *, code: str, exit_status: int, **details: Any) -> None:
         super().__init__(message, code=code, **details)
         self.remote_exit_status = exit_status
+
+
+class PatchBuildError(PatchError):
+    """No package can be made of what was given; the output is as it was before.
+
+    The code names the reason: ``build.empty``, ``build.path``, ``build.file_type`` ...
+    """
+
+    code = "build.failed"

@@ -1,0 +1,182 @@
+"""May this patch be applied to this target? Pure: facts in, a verdict for each gate out.
+
+Every gate is always judged and named in the result, whatever the others said; a gate is never skipped because
+something is unknown. What needs the files on disk (drift, base hashes, free space) is judged by the store
+when the patch is staged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from asyncsup.patch.manifest import Kind, Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetFacts:
+    """What is known of a target.
+
+    Args:
+        patch: id of the patch its current generation came from; None before the first.
+        content_matches: the target's files are already what the patch would make them.
+        allow: the kinds of patch its configuration takes.
+        held: why this very patch is on hold, None when it is not.
+        build_floor: the highest floor that a patch applied to the target has set; None when none did.
+    """
+
+    name: str
+    region: str
+    build: int
+    patch: str | None
+    content_matches: bool
+    allow: frozenset[Kind]
+    held: str | None
+    build_floor: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """One verdict; `code` is None when the gate is open."""
+
+    name: str
+    ok: bool
+    detail: str
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assessment:
+    """All verdicts for one target, in the order in which they count.
+
+    `already`: no gate is closed, and the target is what the patch would make it. That is a success, and there
+    is nothing to do.
+    """
+
+    target: str
+    gates: tuple[Gate, ...]
+    already: bool
+
+    @property
+    def refused(self) -> Gate | None:
+        """The first closed gate, or None when the patch may be applied."""
+        return next((gate for gate in self.gates if not gate.ok), None)
+
+
+def assess(
+    manifest: Manifest, patch_id: str, facts: TargetFacts, *, now: datetime, signed: bool = False
+) -> Assessment:
+    """Judge every gate.
+
+    Args:
+        patch_id: SHA-256 of the package.
+        now: an aware datetime.
+        signed: the package carries the signatures that the trust policy asks for; a downgrade needs them.
+    """
+    same = manifest.build == facts.build and (facts.patch == patch_id or facts.content_matches)
+    gates = (
+        _target(manifest, facts),
+        _region(manifest, facts),
+        _build(manifest, facts, same=same, signed=signed),
+        *(
+            # What is already there needs no permission any more: repeating an applied patch stays a success.
+            (_open(name, "already applied") for name in ("requires", "expired", "kind", "held"))
+            if same
+            else (_requires(manifest, facts), _expired(manifest, now), _kind(manifest, facts), _held(facts))
+        ),
+    )
+    return Assessment(target=facts.name, gates=gates, already=same and all(gate.ok for gate in gates))
+
+
+def _target(manifest: Manifest, facts: TargetFacts) -> Gate:
+    if not manifest.targets:
+        return _open("target", f"the patch names no target, it was asked for {facts.name}")
+    if facts.name in manifest.targets:
+        return _open("target", f"patch is for {_list(manifest.targets)}")
+    return _closed("target", f"patch is for {_list(manifest.targets)}, not for {facts.name}", "gate.target")
+
+
+def _region(manifest: Manifest, facts: TargetFacts) -> Gate:
+    if facts.region in manifest.regions:
+        return _open("region", f"{facts.name} runs in {facts.region}")
+    return _closed(
+        "region",
+        f"patch is for {_list(manifest.regions)}, {facts.name} runs in {facts.region}",
+        "gate.region",
+    )
+
+
+def _build(manifest: Manifest, facts: TargetFacts, *, same: bool, signed: bool) -> Gate:
+    if same:
+        return _open("build", f"{facts.name} already is at build {facts.build} with this content")
+    if manifest.build > facts.build:
+        return _open("build", f"{facts.build} to {manifest.build}")
+    if manifest.build == facts.build:
+        return _closed(
+            "build",
+            f"{facts.name} is at build {facts.build} with other content; give the patch a higher build",
+            "gate.build_conflict",
+        )
+    lower = f"{facts.name} is at build {facts.build}, the patch is build {manifest.build}"
+    if not manifest.downgrade:
+        return _closed("build", f"{lower}; only a signed patch with `downgrade` may lower it", "gate.build")
+    floor = max(
+        (each for each in (manifest.build_floor, facts.build_floor) if each is not None), default=None
+    )
+    if floor is not None and manifest.build < floor:
+        return _closed("build", f"{lower}, below the floor {floor} that no downgrade may pass", "gate.floor")
+    if not signed:
+        return _closed("build", f"{lower}; a downgrade is taken only when it is signed", "gate.build")
+    return _open("build", f"downgrade from {facts.build} to {manifest.build}")
+
+
+def _requires(manifest: Manifest, facts: TargetFacts) -> Gate:
+    low, high = manifest.requires.build_min, manifest.requires.build_max
+    if low is None and high is None:
+        return _open("requires", "any build")
+    if low is None:
+        wanted = f"at most {high}"
+    elif high is None:
+        wanted = f"at least {low}"
+    else:
+        wanted = f"{low} to {high}"
+    if (low is None or low <= facts.build) and (high is None or facts.build <= high):
+        return _open("requires", f"build {facts.build} is {wanted}")
+    return _closed(
+        "requires", f"patch needs build {wanted}, {facts.name} is at {facts.build}", "gate.requires"
+    )
+
+
+def _expired(manifest: Manifest, now: datetime) -> Gate:
+    if manifest.expires is None:
+        return _open("expired", "does not expire")
+    moment = manifest.expires.isoformat().replace("+00:00", "Z")
+    if now < manifest.expires:
+        return _open("expired", f"expires {moment}")
+    return _closed("expired", f"patch expired {moment}; build it again", "gate.expired")
+
+
+def _kind(manifest: Manifest, facts: TargetFacts) -> Gate:
+    if manifest.kind in facts.allow:
+        return _open("kind", f"{manifest.kind.value} patches are allowed")
+    allowed = " and ".join(sorted(kind.value for kind in facts.allow))
+    taken = f"only {allowed} patches" if allowed else "no patches"
+    return _closed("kind", f"patch is {manifest.kind.value}, {facts.name} takes {taken}", "gate.kind")
+
+
+def _held(facts: TargetFacts) -> Gate:
+    if facts.held is None:
+        return _open("held", "not on hold")
+    return _closed("held", f"patch is on hold: {facts.held}", "gate.held")
+
+
+def _open(name: str, detail: str) -> Gate:
+    return Gate(name=name, ok=True, detail=detail)
+
+
+def _closed(name: str, detail: str, code: str) -> Gate:
+    return Gate(name=name, ok=False, detail=detail, code=code)
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,384 @@
+"""A patch package: open it, verify it, take files out of it.
+
+`open_package` accepts a package or refuses it before anything is extracted. What a `Package` then hands out
+is checked again as it streams by: size, CRC-32 and SHA-256, each against what was accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, NoReturn, Self
+
+from asyncsup.errors import PatchMalformedError, PatchNotFoundError, UsageError
+from asyncsup.patch import archive, prototype
+from asyncsup.patch.archive import DEFAULT_LIMITS, Entry, Limits, quote
+from asyncsup.patch.manifest import SCHEMA, FileChange, Manifest, Op, Problem, malformed, parse_manifest
+
+__all__ = ["DEFAULT_LIMITS", "Limits", "Package", "open_package"]
+
+MANIFEST: Final = "manifest.json"
+FILES: Final = "files/"
+SIGNATURES: Final = "signatures/"
+
+Format = Literal["asyncsup.patch/1", "prototype"]
+Sources = dict[str, Entry]
+"""Entries of new and modified files by `_source_key`."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+_SIGNATURE = re.compile(r"signatures/([A-Za-z0-9][A-Za-z0-9._@+-]{0,127})\.sig")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class Package:
+    """An accepted package, and its open file; a context manager.
+
+    `extract` may be called from several threads at once.
+
+    Args:
+        id: SHA-256 of the whole zip, lower-case hex.
+        size: bytes of the whole zip.
+        manifest: complete also for a prototype package, whose digests and sizes are those of its sources.
+        manifest_bytes: exactly as they are in the archive: what signatures are made over.
+        signatures: content of ``signatures/NAME.sig`` by NAME.
+    """
+
+    def __init__(
+        self,
+        file: FileIO,
+        *,
+        path: Path,
+        id: str,  # noqa: A002
+        size: int,
+        format: Format,  # noqa: A002
+        manifest: Manifest,
+        manifest_bytes: bytes,
+        signatures: Mapping[str, bytes],
+        sources: Sources,
+    ) -> None:
+        self._file = file
+        self._sources = sources
+        self.path: Final = path
+        self.id: Final = id
+        self.size: Final = size
+        self.format: Final[Format] = format
+        self.manifest: Final = manifest
+        self.manifest_bytes: Final = manifest_bytes
+        self.signatures: Final = signatures
+
+    def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
+        """Write the content of a new or modified file to `fd`, from its current position on.
+
+        `change` is one of the manifest's, or what `prototype.with_root_name` made of one.
+
+        Raises:
+            PatchMalformedError: the content is not what the manifest says (``digest.sha256``), or the archive
+                is damaged (``zip.*``). What was written up to then is worthless.
+            OSError: writing failed.
+        """
+        self._read(change, lambda piece: _write_all(fd, piece), progress)
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read all files as `extract` would, and throw them away.
+
+        Raises:
+            PatchMalformedError: as in `extract`, for the first file that is not what it should be.
+        """
+        for change in self.manifest.files:
+            if change.op is not Op.DELETED:
+                self._read(change, None, progress)
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Package {self.path.name} {self.id[:12]} {self.format}>"
+
+    def _read(
+        self, change: FileChange, write: Callable[[memoryview], None] | None, progress: Progress | None
+    ) -> None:
+        entry = self._sources.get(_source_key(self.format, change))
+        if entry is None or entry.size != change.size:
+            raise ValueError(f"{change!r} is no new or modified file of this package")
+        digest = hashlib.sha256()
+        try:
+            for piece in archive.stream(self._file.fileno(), entry):
+                digest.update(piece)
+                if write is not None:
+                    write(piece)
+                if progress is not None:
+                    progress(len(piece))
+        except PatchMalformedError as error:
+            raise _with_file(error, self.path) from error.__cause__
+        if digest.hexdigest() != change.sha256:
+            raise PatchMalformedError(
+                f"{self.path.name}: entry {quote(entry.name)} has SHA-256 {digest.hexdigest()}, the manifest "
+                f"says {change.sha256}; build the package again",
+                code="digest.sha256",
+                file=self.path.name,
+                entry=entry.name,
+            )
+
+
+def _source_key(package_format: Format, change: FileChange) -> str:
+    """How a change finds its entry.
+
+    By its path; in a prototype package by its content, because its paths change when the target is known and
+    several may share one source.
+    """
+    return change.path if package_format == SCHEMA else f"{change.sha256}"
+
+
+def open_package(
+    path: Path, *, limits: Limits = DEFAULT_LIMITS, sha256: str | None = None, crc32: int | None = None
+) -> Package:
+    """Open a package and check everything about it but the content of its files.
+
+    In this order: size, the digests of the whole file, structure of the archive, manifest, and that archive
+    and manifest name the same files. Of a prototype package the sources are read as well: only they tell
+    their digests.
+
+    Args:
+        sha256: what the SHA-256 of the whole file must be, in hex.
+        crc32: what its CRC-32 must be.
+
+    Raises:
+        PatchMalformedError: it is not a valid package; the code says why.
+        PatchNotFoundError: there is no such file.
+        UsageError: `sha256` or `crc32` cannot be one.
+    """
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise UsageError(f"{sha256[:80]!r} is not a SHA-256: 64 hexadecimal digits", code="usage.sha256")
+    if crc32 is not None and not 0 <= crc32 < 1 << 32:
+        raise UsageError(f"{crc32} is not a CRC-32: it has 32 bits", code="usage.crc32")
+    try:
+        file = _open(path)
+        try:
+            return _read_package(file, path, limits, sha256, crc32)
+        except BaseException:
+            file.close()
+            raise
+    except PatchMalformedError as error:
+        raise _with_file(error, path) from error.__cause__
+    except FileNotFoundError:
+        raise PatchNotFoundError(f"there is no file {path}", path=str(path)) from None
+    except OSError as error:
+        malformed_error = PatchMalformedError(f"cannot be read: {error.strerror}", code="zip.unreadable")
+        raise _with_file(malformed_error, path) from error
+
+
+def _open(path: Path) -> FileIO:
+    # Not blocking: a FIFO in the inbox must not hold up whoever looks at it.
+    return FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+def _read_package(file: FileIO, path: Path, limits: Limits, sha256: str | None, crc32: int | None) -> Package:
+    fd = file.fileno()
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        _refuse("zip.unreadable", "is not a regular file")
+    if status.st_size > limits.package_bytes:
+        _refuse("zip.package_size", f"has {status.st_size} bytes, the limit is {limits.package_bytes}")
+    try:
+        package_id, checksum = _digests(fd, status.st_size, want_crc32=crc32 is not None)
+        if sha256 is not None and sha256.lower() != package_id:
+            _refuse("digest.sha256", f"has SHA-256 {package_id}, {sha256.lower()} was asked for")
+        if crc32 is not None and crc32 != checksum:
+            asked = f"{crc32} (0x{crc32:08x}) was asked for"
+            _refuse("digest.crc32", f"has CRC-32 {checksum} (0x{checksum:08x}), {asked}")
+        entries = archive.scan(fd, status.st_size, limits)
+        package = _read_contents(file, path, entries, limits, package_id=package_id, size=status.st_size)
+    except PatchMalformedError as error:
+        # If the file is being written to, that is what is wrong with it, whatever was seen of it.
+        _refuse_changed(fd, status, cause=error)
+        raise
+    _refuse_changed(fd, status, cause=None)
+    return package
+
+
+def _digests(fd: int, size: int, *, want_crc32: bool) -> tuple[str, int]:
+    digest = hashlib.sha256()
+    checksum = 0
+    buffer = memoryview(bytearray(min(archive.CHUNK, size)))
+    position = 0
+    while position < size:
+        count = os.preadv(fd, [buffer[: min(len(buffer), size - position)]], position)
+        if count == 0:
+            break  # it became shorter, which is noticed afterwards
+        digest.update(buffer[:count])
+        if want_crc32:
+            checksum = zlib.crc32(buffer[:count], checksum)
+        position += count
+    return digest.hexdigest(), checksum
+
+
+def _read_contents(
+    file: FileIO, path: Path, entries: Sequence[Entry], limits: Limits, *, package_id: str, size: int
+) -> Package:
+    by_name = {entry.name: entry for entry in entries}
+    fd = file.fileno()
+    signatures: Mapping[str, bytes] = {}
+    native, older = by_name.get(MANIFEST), by_name.get(prototype.MANIFEST)
+    if native is not None and native is entries[0] and native.offset == 0:
+        package_format: Format = SCHEMA
+        raw = _read_small(fd, native, limits.manifest_bytes)
+        manifest = parse_manifest(raw)
+        signatures, sources = _match(fd, manifest, by_name, limits)
+    elif older is not None:
+        package_format = "prototype"
+        raw = _read_small(fd, older, limits.manifest_bytes)
+        manifest, sources = _match_prototype(fd, path, prototype.parse_prototype(raw), by_name, limits)
+    elif native is not None:
+        raise PatchMalformedError(
+            f"{MANIFEST} must be the first entry of the archive, {quote(entries[0].name)} is; "
+            "pack with `asyncsup patch build`, or name the manifest first (7-Zip sorts and cannot)",
+            code="manifest.not_first",
+            entry=MANIFEST,
+        )
+    else:
+        raise PatchMalformedError(
+            f"the archive has neither {MANIFEST} nor {prototype.MANIFEST}: it is no patch",
+            code="manifest.missing",
+        )
+    return Package(
+        file,
+        path=path,
+        id=package_id,
+        size=size,
+        format=package_format,
+        manifest=manifest,
+        manifest_bytes=raw,
+        signatures=signatures,
+        sources=sources,
+    )
+
+
+def _match(
+    fd: int, manifest: Manifest, by_name: Mapping[str, Entry], limits: Limits
+) -> tuple[dict[str, bytes], Sources]:
+    """Signatures by name, and the files' entries, if manifest and archive name the same files."""
+    problems: list[Problem] = []
+    sources: Sources = {}
+    signatures: dict[str, bytes] = {}
+    unlisted = dict(by_name)
+    del unlisted[MANIFEST]
+    for index, change in enumerate(manifest.files):
+        where = f"files[{index}]"
+        if change.path.count("/") >= limits.path_depth:
+            message = f"{quote(change.path)} has more than {limits.path_depth} components"
+            problems.append(Problem(code="manifest.path", where=f"{where}.path", message=message))
+        if change.sha256 is None:
+            continue
+        entry = unlisted.pop(FILES + change.path, None)
+        if entry is None:
+            message = f"the archive has no entry {quote(FILES + change.path)}"
+            problems.append(Problem(code="manifest.missing_file", where=where, message=message))
+        elif entry.size != change.size:
+            message = f"says {change.size} bytes, the archive's entry has {entry.size}"
+            problems.append(Problem(code="manifest.file_size", where=f"{where}.size", message=message))
+        else:
+            sources[change.path] = entry
+    for name, entry in unlisted.items():
+        signature = _SIGNATURE.fullmatch(name)
+        if entry.is_folder and (name in {FILES, SIGNATURES} or name.startswith(FILES)):
+            continue
+        if signature is not None and not entry.is_folder:
+            signatures[signature[1]] = _read_small(fd, entry, limits.signature_bytes)
+            continue
+        problems.append(_unlisted(name))
+    if len(signatures) > limits.signatures:
+        message = f"the archive has {len(signatures)} signatures, the limit is {limits.signatures}"
+        problems.append(Problem(code="zip.count", where="", message=message))
+    if problems:
+        raise malformed(problems)
+    return signatures, sources
+
+
+def _match_prototype(
+    fd: int, path: Path, manifest: prototype.Prototype, by_name: Mapping[str, Entry], limits: Limits
+) -> tuple[Manifest, Sources]:
+    """The complete manifest and the files' entries; reads all sources."""
+    problems: list[Problem] = []
+    wanted: dict[str, Entry] = {}
+    unlisted = {name for name in by_name if name != prototype.MANIFEST and name not in prototype.FOLDERS}
+    for file in manifest.files:
+        unlisted.discard(file.source)
+        if file.path.count("/") >= limits.path_depth:
+            message = f"{quote(file.path)} has more than {limits.path_depth} components"
+            problems.append(Problem(code="manifest.path", where="", message=message))
+        if file.op is Op.DELETED:
+            continue
+        entry = by_name.get(file.source)
+        if entry is None:
+            message = f"the archive has no entry {quote(file.source)}"
+            problems.append(Problem(code="manifest.missing_file", where="", message=message))
+        else:
+            wanted[file.source] = entry
+    problems.extend(_unlisted(name) for name in sorted(unlisted))
+    if problems:
+        raise malformed(problems)
+    contents: dict[str, prototype.Content] = {}
+    sources: Sources = {}
+    for name, entry in wanted.items():
+        digest = hashlib.sha256()
+        for piece in archive.stream(fd, entry):
+            digest.update(piece)
+        contents[name] = prototype.Content(sha256=digest.hexdigest(), size=entry.size)
+        sources[digest.hexdigest()] = entry
+    complete = prototype.to_manifest(manifest, name=prototype.name_from_file(path.name), contents=contents)
+    return complete, sources
+
+
+def _unlisted(name: str) -> Problem:
+    message = f"the archive's entry {quote(name)} is not in the manifest"
+    return Problem(code="manifest.extra_file", where="", message=message)
+
+
+def _read_small(fd: int, entry: Entry, limit: int) -> bytes:
+    if entry.size > limit:
+        raise PatchMalformedError(
+            f"{entry.name} has {entry.size} bytes, the limit is {limit}",
+            code="manifest.size",
+            entry=entry.name,
+        )
+    return b"".join(bytes(piece) for piece in archive.stream(fd, entry))
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _refuse_changed(fd: int, before: os.stat_result, *, cause: PatchMalformedError | None) -> None:
+    after = os.fstat(fd)
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        message = "changed while it was being read; wait until it is complete"
+        raise PatchMalformedError(message, code="zip.changed") from cause
+
+
+def _refuse(code: str, message: str) -> NoReturn:
+    raise PatchMalformedError(message, code=code)
+
+
+def _with_file(error: PatchMalformedError, path: Path) -> PatchMalformedError:
+    """The same error, with the package's name in front."""
+    details = {"file": path.name, **error.details}
+    return PatchMalformedError(f"{path.name}: {error.message}", code=error.error_code, **details)
