@@ -165,6 +165,14 @@ class TargetChannel:
             self._fail(identity, request.id, error.number, str(error))
         else:
             self._router.send(identity, Result(id=request.id, result=result).encode())
+            if request.method == Hello.METHOD:
+                self._catch_up(self._by_identity[identity])
+
+    def _catch_up(self, connection: _Connection) -> None:
+        """Ask what could not be asked before the peer had an address, or what got lost with its old one."""
+        for request, future in connection.pending.values():
+            if not future.done():
+                self._send(connection, request)
 
     def _hello(self, identity: bytes, hello: Hello) -> Mapping[str, Any]:
         connection = self._by_token.get(hello.token)
@@ -179,11 +187,7 @@ class TargetChannel:
             self._by_identity.pop(connection.identity, None)
         connection.identity = identity
         self._by_identity[identity] = connection
-        result = connection.peer.said_hello(hello)
-        for request, future in connection.pending.values():
-            if not future.done():
-                self._send(connection, request)
-        return result
+        return connection.peer.said_hello(hello)
 
     def _on_answer(self, identity: bytes, answer: Result | Failure) -> None:
         connection = self._by_identity.get(identity)

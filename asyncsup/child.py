@@ -8,6 +8,7 @@ the pid is the program's. Every child leads a session of its own: its pid is its
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import shlex
@@ -32,6 +33,9 @@ _ULIMIT_UNITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bytes per unit `ulimit` counts in; 1 where it counts things or seconds."""
 
+
+# Whatever this process ignores (Python: SIGPIPE and SIGXFSZ; `nohup`: SIGHUP) a child would ignore as well.
+_RESETTABLE_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
 _SOFT_NOFILE, _HARD_NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -121,7 +125,7 @@ def spawn(spec: SpawnSpec) -> Child:
                     spec.env,
                     setsid=True,
                     setsigmask=[],
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT],
+                    setsigdef=_RESETTABLE_SIGNALS,
                     file_actions=[
                         (os.POSIX_SPAWN_DUP2, null, 0),
                         (os.POSIX_SPAWN_DUP2, spec.stdout, 1),
@@ -138,6 +142,15 @@ def spawn(spec: SpawnSpec) -> Child:
     finally:
         os.close(before)
     return Child(pid)
+
+
+def seal_descriptors() -> None:
+    """Keep what this process itself was started with, beyond the standard streams, away from its children."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers are wanted, not paths
+        if int(name) > 2:
+            # The listing's own descriptor is among them, and closed by now.
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(name), False)
 
 
 def raise_descriptor_limit() -> None:

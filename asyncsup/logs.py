@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -52,11 +51,18 @@ class RotatingFile:
         self._max_files = max_files
         self._fd = -1
         self._size = 0
+        self._regular = True
 
     @property
     def room(self) -> int:
+        """Bytes until the file is full; a device or pipe (``/dev/stdout``) never is."""
         self._open()
-        return self._max_size - self._size
+        return self._max_size - self._size if self._regular else 1 << 62
+
+    @property
+    def spliceable(self) -> bool:
+        self._open()
+        return self._regular
 
     def splice_from(self, pipe: int, limit: int) -> int:
         """Move up to ``limit`` bytes from a pipe; raises BlockingIOError when it is empty."""
@@ -104,7 +110,9 @@ class RotatingFile:
             self._fd = -1
 
     def generations(self) -> Iterator[Path]:
-        """The files there are, oldest first."""
+        """The files there are, oldest first; none for a device, which cannot be read back."""
+        if not self._regular:
+            return
         for number in range(self._max_files - 1, 0, -1):
             path = self.path.with_name(f"{self.path.name}.{number}")
             if path.exists():
@@ -117,8 +125,9 @@ class RotatingFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not O_APPEND: splice refuses such a file.
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        self._size = os.lseek(self._fd, 0, os.SEEK_END)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._size = os.lseek(self._fd, 0, os.SEEK_END) if self._regular else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +256,7 @@ class OutputStream:
 
     def _move_raw(self) -> int:
         room = self.file.room
-        if room > LINE_MARGIN:
+        if room > LINE_MARGIN and self.file.spliceable:
             return self.file.splice_from(self._reader, min(room - LINE_MARGIN, PIPE_BYTES))
         data = os.read(self._reader, LINE_MARGIN)
         self._write(data)
@@ -294,9 +303,8 @@ class OutputStream:
             self._count_loss(error, len(text))
 
     def _count_loss(self, error: OSError, size: int) -> None:
-        """The disk is full: the program must go on, so its output is dropped, counted and said."""
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}:
-            raise error
+        """The file cannot be written (disk full, no permission): the program must go on, so its output is
+        dropped, counted and said."""
         if self.lost_bytes == 0:
             log.error("%s: output is lost: %s: %s", self.instance, self.file.path, error.strerror)
         self.lost_bytes += size

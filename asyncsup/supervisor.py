@@ -27,7 +27,7 @@ import zmq
 
 import asyncsup
 from asyncsup.channel import TargetChannel
-from asyncsup.child import raise_descriptor_limit
+from asyncsup.child import raise_descriptor_limit, seal_descriptors
 from asyncsup.config import Config
 from asyncsup.errors import (
     AsyncsupError,
@@ -96,6 +96,7 @@ class Supervisor:
         self.store = Store.open(settings.state_dir)
         self._cleanup.callback(self.store.close)
         raise_descriptor_limit()
+        seal_descriptors()
         self.store.register(
             [
                 TargetRoot(

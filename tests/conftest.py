@@ -1,0 +1,151 @@
+"""What all tests share: a real supervisor to talk to, and the watch over processes left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncsup.client import ControlClient
+from asyncsup.errors import SupervisorUnreachableError
+
+MARK = "TESTS_OF_ASYNCSUP"
+RUN_ID = uuid.uuid4().hex
+os.environ[MARK] = RUN_ID
+
+Condition = Callable[[], Any]
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder with a short path: a UNIX socket's path has room for 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="as-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def wait_for(condition: Condition, what: str, timeout: float = 20.0) -> Any:
+    """Poll a condition that lies outside this process; returns its first true value."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"waited {timeout:g} s in vain for {what}")
+
+
+class Serve:
+    """A real `asyncsup serve` in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "asyncsup.toml"
+        self.stderr = folder / "serve.err"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.environ: dict[str, str] = {}
+
+    @property
+    def endpoint(self) -> str:
+        return f"ipc://{self.folder}/.asyncsup/run/control.sock"
+
+    @property
+    def inbox(self) -> Path:
+        return self.folder / "inbox"
+
+    def write(self, text: str) -> None:
+        self.config.write_text(text, encoding="utf-8")
+
+    def start(self, text: str | None = None) -> ControlClient:
+        """Start, and return a client once it answers."""
+        if text is not None:
+            self.write(text)
+        with self.stderr.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve"],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                env={**os.environ, **self.environ},
+            )
+        return self.connect()
+
+    def connect(self) -> ControlClient:
+        def answers() -> ControlClient | None:
+            assert self.process is not None
+            assert self.process.poll() is None, f"serve ended early:\n{self.errors()}"
+            client = ControlClient(self.endpoint)
+            try:
+                client.call("supervisor.info", timeout=5)
+            except SupervisorUnreachableError:
+                client.close()
+                return None
+            return client
+
+        client: ControlClient = wait_for(answers, "the supervisor to answer")
+        return client
+
+    def errors(self) -> str:
+        return self.stderr.read_text(errors="replace") if self.stderr.exists() else ""
+
+    def stop(self, *, timeout: float = 30.0) -> int:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+
+@pytest.fixture
+def serve(short_tmp: Path) -> Iterator[Serve]:
+    server = Serve(short_tmp)
+    yield server
+    if server.process is not None:
+        server.stop()
+        assert "Traceback" not in server.errors(), server.errors()
+
+
+def processes_of_this_run() -> list[str]:
+    """Everything that was started, directly or not, by this run of the tests and still lives."""
+    found = []
+    mark = f"{MARK}={RUN_ID}".encode()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environ = Path(entry.path, "environ").read_bytes()
+            command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if mark in environ.split(b"\0") and command:
+            found.append(f"{entry.name} {command}")
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 5
+    while processes_of_this_run() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = processes_of_this_run()
+    assert not left, "processes left behind:\n" + "\n".join(left)
