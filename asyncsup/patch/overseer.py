@@ -66,7 +66,8 @@ class _Part:
     """One target's part in a request, as far as it has been looked at."""
 
     target: Target
-    manifest: Manifest
+    manifest: Manifest | None
+    """None for a rollback, which needs no package."""
     assessment: Assessment
     files: list[dict[str, Any]]
     build_before: int
@@ -81,6 +82,8 @@ class _Report:
     asked_by: str
     patch: str | None = None
     manifest: Manifest | None = None
+    build: int | None = None
+    kind: str | None = None
     txn: int | None = None
     parts: list[_Part] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -95,8 +98,8 @@ class _Report:
             "patch": self.patch,
             "name": manifest.name if manifest else None,
             "version": manifest.version if manifest else None,
-            "build": manifest.build if manifest else None,
-            "kind": manifest.kind.value if manifest else None,
+            "build": manifest.build if manifest else self.build,
+            "kind": manifest.kind.value if manifest else self.kind,
             "action": self.action,
             "verdict": verdict,
             "code": error.error_code if error else None,
@@ -431,18 +434,17 @@ class PatchOverseer:
             stage=lambda txn, _: self._store.stage_rollback(txn, target.name, generation),
         )
         assessment = Assessment(target=target.name, gates=(), already=False)
-        report.patch = before.patch
+        report.patch, report.build, report.kind = before.patch, ahead.build, ahead.kind
         report.parts.append(
             _Part(
                 target=target,
-                manifest=Manifest.rollback(build=ahead.build, kind=Kind(ahead.kind)),
+                manifest=None,
                 assessment=assessment,
                 files=ahead.files,
                 build_before=before.build,
                 participant=participant,
             )
         )
-        report.manifest = report.parts[0].manifest
         change = Change(
             action="rollback",
             kind=Kind(ahead.kind),

@@ -315,8 +315,13 @@ class Transaction:
 
     async def _start(self) -> None:
         async def start(participant: Participant) -> None:
+            began = time.monotonic()
             with self._step("start", participant.target.name):
                 await self._bring_up(participant)
+            for instance in participant.instances:
+                record = participant.records[instance.name]
+                record.told_by, record.reload = "restart", "ok"
+                record.reload_took = time.monotonic() - began
 
         await together(partial(start, participant) for participant in self.change.participants)
 
