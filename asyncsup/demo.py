@@ -323,7 +323,7 @@ def run_demo(*, as_json: bool = False, colour: bool = False, keep: Path | None =
     try:
         with Stage(folder) as stage:
             say(
-                f"{2 * len(CASES)} targets at build {BUILD_BEFORE} in {REGION} are ready, under one supervisor."
+                f"{2 * len(CASES)} targets at build {BUILD_BEFORE} in {REGION} are ready, one supervisor."
             )
             formats: tuple[Format, ...] = ("native", "prototype")
             for format_ in formats:
