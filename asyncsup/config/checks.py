@@ -1,0 +1,309 @@
+"""What has to hold between settings, and between them and the machine. Pure but for what it asks a `Machine`.
+
+Whether a single value is right is `asyncsup.config.values`' business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from asyncsup.config.machine import Machine
+from asyncsup.config.problems import Report
+from asyncsup.config.settings import PatchConfig, SupervisorConfig
+from asyncsup.config.values import INSTANCE, format_duration, nearest, quoted
+
+if TYPE_CHECKING:
+    from asyncsup.config.reader import TableRead, TargetRead
+
+MAX_SOCKET_PATH: Final = 107
+"""Bytes: what `sun_path` of a UNIX socket address holds without its final NUL."""
+
+RELOADS: Final = ("reload_signal", "reload_command")
+COMMANDS: Final = ("command", "stop_command", "reload_command")
+_SHELL_WORDS: Final = frozenset({"|", "||", "&", "&&", ">", ">>", "<", "2>", "2>&1"})
+
+
+class Checks:
+    """Every check, with what they report to and ask."""
+
+    def __init__(self, report: Report, machine: Machine | None, environ: Mapping[str, str]) -> None:
+        self._report = report
+        self._machine = machine
+        self._environ = environ
+
+    # --- [supervisor] and [patch] ---------------------------------------------------------------------------
+
+    def supervisor(self, config: SupervisorConfig, read: TableRead) -> None:
+        self._socket_path(read, "runtime_dir", config.runtime_dir / "control.sock")
+        if "endpoint" in read.places:
+            self._socket_path(read, "endpoint", Path(config.endpoint.removeprefix("ipc://")))
+        self._usable_as_folder(read, "state_dir", config.state_dir)
+        self._usable_as_folder(read, "runtime_dir", config.runtime_dir)
+
+    def patch(self, config: PatchConfig, read: TableRead) -> None:
+        self._usable_as_folder(read, "inbox", config.inbox)
+        if config.trust == "required":
+            self._report.problem(
+                read.place("trust"),
+                "signatures are not verified in this version",
+                'use "digest" or "none"',
+            )
+
+    def _socket_path(self, read: TableRead, key: str, path: Path) -> None:
+        size = len(os.fsencode(path))
+        if size > MAX_SOCKET_PATH and key not in read.failed:
+            self._report.problem(
+                read.place(key),
+                f"a socket's path has at most {MAX_SOCKET_PATH} bytes, {path} has {size}",
+                f'set supervisor.{key} to a shorter path, such as "/run/asyncsup"'
+                if key == "runtime_dir"
+                else "choose a shorter path",
+            )
+
+    def _usable_as_folder(self, read: TableRead, key: str, path: Path) -> None:
+        if self._machine and self._machine.exists(path) and not self._machine.is_directory(path):
+            self._report.problem(
+                read.place(key), f"{path} is there and is no folder", "remove it, or choose another path"
+            )
+
+    # --- targets --------------------------------------------------------------------------------------------
+
+    def targets(
+        self, targets: Mapping[str, TargetRead], supervisor: SupervisorConfig, patch: PatchConfig
+    ) -> None:
+        for target in targets.values():
+            self._layout(target)
+            self._reload(target)
+            self._delays(target)
+            self._user(target)
+        self._dependencies(targets)
+        self._roots(targets, supervisor, patch)
+        self._log_files(targets)
+
+    def _layout(self, target: TargetRead) -> None:
+        top = target.top
+        if "root" not in top.places:
+            for key in ("layout", "persist"):
+                if top.has_own(key):
+                    self._report.problem(
+                        top.place(key), "has no meaning without root", "set root, or remove it"
+                    )
+        elif top.has_own("persist") and target.config.layout != "tree" and "layout" not in top.failed:
+            self._report.problem(
+                top.place("persist"),
+                'has a meaning only with layout = "tree"',
+                "remove it: an overlay leaves alone what no patch touches",
+            )
+
+    def _reload(self, target: TargetRead) -> None:
+        if all(key in target.top.places for key in RELOADS):
+            self._report.problem(
+                target.top.place("reload_command"),
+                "reload_signal and reload_command cannot both be set",
+                "remove one of them: a target is told in one way",
+            )
+
+    def _delays(self, target: TargetRead) -> None:
+        config, top = target.config, target.top
+        if config.restart_delay > config.restart_max_delay:
+            delay = format_duration(config.restart_delay)
+            self._report.problem(
+                top.place("restart_max_delay" if "restart_max_delay" in top.places else "restart_delay"),
+                f"restart_delay ({delay}) is more than restart_max_delay "
+                f"({format_duration(config.restart_max_delay)})",
+                f'set restart_max_delay to at least "{delay}"',
+            )
+
+    def _user(self, target: TargetRead) -> None:
+        machine, config = self._machine, target.config
+        if machine is None:
+            return
+        for key, name, find, own in (
+            ("user", config.user, machine.user_id, machine.effective_user),
+            ("group", config.group, machine.group_id, machine.effective_group),
+        ):
+            if name is None:
+                continue
+            number = find(name)
+            if number is None:
+                hint = "the group has a key of its own" if key == "user" and ":" in name else None
+                self._report.problem(target.top.place(key), f"there is no such {key} on this machine", hint)
+            elif number != own() and machine.effective_user() != 0:
+                self._report.problem(
+                    target.top.place(key),
+                    f"only root may start processes as another {key}",
+                    "run asyncsup as root, or remove the key",
+                )
+
+    def _dependencies(self, targets: Mapping[str, TargetRead]) -> None:
+        graph: dict[str, tuple[str, ...]] = {}
+        for name, target in targets.items():
+            graph[name] = tuple(other for other in target.config.depends_on if other in targets)
+            if len(graph[name]) == len(target.config.depends_on) or not self._report.whole:
+                continue
+            for other in target.config.depends_on:
+                if other not in targets:
+                    near = nearest(other, (known for known in targets if known != name))
+                    self._report.problem(
+                        target.top.place("depends_on"),
+                        f"there is no target {quoted(other)}",
+                        f"did you mean {quoted(near)}?" if near else None,
+                    )
+        while cycle := _find_cycle(graph):
+            self._report.problem(
+                targets[cycle[0]].top.place("depends_on"),
+                f"targets wait for each other: {' -> '.join(cycle)}",
+            )
+            graph.update(dict.fromkeys(cycle, ()))
+
+    def _roots(
+        self, targets: Mapping[str, TargetRead], supervisor: SupervisorConfig, patch: PatchConfig
+    ) -> None:
+        state_dir = self._real(supervisor.state_dir)
+        ours = (
+            ("state_dir", "supervisor.state_dir", state_dir),
+            ("runtime_dir", "supervisor.runtime_dir", self._real(supervisor.runtime_dir)),
+            ("the inbox", "patch.inbox", self._real(patch.inbox)),
+        )
+        owners: dict[Path, str] = {}
+        for name, target in targets.items():
+            root, place = target.config.root, target.top.place("root")
+            if root is None or not self._is_root(target, root):
+                continue
+            # Compared with all links followed, but for the one that the tree layout itself makes of a root.
+            real = self._real(root)
+            if _within(real, state_dir):
+                real = self._real(root.parent) / root.name
+            if _within(real, state_dir):
+                self._report.problem(
+                    place,
+                    f"is within state_dir ({supervisor.state_dir})",
+                    "choose a folder of the program's own: what is in there belongs to asyncsup",
+                )
+            if target.config.layout == "tree":
+                for what, key, folder in ours:
+                    if _within(folder, real):
+                        self._report.problem(
+                            place,
+                            f'with layout = "tree" a patch replaces the whole folder, and {what} is in it',
+                            f"set {key} to a folder outside, or give the program a folder of its own",
+                        )
+            if (other := owners.setdefault(real, name)) != name:
+                self._report.problem(place, f"{name} and {other} have the same root")
+        for real, name in owners.items():
+            outer = next((parent for parent in real.parents if parent in owners), None)
+            if outer is not None:
+                self._report.problem(
+                    targets[name].top.place("root"),
+                    f"the root of {name} is within that of {owners[outer]} "
+                    f"({targets[owners[outer]].config.root})",
+                )
+
+    def _is_root(self, target: TargetRead, root: Path) -> bool:
+        place = target.top.place("root")
+        if root == Path("/"):
+            self._report.problem(place, "the whole file system cannot be a root")
+            return False
+        if self._machine is None or self._machine.is_directory(root):
+            return True
+        if self._machine.exists(root):
+            self._report.problem(place, f"{root} is no folder")
+        else:
+            here = place.source.path.parent
+            hint = f"create it, or correct the path (it is relative to {here})"
+            self._report.problem(place, f"there is no folder {root}", hint)
+        return False
+
+    def _real(self, path: Path) -> Path:
+        return path if self._machine is None else self._machine.real_path(path)
+
+    def _log_files(self, targets: Mapping[str, TargetRead]) -> None:
+        """Every stream needs a file of its own: two rotations of one file would lose output."""
+        owners: dict[str, tuple[str, str]] = {}
+        for name, target in targets.items():
+            for stream, path in (("stdout", target.config.log.stdout), ("stderr", target.config.log.stderr)):
+                if not isinstance(path, Path):
+                    continue
+                place, text = target.log.place(stream), str(path)
+                if INSTANCE not in text and target.config.instances > 1:
+                    self._report.problem(
+                        place,
+                        f"{target.config.instances} instances of {name} would write into one file",
+                        "put ${instance} into its name",
+                    )
+                for index in range(target.config.instances if INSTANCE in text else 1):
+                    owner = owners.setdefault(text.replace(INSTANCE, str(index)), (name, stream))
+                    if owner[0] != name:
+                        self._report.problem(
+                            place,
+                            f"{owner[0]} and {name} would write into one file",
+                            "put ${name} into its name",
+                        )
+                        break
+                    if owner[1] != stream:
+                        self._report.problem(
+                            place, "stdout and stderr have the same file", 'write stderr = "stdout"'
+                        )
+                        break
+
+    # --- warnings -------------------------------------------------------------------------------------------
+
+    def warn(self, targets: Mapping[str, TargetRead]) -> None:
+        """Note what is allowed, and perhaps so only for now, but probably not meant."""
+        for target in targets.values():
+            self._warn_of_shell_words(target)
+            if target.config.protocol == "sdk":
+                for key in RELOADS:
+                    if key in target.top.places:
+                        self._report.warn(
+                            target.top.place(key), f"is not used: {target.config.name} is told by its SDK"
+                        )
+            if self._machine is not None:
+                self._warn_of_missing(target, self._machine)
+
+    def _warn_of_shell_words(self, target: TargetRead) -> None:
+        for key in COMMANDS:
+            place = target.top.places.get(key)
+            if place is None or not isinstance(place.value, str):
+                continue
+            for word in sorted(_SHELL_WORDS.intersection(getattr(target.config, key))):
+                self._report.warn(
+                    place, f'there is no shell, {word} is an argument; for a shell write ["sh", "-c", "..."]'
+                )
+
+    def _warn_of_missing(self, target: TargetRead, machine: Machine) -> None:
+        config, top = target.config, target.top
+        if not machine.is_directory(config.directory):
+            self._report.warn(top.place("directory"), f"there is no folder {config.directory}")
+        for path in config.env_files:
+            if not machine.exists(path):
+                self._report.warn(top.place("env_files"), f"there is no file {path}")
+        search_path = config.env.get("PATH", self._environ.get("PATH"))
+        for key in COMMANDS:
+            command: tuple[str, ...] | None = getattr(config, key)
+            if command is None or INSTANCE in command[0] or (config.env_files and "/" not in command[0]):
+                continue  # which program it is, or where it is searched for, will be known at the start
+            if not machine.has_program(command[0], config.directory, search_path):
+                self._report.warn(
+                    top.place(key), f"there is no program {quoted(command[0])} that could be executed"
+                )
+
+
+def _find_cycle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """A way from a target over those it depends on back to itself; empty when there is none."""
+    from graphlib import CycleError, TopologicalSorter  # noqa: PLC0415 - clients never get here
+
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        # graphlib has each before the one that needs it.
+        found: list[str] = error.args[1]
+        return found[::-1]
+    return []
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents

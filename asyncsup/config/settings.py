@@ -1,0 +1,295 @@
+"""The settings of `asyncsup.toml` as typed, frozen values. Pure.
+
+An option is declared once, as a field: the annotation says how its TOML value is read and shown, the field
+says the default. Reading, merging `[defaults]`, `describe` and the reference in ``docs/configuration.md`` all
+follow the fields (`options`). `asyncsup.config.reader` reads them.
+
+There is no ``from __future__ import annotations`` here because the annotations are read at run time.
+"""
+
+import signal
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+
+from asyncsup.config import values
+from asyncsup.config.values import UNLIMITED, ValueType, choice, integer, toml_text
+
+if TYPE_CHECKING:
+    from asyncsup.patch.manifest import Kind
+
+
+class Default(NamedTuple):
+    """A default that depends on other settings.
+
+    ``toml`` is read as if it stood in the file; a default that only code can find has ``words`` for people.
+    """
+
+    toml: str | None = None
+    words: str = ""
+
+
+class Entries(NamedTuple):
+    """A table whose keys are the user's own (``known`` None) or the names of ``known``."""
+
+    value: ValueType[Any]
+    known: Mapping[str, ValueType[Any]] | None = None
+
+
+Duration = Annotated[float, values.DURATION]
+Timeout = Annotated[float, values.TIMEOUT]
+Text = Annotated[str, values.TEXT]
+Command = Annotated[tuple[str, ...], values.COMMAND]
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+Trust = Literal["digest", "none", "required"]
+Layout = Literal["overlay", "tree"]
+Protocol = Literal["sdk", "notify", "none"]
+Restart = Literal["always", "on-failure", "unless-stopped", "never"]
+KillMode = Literal["group", "process"]
+LogFormat = Literal["raw", "timestamp", "json"]
+
+
+def _empty() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+def _all_kinds() -> "frozenset[Kind]":
+    from asyncsup.patch.manifest import Kind  # noqa: PLC0415 - slow to import, and clients never need it
+
+    return frozenset(Kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorConfig:
+    """`[supervisor]`: the supervisor itself, and where it keeps things."""
+
+    region: Text = "local"
+    """Where the targets run; a patch names the regions it is meant for."""
+    state_dir: Annotated[Path, values.PATH, Default(".asyncsup")]
+    """Generations, the database, logs: what must survive a restart of the machine."""
+    runtime_dir: Annotated[Path, values.PATH, Default(words="`STATE_DIR/run`")]
+    """Sockets: what need not."""
+    endpoint: Annotated[str, values.ENDPOINT, Default(words="`ipc://RUNTIME_DIR/control.sock`")]
+    """Where clients connect to."""
+    log_level: Annotated[LogLevel, choice(LogLevel)] = "info"
+    """Of the supervisor's own log, on its standard error."""
+    include: Annotated[tuple[str, ...], values.STRINGS] = ()
+    """Patterns of files with more targets, relative to this file."""
+
+    @property
+    def events_endpoint(self) -> str:
+        """Where events are published."""
+        return f"ipc://{self.runtime_dir / 'events.sock'}"
+
+    @property
+    def target_endpoint(self) -> str:
+        """Where instances with the SDK connect to."""
+        return f"ipc://{self.runtime_dir / 'target.sock'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchTiming:
+    """How long targets may take over a patch: set in `[patch]`, overridden for one target in `.patch`."""
+
+    ack_timeout: Timeout = 10.0
+    """How long an instance may take to answer `prepare` and `reload`."""
+    wait_max: Duration = 60.0
+    """How long instances may answer `wait`, all in all, before the patch is given up."""
+    probation: Duration = 2.0
+    """How long after the switch a failure still undoes the patch, unless the patch itself names a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchConfig(PatchTiming):
+    """`[patch]`: where patches come from, and what is asked of them."""
+
+    inbox: Annotated[Path, values.PATH, Default("inbox")]
+    """The folder patches are dropped into."""
+    trust: Annotated[Trust, choice(Trust)] = "digest"
+    """What must be right besides the content: a digest, nothing, or a signature (not in this version)."""
+    keep: Annotated[int, integer(1, 10_000)] = 3
+    """How many old generations of each target stay, to go back to."""
+    auto: Annotated[bool, values.BOOLEAN] = False
+    """Apply what arrives in the inbox without being told to."""
+    max_package: Annotated[int, values.SIZE] = 10**9
+    """Larger packages are refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetPatchConfig(PatchTiming):
+    """`[target.NAME.patch]`."""
+
+    allow: Annotated["frozenset[Kind]", values.ALLOW] = field(default_factory=_all_kinds)
+    """Kinds of patches the target takes; none at all for `[]`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """`[target.NAME.log]`: where the output of the instances goes."""
+
+    stdout: Annotated[Path | None, values.LOG_PATH, Default(words="`STATE_DIR/logs/NAME.INDEX.log`")] = None
+    stderr: Annotated[Path | Literal["stdout"] | None, values.LOG_STDERR] = "stdout"
+    """``"stdout"``: into the same file. None (``"separate"``): ``STATE_DIR/logs/NAME.INDEX.err.log``."""
+    format: Annotated[LogFormat, choice(LogFormat)] = "raw"
+    max_size: Annotated[int, values.SIZE] = 50 * 10**6
+    """A full file becomes ``FILE.1``, that ``FILE.2``, and so on."""
+    max_files: Annotated[int, integer(1, 10_000)] = 10
+    """How many files there are of one stream, the current one included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig:
+    """`[target.NAME]`, with `[defaults]` and `[patch]` already beneath it.
+
+    Commands, ``env`` and log paths may still contain ``${instance}`` (`values.INSTANCE`), which is
+    replaced at each start.
+    """
+
+    name: str
+    command: Command
+    directory: Annotated[Path, values.PATH, Default(".")]
+    """The working directory of the instances."""
+    env: Annotated[Mapping[str, str], Entries(values.ENV_VALUE)] = field(default_factory=_empty, repr=False)
+    env_files: Annotated[tuple[Path, ...], values.PATHS] = ()
+    """Files of NAME=VALUE lines, read at each start; ``env`` wins over them."""
+    inherit_env: Annotated[bool | tuple[str, ...], values.INHERIT] = True
+    """The supervisor's own environment: all of it, nothing but PATH, or these variables."""
+    user: Annotated[str | None, values.TEXT] = None
+    group: Annotated[str | None, values.TEXT] = None
+    umask: Annotated[int | None, values.UMASK] = None
+    instances: Annotated[int, integer(0, 10_000)] = 1
+    autostart: Annotated[bool, values.BOOLEAN] = True
+    """Start with the supervisor."""
+    depends_on: Annotated[tuple[str, ...], values.STRINGS] = ()
+    """Targets that must be ready before this one is started."""
+
+    root: Annotated[Path | None, values.PATH] = None
+    """The resources: what patches change. A target without one cannot be patched."""
+    layout: Annotated[Layout, choice(Layout)] = "overlay"
+    persist: Annotated[tuple[str, ...], values.PERSIST] = ()
+    """Paths below root that are not part of any generation."""
+    region: Annotated[str, values.TEXT, Default(words="`region` of `[supervisor]`")] = "local"
+    build: Annotated[int, integer(0)] = 0
+    """The build of root before the first patch."""
+
+    protocol: Annotated[Protocol, choice(Protocol)] = "none"
+    """How an instance says that it is ready: by the SDK, by sd_notify, or by staying up for min_uptime."""
+    restart: Annotated[Restart, choice(Restart)] = "on-failure"
+    restart_delay: Duration = 1.0
+    """Before the first restart of a process that did not stay up; doubles each time."""
+    restart_max_delay: Duration = 30.0
+    start_limit_burst: Annotated[int, integer(1)] = 10
+    """More restarts than this within start_limit_interval, and the instance has failed."""
+    start_limit_interval: Duration = 60.0
+    """0 for no limit."""
+    min_uptime: Duration = 1.0
+    start_timeout: Timeout = 30.0
+    """How long a target with a protocol may take to become ready."""
+    success_exit_codes: Annotated[tuple[int, ...], values.EXIT_CODES] = (0,)
+    essential: Annotated[bool, values.BOOLEAN] = False
+    """The supervisor ends when this target has failed."""
+
+    stop_signal: Annotated[signal.Signals, values.STOP_SIGNAL] = signal.SIGTERM
+    stop_timeout: Duration = 10.0
+    """After it, SIGKILL."""
+    stop_command: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    kill_mode: Annotated[KillMode, choice(KillMode)] = "group"
+    reload_signal: Annotated[signal.Signals | None, values.RELOAD_SIGNAL] = None
+    reload_command: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    reload_timeout: Timeout = 10.0
+
+    log: LogConfig = field(default_factory=LogConfig)
+    limits: Annotated[Mapping[str, int], Entries(values.LIMIT_COUNT, values.LIMITS)] = field(
+        default_factory=_empty
+    )
+    """rlimit name to value in the units of setrlimit(2); `UNLIMITED` for no limit."""
+    patch: TargetPatchConfig = field(default_factory=TargetPatchConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration that has passed every check. All paths are absolute."""
+
+    path: Path
+    supervisor: SupervisorConfig
+    patch: PatchConfig
+    targets: Mapping[str, TargetConfig]
+    """By name, in the order of the files."""
+    warnings: tuple[str, ...] = ()
+    """What is allowed but probably not meant, one sentence each."""
+
+
+class Option(NamedTuple):
+    """One key of a table."""
+
+    name: str
+    type: ValueType[Any] | Entries | type
+    """How its value is read; for a table of its own `Entries`, or the dataclass of its keys."""
+    default: Any
+    """Or a function that makes it (`field`'s ``default_factory``); MISSING for a key that is required."""
+    depends: Default | None
+
+    @property
+    def type_text(self) -> str:
+        """The type, for the reference."""
+        return self.type.name if isinstance(self.type, ValueType) else "table"
+
+    @property
+    def default_text(self) -> str:
+        """The default, for the reference (Markdown)."""
+        if self.depends is not None:
+            return self.depends.words or f"`{toml_text(self.depends.toml)}`"
+        if self.default is MISSING:
+            return "required"
+        if self.default is None:
+            return "not set"
+        if not isinstance(self.type, ValueType):
+            return "`{}`"
+        return f"`{self.type.show(self.default() if callable(self.default) else self.default)}`"
+
+
+@cache
+def options(settings: type) -> Mapping[str, Option]:
+    """The keys of the table that a settings class stands for, in order."""
+    found: dict[str, Option] = {}
+    for item in fields(settings):
+        metadata = getattr(item.type, "__metadata__", ())
+        depends = next((entry for entry in metadata if isinstance(entry, Default)), None)
+        kind = next((entry for entry in metadata if isinstance(entry, ValueType | Entries)), None)
+        if kind is None and not is_dataclass(item.type):
+            continue  # a target's name, which stands in the header
+        default = item.default if item.default_factory is MISSING else item.default_factory
+        found[item.name] = Option(item.name, kind or cast(type, item.type), default, depends)
+    return MappingProxyType(found)
+
+
+def describe(target: TargetConfig) -> dict[str, Any]:
+    """A target's settings as JSON values, for `show`; of `env` only the names: values may be secrets."""
+    return {"name": target.name, **_described(target), "env": sorted(target.env)}
+
+
+def _described(settings: Any) -> dict[str, Any]:
+    settings_class: type = type(settings)
+    return {name: _json_value(getattr(settings, name), name) for name in options(settings_class)}
+
+
+def _json_value(value: Any, name: str = "") -> Any:
+    if name == "umask" and value is not None:
+        return f"{value:03o}"
+    if is_dataclass(value):
+        return _described(value)
+    if isinstance(value, signal.Signals):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: "unlimited" if item == UNLIMITED else item for key, item in value.items()}
+    return value

@@ -1,0 +1,556 @@
+"""How values are written in `asyncsup.toml`: durations, sizes, commands, signals, paths and the rest. Pure.
+
+A `ValueType` reads a TOML value into a typed one, or raises `BadValueError`, and shows a typed value as it
+would be written. `asyncsup.config.settings` says which key takes which.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_args
+
+if TYPE_CHECKING:
+    from asyncsup.patch.manifest import Kind
+
+T = TypeVar("T")
+
+MAX_DURATION: Final = 365 * 86_400.0
+"""Seconds. Event loops overflow on very large timeouts; nobody means a longer one."""
+
+UNLIMITED: Final = -1
+"""RLIM_INFINITY, as a value of `LIMITS`."""
+
+INSTANCE: Final = "${instance}"
+"""Stays in commands, environment and log paths, and is replaced by the instance's index at each start."""
+
+COMMAND_HINT: Final = 'write an array: ["program", "argument"]'
+
+
+class BadValueError(ValueError):
+    """A value is not what its key takes. The reader adds the file, the line and the key."""
+
+    def __init__(self, problem: str, hint: str | None = None) -> None:
+        super().__init__(problem if hint is None else f"{problem}; {hint}")
+        self.problem = problem
+        self.hint = hint
+
+
+_DURATION_UNITS: Final = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION: Final = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|s|m|h|d))+")
+_DURATION_PART: Final = re.compile(r"([0-9.]+)([a-z]+)")
+_DURATION_HINT: Final = 'write a number of seconds, or a text such as "500ms", "10s", "1.5m", "1h30m"'
+
+
+def parse_duration(value: object) -> float:
+    """Read ``"10s"``, ``"500ms"``, ``"1h30m"`` or a number of seconds as seconds, exact to a microsecond.
+
+    Raises:
+        ValueError: it is none of these, negative, or more than 365 days.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 <= value <= MAX_DURATION:  # also false for nan
+            raise BadValueError("not a duration from 0 to 365 days")
+        return round(float(value), 6)
+    if not isinstance(value, str):
+        raise BadValueError(f"must be a duration, got {type_name(value)}", _DURATION_HINT)
+    text = value.replace(" ", "")
+    if not _DURATION.fullmatch(text):
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+            raise BadValueError("a duration without a unit", f'write "{text}s" for seconds')
+        raise BadValueError("not a duration", _DURATION_HINT)
+    seconds = sum(float(part[1]) * _DURATION_UNITS[part[2]] for part in _DURATION_PART.finditer(text))
+    if seconds > MAX_DURATION:
+        raise BadValueError("not a duration from 0 to 365 days")
+    return round(seconds, 6)
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration as `parse_duration` reads it."""
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:.3f}".rstrip("0").rstrip(".") + "ms"
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _DURATION_UNITS[unit] == 0:
+            return f"{seconds / _DURATION_UNITS[unit]:.0f}{unit}"
+    return f"{seconds:.6f}".rstrip("0").rstrip(".") + "s"
+
+
+_SIZE_UNITS: Final = {
+    "TB": 10**12, "TiB": 2**40, "GB": 10**9, "GiB": 2**30,
+    "MB": 10**6, "MiB": 2**20, "KB": 10**3, "KiB": 2**10, "B": 1,
+}  # fmt: skip
+_SIZE_BY_FOLDED: Final = {name.lower(): factor for name, factor in _SIZE_UNITS.items()}
+_SIZE: Final = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?([kmgt]?i?b)", re.IGNORECASE)
+_SIZE_HINT: Final = 'write a number of bytes, or a text such as "64KiB", "50MB" (10^6), "1GiB" (2^30)'
+_MAX_SIZE: Final = 2**63 - 1
+
+
+def parse_size(value: object) -> int:
+    """Read ``"50MB"`` (10^6), ``"64KiB"`` (2^10) or a number of bytes as bytes.
+
+    Raises:
+        ValueError: it is none of these, negative, no whole number of bytes, or 2^63 and more.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str):
+        match = _SIZE.fullmatch(value.replace(" ", ""))
+        factor = _SIZE_BY_FOLDED.get(match[3].lower()) if match else None
+        if match is None or factor is None:
+            raise BadValueError("not a size", _SIZE_HINT)
+        fraction = match[2] or ""
+        size, rest = divmod(int(match[1] + fraction) * factor, 10 ** len(fraction))
+        if rest:
+            raise BadValueError("not a whole number of bytes")
+    else:
+        raise BadValueError(f"must be a size, got {type_name(value)}", _SIZE_HINT)
+    if not 0 <= size <= _MAX_SIZE:
+        raise BadValueError("not a size from 0 to 2^63-1 bytes")
+    return size
+
+
+def format_size(size: int) -> str:
+    """Write a size as `parse_size` reads it."""
+    unit = next(name for name, factor in _SIZE_UNITS.items() if size % factor == 0) if size else "B"
+    return f"{size // _SIZE_UNITS[unit]}{unit}"
+
+
+_VARIABLE: Final = re.compile(r"\$(?:\$|\{([^}]*)(\}?))")
+
+
+class Scope:
+    """What ``${...}`` and a relative path mean at the place where a value stands.
+
+    Args:
+        here: the folder of the file the value stands in.
+        name: the target's name, None outside of targets.
+    """
+
+    __slots__ = ("environ", "here", "name")
+
+    def __init__(self, *, here: Path, environ: Mapping[str, str], name: str | None = None) -> None:
+        self.here = here
+        self.environ = environ
+        self.name = name
+
+    def text(self, value: object, *, per_instance: bool = False) -> str:
+        """Read a string and put its variables in; ``${instance}`` stays where ``per_instance`` allows it."""
+        if not isinstance(value, str):
+            quotes = "write it in quotes" if isinstance(value, bool | int | float) else None
+            raise BadValueError(f"must be a string, got {type_name(value)}", quotes)
+        text = self._expand(value, per_instance=per_instance) if "$" in value else value
+        if "\0" in text:
+            raise BadValueError("has a NUL character in it")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # an environment variable that is not UTF-8
+            raise BadValueError("is not valid UTF-8") from None
+        return text
+
+    def path(self, value: object, *, per_instance: bool = False) -> Path:
+        """Read a path. ``..`` is resolved in the text, before any symbolic link is."""
+        text = self.text(value, per_instance=per_instance)
+        if not text:
+            raise BadValueError("an empty path", 'write "." for the folder of this file')
+        if text.startswith("~"):
+            raise BadValueError(
+                '"~" has no meaning here', 'write "${HOME}" for a home folder, "./~" for a file'
+            )
+        # normpath keeps two leading slashes, which mean nothing on Linux and would not compare equal.
+        return Path("/" + os.path.normpath(self.here / text).lstrip("/"))
+
+    def _expand(self, text: str, *, per_instance: bool) -> str:
+        kept = 0
+
+        def replace(match: re.Match[str]) -> str:
+            nonlocal kept
+            name: str | None = match[1]
+            if name is None:
+                return "$"
+            if not match[2]:
+                raise BadValueError('"${" without "}"', 'write "$${" for the characters themselves')
+            if name == "here":
+                return str(self.here)
+            if name == "name":
+                if self.name is None:
+                    raise BadValueError("${name} has a meaning only in [defaults] and [target.NAME]")
+                return self.name
+            if name == "instance":
+                if not per_instance:
+                    raise BadValueError("${instance} has a meaning only in commands, env and log paths")
+                kept += 1
+                return match[0]
+            if (value := self.environ.get(name)) is None:
+                raise _unknown_variable(name, self.environ)
+            return value
+
+        expanded = _VARIABLE.sub(replace, text)
+        if expanded.count(INSTANCE) != kept:
+            # What is left in the text is replaced at every start; it cannot be told from one meant literally.
+            raise BadValueError("a literal ${instance} cannot be written", "write $instance without braces")
+        return expanded
+
+
+def _unknown_variable(name: str, environ: Mapping[str, str]) -> BadValueError:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        return BadValueError(f"${{{name}}} is not a variable", f"write $${{{name}}} to leave it to a shell")
+    near = nearest(name, ["here", "name", "instance", *environ])
+    hint = f"did you mean ${{{near}}}?" if near else f"set {name} for the supervisor, or write $${{{name}}}"
+    return BadValueError(f"unknown variable ${{{name}}}", hint)
+
+
+def type_name(value: object) -> str:
+    if isinstance(value, bool):
+        return "a boolean"
+    for kinds, name in (
+        (int | float, "a number"),
+        (str, "a string"),
+        (Mapping, "a table"),
+        (list | tuple, "an array"),
+    ):
+        if isinstance(value, kinds):
+            return name
+    return "a date or time"
+
+
+def quoted(text: str) -> str:
+    """A TOML string of one line that is safe to print on a terminal."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else escape(c)) for c in text) + '"'
+
+
+def escape(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
+
+
+def toml_text(value: object) -> str:
+    """A value as TOML would have it, for people. What a table holds is not shown: it may be a secret."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, signal.Signals):
+        return quoted(value.name.removeprefix("SIG"))
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a number of more than 38 digits"
+    if isinstance(value, str | Path):
+        return quoted(str(value))
+    if isinstance(value, Mapping):
+        return "{...}" if value else "{}"
+    if isinstance(value, list | tuple | frozenset):
+        items = sorted(value, reverse=True) if isinstance(value, frozenset) else value
+        return "[" + ", ".join("[...]" if isinstance(i, list) else toml_text(i) for i in items) + "]"
+    return str(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    import difflib  # noqa: PLC0415 - only where there is something to report
+
+    if len(word) > 80:
+        return None
+    by_folded = {name.casefold(): name for name in known}
+    found = difflib.get_close_matches(word.casefold(), by_folded, n=1)
+    return by_folded[found[0]] if found else None
+
+
+class ValueType(Generic[T]):
+    """How values of one type are written in TOML: their name in the reference, read from it, shown in it.
+
+    Args:
+        read: takes the TOML value and where it stands; raises `BadValueError`.
+    """
+
+    __slots__ = ("name", "read", "show")
+
+    def __init__(
+        self, name: str, read: Callable[[Any, Scope], T], show: Callable[[Any], str] = toml_text
+    ) -> None:
+        self.name = name
+        self.read = read
+        self.show = show
+
+
+def integer(low: int, high: int | None = None) -> ValueType[int]:
+    """Whole numbers from ``low`` to ``high``, by default as far as every JSON program keeps them exact."""
+    top = 2**53 if high is None else high
+
+    def read(value: Any, scope: Scope) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            digits = isinstance(value, str) and value.isdecimal()
+            raise BadValueError(
+                f"must be a whole number, got {type_name(value)}",
+                "write it without quotes" if digits else None,
+            )
+        if not low <= value <= top:
+            raise BadValueError(f"must be from {low} to {top}")
+        return value
+
+    return ValueType(f"integer from {low}" if high is None else f"integer {low} to {high}", read)
+
+
+def choice(alternatives: Any) -> ValueType[Any]:
+    """One of the strings of a `Literal`."""
+    names: tuple[str, ...] = get_args(alternatives)
+
+    def read(value: Any, scope: Scope) -> str:
+        text = scope.text(value)
+        if text not in names:
+            near = nearest(text, names)
+            raise BadValueError(
+                f"not one of {', '.join(names)}", f"did you mean {quoted(near)}?" if near else None
+            )
+        return text
+
+    return ValueType(" or ".join(map(quoted, names)), read)
+
+
+def _read_boolean(value: Any, scope: Scope) -> bool:
+    if not isinstance(value, bool):
+        unquoted = isinstance(value, str) and value in {"true", "false"}
+        raise BadValueError(
+            f"must be true or false, got {type_name(value)}", "write it without quotes" if unquoted else None
+        )
+    return value
+
+
+def _read_text(value: Any, scope: Scope) -> str:
+    text = scope.text(value)
+    if not text.strip() or not text.isprintable():
+        raise BadValueError("must be a text of one line that is not empty")
+    return text
+
+
+def _read_timeout(value: Any, scope: Scope) -> float:
+    seconds = _read_duration(value, scope)
+    if seconds == 0:
+        raise BadValueError("must be more than 0")
+    return seconds
+
+
+def _read_duration(value: Any, scope: Scope) -> float:
+    return parse_duration(scope.text(value) if isinstance(value, str) else value)
+
+
+def _read_size(value: Any, scope: Scope) -> int:
+    size = parse_size(scope.text(value) if isinstance(value, str) else value)
+    if size == 0:
+        raise BadValueError("must be more than 0")
+    return size
+
+
+def _array(value: Any, of: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadValueError(
+            f"must be an array of {of}, got {type_name(value)}",
+            f"write [{toml_text(value)}]"
+            if isinstance(value, str | int) and not isinstance(value, bool)
+            else None,
+        )
+    return value
+
+
+def _read_strings(value: Any, scope: Scope) -> tuple[str, ...]:
+    items = [scope.text(item) for item in _array(value, "strings")]
+    for index, item in enumerate(items):
+        if not item:
+            raise BadValueError("has an empty string in it")
+        if item in items[:index]:
+            raise BadValueError(f"names {quoted(item)} twice")
+    return tuple(items)
+
+
+def _read_exit_codes(value: Any, scope: Scope) -> tuple[int, ...]:
+    code = integer(0, 255)
+    return tuple(code.read(item, scope) for item in _array(value, "whole numbers 0 to 255"))
+
+
+def _read_command(value: Any, scope: Scope) -> tuple[str, ...]:
+    if isinstance(value, str):
+        import shlex  # noqa: PLC0415 - commands given as an array do not need it
+
+        try:
+            words: list[Any] = shlex.split(value)
+        except ValueError as error:
+            reason = str(error)[:1].lower() + str(error)[1:]
+            raise BadValueError(f"cannot be split into words: {reason}", COMMAND_HINT) from None
+    elif isinstance(value, list):
+        words = value
+    else:
+        raise BadValueError(f"must be a command, got {type_name(value)}", COMMAND_HINT)
+    # Split first: a value with a space in it stays one argument.
+    command = tuple(scope.text(word, per_instance=True) for word in words)
+    if not command or not command[0]:
+        raise BadValueError("names no program", COMMAND_HINT)
+    return command
+
+
+def _read_signal(value: Any, scope: Scope) -> signal.Signals:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadValueError(f"must be a signal, got {type_name(value)}", 'write a name such as "TERM"')
+    text = scope.text(value) if isinstance(value, str) else value
+    if isinstance(text, int) or text.isdecimal():
+        # No signal has more digits; int() of very many of them is an error of its own.
+        number = text if isinstance(text, int) else int(text[:4])
+        try:
+            return signal.Signals(number)
+        except ValueError:
+            raise BadValueError("no signal has this number") from None
+    name = "SIG" + text.upper().removeprefix("SIG")
+    if name not in signal.Signals.__members__:
+        near = nearest(name, signal.Signals.__members__)
+        raise BadValueError(
+            "no such signal", f"did you mean {quoted(near.removeprefix('SIG'))}?" if near else None
+        )
+    return signal.Signals[name]
+
+
+def _signal_except(purpose: str, *refused: signal.Signals) -> ValueType[signal.Signals]:
+    def read(value: Any, scope: Scope) -> signal.Signals:
+        found = _read_signal(value, scope)
+        if found in refused:
+            raise BadValueError(f"{found.name} cannot {purpose} a process")
+        return found
+
+    return ValueType("signal", read)
+
+
+def _read_umask(value: Any, scope: Scope) -> int:
+    if not isinstance(value, str):
+        raise BadValueError(f"must be an octal string, got {type_name(value)}", 'write it as "022"')
+    if not re.fullmatch(r"0?[0-7]{1,3}", text := scope.text(value)):
+        raise BadValueError("not an octal umask from 000 to 777", 'write it as "022"')
+    return int(text, 8)
+
+
+def _read_persist(value: Any, scope: Scope) -> tuple[str, ...]:
+    paths = [path.rstrip("/") or path for path in _read_strings(value, scope)]
+    for index, path in enumerate(paths):
+        parts = path.split("/")
+        if path.startswith("/") or not {"", ".", ".."}.isdisjoint(parts):
+            raise BadValueError(
+                f"{quoted(path)} is not a clean path below root", 'write it as "data" or "var/cache"'
+            )
+        for other in paths[:index]:
+            if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/"):
+                raise BadValueError(f"{quoted(path)} and {quoted(other)} are the same or within one another")
+    return tuple(paths)
+
+
+def _read_allow(value: Any, scope: Scope) -> frozenset[Kind]:
+    from asyncsup.patch.manifest import Kind  # noqa: PLC0415 - slow to import, and most never need it
+
+    kinds = {kind.value: kind for kind in Kind}
+    names = _read_strings(value, scope)
+    for name in names:
+        if name not in kinds:
+            near = nearest(name, kinds)
+            raise BadValueError(
+                f"{quoted(name)} is not one of {', '.join(kinds)}",
+                f"did you mean {quoted(near)}?" if near else None,
+            )
+    return frozenset(kinds[name] for name in names)
+
+
+def _read_inherit(value: Any, scope: Scope) -> bool | tuple[str, ...]:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list):
+        raise BadValueError(
+            f"must be true, false or an array of variable names, got {type_name(value)}",
+            f"write [{quoted(value)}]" if isinstance(value, str) else None,
+        )
+    return _read_strings(value, scope)
+
+
+def _read_endpoint(value: Any, scope: Scope) -> str:
+    text = scope.text(value)
+    if text.startswith("tcp://"):
+        raise BadValueError(
+            "tcp:// needs CURVE keys, which are not available yet", 'use "ipc://PATH", or remove the key'
+        )
+    if not text.startswith("ipc://"):
+        raise BadValueError("not an endpoint", 'write it as "ipc://PATH"')
+    if (path := text.removeprefix("ipc://")).startswith("@"):
+        raise BadValueError(
+            "a socket in the abstract namespace has no permissions: every local user could connect",
+            'write it as "ipc://PATH"',
+        )
+    return f"ipc://{scope.path(path)}"
+
+
+def _read_stderr(value: Any, scope: Scope) -> Path | Literal["stdout"] | None:
+    if value == "separate":
+        return None
+    return "stdout" if value == "stdout" else scope.path(value, per_instance=True)
+
+
+def _show_stderr(value: Any) -> str:
+    return '"separate"' if value is None else toml_text(value)
+
+
+def _read_limit(read: Callable[[Any, Scope], int]) -> Callable[[Any, Scope], int]:
+    def read_limit(value: Any, scope: Scope) -> int:
+        return UNLIMITED if value == "unlimited" else read(value, scope)
+
+    return read_limit
+
+
+def _show_limit(show: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: '"unlimited"' if value == UNLIMITED else show(value)
+
+
+def _read_limit_size(value: Any, scope: Scope) -> int:
+    return parse_size(scope.text(value) if isinstance(value, str) else value)
+
+
+def _read_cpu_seconds(value: Any, scope: Scope) -> int:
+    seconds = _read_timeout(value, scope)
+    if seconds != int(seconds):
+        raise BadValueError("must be whole seconds")
+    return int(seconds)
+
+
+def _show_duration(value: Any) -> str:
+    return quoted(format_duration(value))
+
+
+def _show_size(value: Any) -> str:
+    return quoted(format_size(value))
+
+
+BOOLEAN: Final = ValueType("boolean", _read_boolean)
+TEXT: Final = ValueType("string", _read_text)
+DURATION: Final = ValueType("duration", _read_duration, _show_duration)
+TIMEOUT: Final = ValueType("duration above 0", _read_timeout, _show_duration)
+SIZE: Final = ValueType("size above 0", _read_size, _show_size)
+PATH: Final = ValueType("path", lambda value, scope: scope.path(value))
+PATHS: Final = ValueType(
+    "array of paths", lambda value, scope: tuple(scope.path(item) for item in _array(value, "paths"))
+)
+LOG_PATH: Final = ValueType("path", lambda value, scope: scope.path(value, per_instance=True))
+LOG_STDERR: Final = ValueType('path, "stdout" or "separate"', _read_stderr, _show_stderr)
+STRINGS: Final = ValueType("array of strings", _read_strings)
+COMMAND: Final = ValueType("command", _read_command)
+STOP_SIGNAL: Final = _signal_except("end", signal.SIGSTOP, signal.SIGTSTP, signal.SIGCONT)
+RELOAD_SIGNAL: Final = _signal_except("reload", signal.SIGKILL, signal.SIGSTOP)
+UMASK: Final = ValueType("octal string", _read_umask, lambda value: f'"{value:03o}"')
+EXIT_CODES: Final = ValueType("array of integers 0 to 255", _read_exit_codes)
+PERSIST: Final = ValueType("array of paths below root", _read_persist)
+ALLOW: Final = ValueType('array of "warm", "cold"', _read_allow)
+INHERIT: Final = ValueType("boolean or array of variable names", _read_inherit)
+ENDPOINT: Final = ValueType('"ipc://PATH"', _read_endpoint)
+ENV_VALUE: Final = ValueType("string", lambda value, scope: scope.text(value, per_instance=True))
+
+LIMIT_COUNT: Final = ValueType('integer from 0 or "unlimited"', _read_limit(integer(0).read))
+_LIMIT_SIZE: Final = ValueType('size or "unlimited"', _read_limit(_read_limit_size), _show_limit(format_size))
+_LIMIT_CPU: Final = ValueType(
+    'duration in whole seconds or "unlimited"', _read_limit(_read_cpu_seconds), _show_limit(_show_duration)
+)
+LIMITS: Final[Mapping[str, ValueType[int]]] = MappingProxyType({
+    "nofile": LIMIT_COUNT, "nproc": LIMIT_COUNT, "cpu": _LIMIT_CPU,
+    "core": _LIMIT_SIZE, "as": _LIMIT_SIZE, "fsize": _LIMIT_SIZE, "memlock": _LIMIT_SIZE,
+    "stack": _LIMIT_SIZE, "data": _LIMIT_SIZE,
+})  # fmt: skip
+"""The keys of `.limits`: setrlimit(2)'s names in lower case, values in its units (bytes, seconds, counts)."""
