@@ -158,7 +158,7 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (_HARD_NOFILE, _HARD_NOFILE))
 
 
-def _spawn_with_usual_limits(path: str, argv: Sequence[str], env: Mapping[str, str], **settings: Any) -> int:
+def _spawn_with_usual_limits(path: str, argv: list[str], env: Mapping[str, str], **settings: Any) -> int:
     """posix_spawn with the soft descriptor limit this process was started with: a program that uses
     select(2) is not to inherit ours. Limits are inherited at the fork, so lowering our own for that moment
     does it; descriptors that are open stay open.

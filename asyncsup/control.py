@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 import anyio
 import anyio.abc
 
+from asyncsup.config import describe
 from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
@@ -278,7 +279,7 @@ class ControlServer:
         call.finish()
         target = self._one(name)
         described = self.supervisor.describe(target)
-        described["config"] = self.supervisor.config.describe(target.name)
+        described["config"] = describe(target.config)
         described["log"] = {
             instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}
             for instance in target.instances

@@ -242,9 +242,7 @@ class Stage:
         expected = "demo.flipped" if flipped else case.refused_by
         after = self._settled(case, target, before) if expected is None else self.look(target)
         faults = (
-            _faults_of_a_refusal(
-                before, after, exit_status, code, 21 if flipped else 20, case, flipped=flipped
-            )
+            _faults_of_a_refusal(case, before, after, (exit_status, code), flipped=flipped)
             if expected is not None
             else _faults_of_an_apply(case, before, after, exit_status)
         )
@@ -322,9 +320,7 @@ def run_demo(*, as_json: bool = False, colour: bool = False, keep: Path | None =
     plays: list[Play] = []
     try:
         with Stage(folder) as stage:
-            say(
-                f"{2 * len(CASES)} targets at build {BUILD_BEFORE} in {REGION} are ready, one supervisor."
-            )
+            say(f"{2 * len(CASES)} targets at build {BUILD_BEFORE} in {REGION} are ready, one supervisor.")
             formats: tuple[Format, ...] = ("native", "prototype")
             for format_ in formats:
                 for case in CASES:

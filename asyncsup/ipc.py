@@ -27,24 +27,28 @@ RECEIVE_HIGH_WATER: Final = 256
 """Unread messages per peer. Small: MAXMSGSIZE bounds a frame, only this bounds a peer."""
 
 
-def private_directory(path: Path) -> None:
+def private_directory(path: Path, *, searchable: bool = False) -> None:
     """Create a folder that only this user may enter, or check that it is one.
+
+    Args:
+        searchable: others may reach what they know the name of; each socket has permissions of its own.
 
     Raises:
         StateError: it belongs to somebody else; sockets in it could not be trusted.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = 0o711 if searchable else 0o700
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise StateError(f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}; choose another")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        path.chmod(0o700)
+    if stat.S_IMODE(status.st_mode) != mode:
+        path.chmod(mode)
 
 
-def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+def _bind(socket: zmq.Socket[bytes], endpoint: str, mode: int = 0o600) -> None:
     socket.linger = 0
     socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    before = os.umask(0o177)
+    before = os.umask(0o777 & ~mode)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -60,6 +64,7 @@ class Router:
     Args:
         on_message: called with the peer's identity, the frames after it, and the peer's address
             (``host:uid:gid:pid`` for a local peer, as libzmq's ``Peer-Address`` tells it). Must not raise.
+        mode: permissions of an ipc socket; who may write to it may connect.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class Router:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         on_message: Callable[[bytes, Sequence[bytes], str], None],
+        *,
+        mode: int = 0o600,
     ) -> None:
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
@@ -78,7 +85,7 @@ class Router:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        _bind(self._socket, endpoint)
+        _bind(self._socket, endpoint, mode)
         self._fd: int = self._socket.FD
         self._loop.add_reader(self._fd, self._drain)
         self._kick()

@@ -90,8 +90,9 @@ class Supervisor:
     def _open(self) -> None:
         """Take hold of what must be ours alone, in the order in which a conflict shows without a trace."""
         settings = self.config.supervisor
-        private_directory(settings.state_dir)
-        private_directory(settings.runtime_dir)
+        # Programs of other users must reach their own socket; they are known by their tokens.
+        self._strangers = any(target.user is not None for target in self.config.targets.values())
+        private_directory(settings.runtime_dir, searchable=self._strangers)
         self._lock_runtime_dir(settings.runtime_dir)
         self.store = Store.open(settings.state_dir)
         self._cleanup.callback(self.store.close)
@@ -120,7 +121,8 @@ class Supervisor:
         publisher = Publisher(context, f"ipc://{run}/events.sock")
         self._cleanup.callback(publisher.close)
         self.events = EventStream(publisher.send)
-        self.channel = TargetChannel(partial(Router, context, f"ipc://{run}/target.sock"))
+        target_mode = 0o666 if self._strangers else 0o600
+        self.channel = TargetChannel(partial(Router, context, f"ipc://{run}/target.sock", mode=target_mode))
         self._cleanup.callback(self.channel.close)
         self.notify = NotifySocket(run / "notify.sock", self._on_notify)
         self._cleanup.callback(self.notify.close)

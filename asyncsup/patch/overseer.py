@@ -63,11 +63,14 @@ class Source:
 
 @dataclass(slots=True, kw_only=True)
 class _Part:
-    """One target's part in a request, as far as it has been looked at."""
+    """One target's part in a request, as far as it has been looked at.
+
+    Attributes:
+        package: the package as this target reads it; None for a rollback, which needs none.
+    """
 
     target: Target
-    manifest: Manifest | None
-    """None for a rollback, which needs no package."""
+    package: _WithManifest | None
     assessment: Assessment
     files: list[dict[str, Any]]
     build_before: int
@@ -237,7 +240,9 @@ class PatchOverseer:
                             {
                                 "name": instance.name,
                                 "pid": instance.pid,
-                                "told_by": "restart" if part.manifest.kind is Kind.COLD else instance.told_by,
+                                "told_by": "restart"
+                                if package.manifest.kind is Kind.COLD
+                                else instance.told_by,
                             }
                             for instance in part.target.instances
                             if instance.pid is not None
@@ -380,22 +385,15 @@ class PatchOverseer:
         if not parts:
             return "already"
         manifest = package.manifest
-
-        def participant(part: _Part) -> Participant:
-            def stage(txn: int, progress: Progress) -> None:
-                staged = _WithManifest(package, part.manifest)
-                self._store.stage(txn, part.target.name, staged, progress)
-
-            return Participant(
+        for part in parts:
+            assert part.package is not None
+            part.participant = Participant(
                 target=part.target,
                 build_before=part.build_before,
                 build_after=manifest.build,
-                changed=[change.path for change in part.manifest.files],
-                stage=stage,
+                changed=[change.path for change in part.package.manifest.files],
+                stage=partial(self._stage, part.target.name, part.package),
             )
-
-        for part in parts:
-            part.participant = participant(part)
         probations = [part.target.config.patch.probation for part in parts]
         change = Change(
             action="apply",
@@ -414,6 +412,9 @@ class PatchOverseer:
         )
         await self._run(report, change, info, started)
         return "committed"
+
+    def _stage(self, target: str, package: _WithManifest, txn: int, progress: Progress) -> None:
+        self._store.stage(txn, target, package, progress)
 
     async def _roll_back(
         self, report: _Report, targets: Sequence[Target], started: list[Transaction]
@@ -438,7 +439,7 @@ class PatchOverseer:
         report.parts.append(
             _Part(
                 target=target,
-                manifest=None,
+                package=None,
                 assessment=assessment,
                 files=ahead.files,
                 build_before=before.build,
@@ -462,12 +463,13 @@ class PatchOverseer:
         for participant in change.participants:
             participant.enlist()
         names = [participant.target.name for participant in change.participants]
-        report.txn = await anyio.to_thread.run_sync(
+        txn = await anyio.to_thread.run_sync(
             partial(
                 self._store.begin, action=change.action, patch=info, targets=names, asked_by=report.asked_by
             )
         )
-        transaction = Transaction(report.txn, change, self._store, self._supervisor.events)
+        report.txn = txn
+        transaction = Transaction(txn, change, self._store, self._supervisor.events)
         started.append(transaction)
         report.steps = transaction.steps
         verdict: Verdict = "committed"
@@ -484,7 +486,7 @@ class PatchOverseer:
                 await anyio.to_thread.run_sync(
                     partial(
                         self._store.finish,
-                        report.txn,
+                        txn,
                         verdict=verdict,
                         error=error.message if error else None,
                         code=error.error_code if error else None,
@@ -494,7 +496,7 @@ class PatchOverseer:
                     keep = self._supervisor.config.patch.keep
                     for name in names:
                         await anyio.to_thread.run_sync(self._store.prune, name, keep)
-            self._supervisor.events.emit("patch.ended", txn=report.txn, verdict=verdict)
+            self._supervisor.events.emit("patch.ended", txn=txn, verdict=verdict)
 
     def _write_down(self, report: _Report, transaction: Transaction) -> None:
         for step in transaction.steps:
@@ -623,7 +625,11 @@ class PatchOverseer:
         else:
             files = [{"path": change.path, "op": change.op.value, "note": ""} for change in manifest.files]
         return _Part(
-            target=target, manifest=manifest, assessment=assessment, files=files, build_before=state.build
+            target=target,
+            package=_WithManifest(package, manifest),
+            assessment=assessment,
+            files=files,
+            build_before=state.build,
         )
 
 
