@@ -496,6 +496,21 @@ class ControlClient:
         self._streams.append(stream)
         return stream
 
+    def wait_closed(self, timeout: float | None = None) -> bool:
+        """Return True once the supervisor has closed the connection, False after ``timeout`` seconds."""
+        if self._link is None:
+            return True
+        poller = zmq.Poller()
+        poller.register(self._link.monitor, zmq.POLLIN)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._link.lost():
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return False
+            poller.poll(_milliseconds(remaining))
+        self._drop()
+        return True
+
     # --- inside ---------------------------------------------------------------------------------------------
 
     def _send(self, method: str, params: Params) -> int:
@@ -720,7 +735,14 @@ class EventStream:
             while self._link.receive() is not None:
                 pass  # the dead one's, or among those that are fetched now
         first = self._sequence.last + 1
-        events, lost = self._sequence.fetched(self._client.call("events.since", seq=self._sequence.last))
+        events: list[Event] = []
+        lost, more = 0, True
+        while more:
+            answer = self._client.call("events.since", seq=self._sequence.last)
+            some, missing = self._sequence.fetched(answer)
+            events += some
+            lost += missing
+            more = bool(some) and self._sequence.last < answer.get("seq", 0)
         if self._on_gap is not None and (lost or restarted or (events and not quiet)):
             self._on_gap(Gap(first, self._sequence.last, lost, restarted))
         return events
@@ -1044,8 +1066,14 @@ class AsyncEventStream:
             self._sequence.restart()
             self._raw.clear()  # the dead one's, or among those that are fetched now
         first = self._sequence.last + 1
-        answer = await self._client.call("events.since", seq=self._sequence.last)
-        events, lost = self._sequence.fetched(answer)
+        events: list[Event] = []
+        lost, more = 0, True
+        while more:
+            answer = await self._client.call("events.since", seq=self._sequence.last)
+            some, missing = self._sequence.fetched(answer)
+            events += some
+            lost += missing
+            more = bool(some) and self._sequence.last < answer.get("seq", 0)
         self._ready.extend(events)
         if self._on_gap is not None and (lost or restarted or (events and not quiet)):
             self._on_gap(Gap(first, self._sequence.last, lost, restarted))

@@ -241,9 +241,10 @@ def _pairs(pairs: Iterable[tuple[str, str]], indent: str = "") -> list[str]:
 
 
 def is_down(target: Value) -> bool:
-    """Something that should run is not running or not ready."""
-    return target.get("wanted") == "up" and not (
-        target.get("ready") and target.get("state") in {"running", "reloading"}
+    """Something that should run is not running or not ready. What has ended as it was meant to is neither."""
+    return target.get("wanted") == "up" and not all(
+        instance.get("ready") or instance.get("state") == "exited"
+        for instance in target.get("instances") or [target]
     )
 
 
@@ -276,7 +277,7 @@ def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
     if target.get("busy"):
         details.append(f"busy: {clean(target['busy'])}")
     if target.get("waiting"):
-        details.append(f"waiting for {', '.join(clean(name) for name in target['waiting'])}")
+        details.append(f"queued: {_queue(target['waiting'])}")
     if one is not None:
         details.append(_instance_detail(one))
         pid, uptime, ready = _number(one.get("pid")), duration(one.get("uptime")), _yes(target, "ready")
@@ -294,6 +295,16 @@ def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
         (_number(target.get("build")), ""),
         ("; ".join(text for text in details if text), ""),
     ]
+
+
+def _queue(waiting: Sequence[Any]) -> str:
+    """The operations that wait their turn: ``restart for root (uid 0, pid 4711)``."""
+    return ", ".join(
+        f"{clean(entry.get('operation', '?'))} for {clean(entry.get('asked_by', '?'))}"
+        if isinstance(entry, Mapping)
+        else clean(entry)
+        for entry in waiting
+    )
 
 
 def _instance_row(instance: Value) -> list[Cell]:
@@ -391,7 +402,7 @@ def show_lines(
             ("ready", "yes" if value.get("ready") else "no"),
             ("wanted", clean(value.get("wanted") or "")),
             ("busy", clean(value.get("busy") or "")),
-            ("waiting", _listed(value.get("waiting"))),
+            ("queued", _queue(value.get("waiting") or ())),
             ("region", clean(value.get("region") or "")),
             ("build", _number(value.get("build"))),
             ("generation", _number(value.get("generation"))),
@@ -420,6 +431,12 @@ def show_lines(
     config: Value = value.get("config") or {}
     if config:
         lines += ["", "configuration", *_pairs([(k, _setting(v)) for k, v in config.items()], "  ")]
+    logs: Value = value.get("log") or {}
+    paths = [
+        (f"{clean(i)} {clean(s)}", clean(path)) for i, files in logs.items() for s, path in files.items()
+    ]
+    if paths:
+        lines += ["", "output", *_pairs(paths, "  ")]
     history: Sequence[Value] = value.get("history") or ()
     if history:
         lines += ["", "last transactions"]
@@ -452,7 +469,7 @@ def results_lines(value: Value, verb: str, *, ink: Ink = PLAIN) -> list[str]:
         name = clean(result.get("target", ""))
         ok = bool(result.get("ok"))
         mark = ink("green", "ok    ") if ok else ink("red", "failed")
-        text = clean(result.get("detail") or (f"{verb} done" if ok else f"{verb} failed"))
+        text = clean(result.get("detail") or result.get("state") or f"{verb} {'done' if ok else 'failed'}")
         took = result.get("took")
         after = f" ({duration(took)})" if took is not None else ""
         lines.append(f"{mark}  {name}{' ' * (column - width_of(name))}  {text}{after}")
@@ -530,11 +547,12 @@ def patch_title(value: Value, *, ink: Ink = PLAIN) -> str:
     return ", ".join(parts)
 
 
-def report_lines(report: Value, *, ink: Ink = PLAIN, steps: bool = False) -> list[str]:
+def report_lines(report: Value, *, ink: Ink = PLAIN, steps: bool = False, reason: bool = True) -> list[str]:
     """The whole transcript of an apply or a rollback, verdict last.
 
     Args:
         steps: also each step with its time (leave out when they were printed as they happened).
+        reason: also why it failed (leave out when the error itself follows).
     """
     action = "rollback" if report.get("action") == "rollback" else "patch"
     lines = [f"{action} {patch_title(report, ink=ink)}"]
@@ -542,7 +560,8 @@ def report_lines(report: Value, *, ink: Ink = PLAIN, steps: bool = False) -> lis
         lines += [f"  {step_line(step, ink=ink)}" for step in report.get("steps") or ()]
     for target in report.get("targets") or ():
         lines += _target_transcript(target, report, ink)
-    return [*lines, *verdict_lines(report, ink=ink)]
+    verdict = verdict_lines(report, ink=ink)
+    return [*lines, *(verdict if reason else verdict[:1])]
 
 
 def _target_transcript(target: Value, report: Value, ink: Ink) -> list[str]:
@@ -802,7 +821,7 @@ def transaction_lines(value: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = Non
 
 def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
     """``patch.verify``, or what `patch verify` found without a supervisor."""
-    manifest: Value = value.get("manifest") or {}
+    manifest: Value = value.get("manifest") or value
     requires: Value = manifest.get("requires") or {}
     lines = [ink("green", "the package is well formed and every file matches its digest")]
     lines += _pairs(

@@ -67,6 +67,7 @@ class FakeSupervisor:
         self.calls: list[Call] = []
         self.events: list[dict[str, Any]] = []
         self.oldest = 1
+        self.page = 2000
         self.uploads: dict[str, bytearray] = {}
         self._seq = 0
         self._changed = threading.Condition()
@@ -212,7 +213,8 @@ class FakeSupervisor:
 
     def _events_since(self, call: Call) -> Any:
         after = max(call.params["seq"], self.oldest - 1)
-        return {"events": [event for event in self.events if event["seq"] > after], "oldest": self.oldest}
+        events = [event for event in self.events if event["seq"] > after]
+        return {"events": events[: self.page], "oldest": self.oldest, "seq": self._seq}
 
     def _upload(self, call: Call) -> Any:
         upload = call.params.get("upload") or f"upload-{len(self.uploads) + 1}"

@@ -274,6 +274,22 @@ def test_events_the_supervisor_no_longer_has_are_counted_as_lost(supervisor: Fak
     assert gaps == [Gap(first=last + 1, last=last + 3, lost=1, restarted=False)]
 
 
+def test_a_gap_wider_than_one_answer_is_fetched_in_pages(supervisor: FakeSupervisor) -> None:
+    supervisor.page = 10
+    for n in range(35):
+        supervisor.emit("old", n=n)
+    with ControlClient(supervisor.endpoint) as client, client.subscribe(since=0) as events:
+        assert [_next(events.read).seq for _ in range(35)] == list(range(1, 36))
+
+
+def test_wait_closed_returns_when_the_supervisor_has_gone(supervisor: FakeSupervisor) -> None:
+    with ControlClient(supervisor.endpoint) as client:
+        client.call("supervisor.info")
+        assert not client.wait_closed(timeout=0.05)
+        supervisor.stop()
+        assert client.wait_closed(timeout=WAIT_SECONDS)
+
+
 def test_events_are_handed_over_while_a_call_waits(supervisor: FakeSupervisor) -> None:
     def apply(call: Call) -> Any:
         for step in ("verify", "stage", "switch"):

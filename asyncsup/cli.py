@@ -1,0 +1,1084 @@
+"""The command line: arguments in; text and an exit status out. Speaks to a supervisor only through client.py.
+
+A verb is a function that declares its arguments and one that carries it out; `VERBS` is the list of them.
+Only the verb that was asked for builds its parser, and everything that is not needed by all of them is
+imported by the one that needs it: `asyncsup status` runs in shell prompts and health checks.
+"""
+
+# ruff: noqa: PTH100, PTH113, PTH119, PTH123
+# pathlib would be a good part of the run time of `asyncsup status`.
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TextIO
+
+from asyncsup import render
+from asyncsup.errors import (
+    AsyncsupError,
+    PatchNotFoundError,
+    ShuttingDownError,
+    SupervisorUnreachableError,
+    UsageError,
+)
+from asyncsup.terminal import Output
+
+if TYPE_CHECKING:
+    from asyncsup.client import ControlClient, Event, Gap
+
+QUERY_SECONDS: Final = 10.0
+"""How long a supervisor that is there may take to answer a question."""
+
+GRACE_SECONDS: Final = 5.0
+"""How much longer than ``--timeout`` we wait: the supervisor, which keeps to it, has more to say about it."""
+
+FOLLOW_SECONDS: Final = 25.0
+RETRY_SECONDS: Final = 0.5
+"""How often a follower looks whether a supervisor that went away is back."""
+
+EXIT_NOT_READY: Final = 3
+EXIT_INTERRUPTED: Final = 130
+EXIT_CODES: Final = """\
+exit status:
+  0 ok, 1 failed, 2 usage, 3 not running or not ready, 4 no such target, 5 invalid configuration,
+  6 not allowed, 7 supervisor not reachable, 8 busy, 124 time-out, 130 interrupted;
+  patches: 20 refused by a gate, 21 malformed or checksum wrong, 22 target refused (nothing changed),
+  23 applied and rolled back, 24 rollback failed"""
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print, so that a usage error looks like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (try `{self.prog} --help`)")
+
+
+class Verb(NamedTuple):
+    """One command: its line in the overview, its arguments, and what it does (returns the exit status)."""
+
+    summary: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Session], int]
+
+
+class Session:
+    """One invocation: its arguments, where it writes to, and its connection, made when it is first used."""
+
+    def __init__(self, args: argparse.Namespace, out: Output) -> None:
+        self.args = args
+        self.out = out
+        self._client: ControlClient | None = None
+
+    @property
+    def client(self) -> ControlClient:
+        """Raises ConfigError when no supervisor is named."""
+        if self._client is None:
+            from asyncsup.client import ControlClient, find_endpoint
+
+            self._client = ControlClient(self.args.endpoint or find_endpoint(self.args.config))
+        return self._client
+
+    def ask(self, method: str, params: Mapping[str, Any] | None = None, /, **more: Any) -> Any:
+        """A question that is answered at once or not at all."""
+        return self.client.call(method, params, timeout=QUERY_SECONDS, **more)
+
+    def sibling(self, args: argparse.Namespace, out: Output) -> Session:
+        """Another invocation on the same connection; only this one closes it."""
+        other = Session(args, out)
+        other._client = self.client
+        return other
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def seconds(text: str) -> float:
+    """``10``, ``1.5``, ``500ms``, ``10s``, ``2m``, ``1h30m``: the forms the configuration takes as well."""
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return float(text)
+    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 10s, 500ms or 2m")
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]+)", text))
+
+
+def _globals(parser: argparse.ArgumentParser) -> None:
+    """The options every verb takes, before or after it."""
+    add, keep = parser.add_argument, argparse.SUPPRESS
+    add("-c", "--config", metavar="FILE", default=keep, help="the configuration file")
+    add("--endpoint", metavar="URL", default=keep, help="the supervisor's control socket, ipc://PATH")
+    add("--json", action="store_true", default=keep, help="results and errors as JSON on stdout")
+    add("--no-color", action="store_true", default=keep, help="no colour, as NO_COLOR=1")
+    add("-q", "--quiet", action="store_true", default=keep, help="no text but errors")
+
+
+def _parser(prog: str, description: str, epilog: str | None = None) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _globals(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+    """Read a command line.
+
+    Raises:
+        UsageError: it makes no sense.
+        SystemExit: ``--help`` or ``--version`` was asked for, and printed.
+    """
+    args = argparse.Namespace(config=None, endpoint=None, json=False, no_color=False, quiet=False)
+    at = _first_word(argv)
+    top = _parser(
+        "asyncsup",
+        "Keeps processes running, and patches them while they run.",
+        f"{_overview(VERBS)}\n\n{EXIT_CODES}",
+    )
+    top.usage = "asyncsup [OPTIONS] VERB ..."
+    top.add_argument("--version", action="store_true", help="print the version")
+    top.parse_args(argv[:at], args)
+    if args.version:
+        return VERSION, args
+    name, verb, rest = "asyncsup", None, list(argv[at:])
+    table: Mapping[str, Verb | Mapping[str, Verb]] = VERBS
+    while verb is None:
+        if rest and rest[0] in {"-h", "--help"} and table is not VERBS:
+            _parser(name, f"The verbs of `{name}`.", _overview(table)).parse_args(rest)
+        if not rest or rest[0].startswith("-"):
+            raise UsageError(f"a verb is missing; there are {', '.join(table)} (try `{name} --help`)")
+        word = rest.pop(0)
+        found = table.get(word)
+        if found is None:
+            raise UsageError(f"{word!r} is not a verb of {name}{_nearest(word, table)} (try `{name} --help`)")
+        name += f" {word}"
+        if isinstance(found, Verb):
+            verb = found
+        else:
+            table = found
+    parser = _parser(name, verb.summary[0].upper() + verb.summary[1:] + ".", EXIT_CODES)
+    verb.configure(parser)
+    return verb, parser.parse_args(rest, args)
+
+
+def _first_word(argv: Sequence[str]) -> int:
+    """The position of the verb: the first argument that is no option, nor the value of one."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-") and argv[at] != "-":
+        at += 2 if argv[at] in {"-c", "--config", "--endpoint"} else 1
+    return min(at, len(argv))
+
+
+def _overview(table: Mapping[str, Verb | Mapping[str, Verb]]) -> str:
+    rows = []
+    for name, verb in table.items():
+        if isinstance(verb, Verb):
+            rows.append((name, verb.summary))
+        else:
+            rows += [(f"{name} {sub}", each.summary) for sub, each in verb.items()]
+    column = max(len(name) for name, _ in rows)
+    return "\n".join(["verbs:", *(f"  {name:<{column}}  {summary}" for name, summary in rows)])
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command line and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        _never_fail(stream)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    out = Output(json_wanted="--json" in argv)
+    try:
+        verb, args = parse(argv)
+        out = output_for(args)
+        session = Session(args, out)
+        try:
+            return verb.run(session)
+        finally:
+            session.close()
+    except AsyncsupError as error:
+        return out.error(error)
+    except KeyboardInterrupt:
+        out.clear_bar()
+        return EXIT_INTERRUPTED
+    except SystemExit as stop:  # argparse, after --help
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def output_for(args: argparse.Namespace) -> Output:
+    return Output(json_wanted=args.json, color=False if args.no_color else None, quiet=args.quiet)
+
+
+def _never_fail(stream: TextIO) -> None:
+    """A name that the terminal's encoding has no letters for is no reason to fail."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _none(parser: argparse.ArgumentParser) -> None:
+    """A verb without arguments of its own."""
+
+
+# --- supervisor ---------------------------------------------------------------------------------------------
+
+
+def _serve(session: Session) -> int:
+    from asyncsup.supervisor import serve
+
+    return serve(_load_config(session))
+
+
+def _load_config(session: Session) -> Any:
+    from pathlib import Path
+
+    from asyncsup.config import find_config, load_config
+
+    named = session.args.config
+    config = load_config(find_config(None if named is None else Path(named), os.environ))
+    for warning in config.warnings:
+        session.out.note(f"warning: {warning}")
+    return config
+
+
+def _config_check(session: Session) -> int:
+    if session.args.file is not None:
+        session.args.config = session.args.file
+    config = _load_config(session)
+    names = list(config.targets)
+    value = {"ok": True, "file": str(config.path), "targets": names, "warnings": list(config.warnings)}
+    text = f"{render.clean(config.path)}: valid, {render.plural(len(names), 'target')}"
+    listed = f" ({', '.join(render.clean(name) for name in names)})" if names else ""
+    session.out.result(value, lambda: [text + listed])
+    return 0
+
+
+def _config_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="FILE", help="instead of -c FILE or the usual places")
+
+
+def _shutdown(session: Session) -> int:
+    out, args = session.out, session.args
+    info = session.ask("supervisor.info")
+    try:
+        process = os.pidfd_open(int(info["pid"]))
+    except OSError:
+        process = -1  # of another pid namespace, say
+    try:
+        stopping = session.ask("shutdown")["stopping"]
+        word = "stopping" if stopping else "nothing to stop"
+        out.lines([f"{word} {render.plural(stopping, 'instance')}" if stopping else word])
+        if args.wait and not _wait_gone(session, process, args.timeout):
+            raise _late(f"the supervisor has not ended within {args.timeout:g} s; it goes on stopping")
+    finally:
+        if process >= 0:
+            os.close(process)
+    out.result({"stopping": stopping, "ended": args.wait}, lambda: ["the supervisor has ended"] * args.wait)
+    return 0
+
+
+def _wait_gone(session: Session, process: int, timeout: float | None) -> bool:
+    """The connection goes first, and right after it the process: what is held by it is free only then."""
+    import select
+
+    if not session.client.wait_closed(timeout):
+        return False
+    if process >= 0:
+        poller = select.poll()
+        poller.register(process, select.POLLIN)
+        poller.poll(GRACE_SECONDS * 1000)
+    return True
+
+
+def _late(message: str) -> AsyncsupError:
+    from asyncsup.errors import TimeoutExpiredError
+
+    return TimeoutExpiredError(message)
+
+
+def _shutdown_arguments(parser: argparse.ArgumentParser) -> None:
+    _wait_options(parser, "the end of the supervisor")
+
+
+def _version(session: Session) -> int:
+    from asyncsup import __version__
+
+    session.out.result({"version": __version__}, lambda: [f"asyncsup {__version__}"])
+    return 0
+
+
+def _init(session: Session) -> int:
+    from pathlib import Path
+
+    from asyncsup.scaffold import write_scaffold
+
+    path = Path(session.args.path)
+    if path.is_dir() or not path.suffix:
+        path /= "asyncsup.toml"
+    write_scaffold(path, force=session.args.force)
+    session.out.result(
+        {"path": str(path)},
+        lambda: [f"wrote {render.clean(path)}; look at it, then `asyncsup serve -c {render.clean(path)}`"],
+    )
+    return 0
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", default=".", metavar="PATH", help="a folder, or the file itself")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+
+
+def _demo(session: Session) -> int:
+    from pathlib import Path
+
+    from asyncsup.demo import run_demo
+
+    out, keep = session.out, session.args.keep
+    return run_demo(
+        as_json=out.json_wanted, colour=out.ink.enabled, keep=None if keep is None else Path(keep)
+    )
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep", metavar="DIR", help="play in this folder and leave it there")
+
+
+def _console(session: Session) -> int:
+    from asyncsup.console import run_console
+
+    return run_console(session)
+
+
+# --- targets ------------------------------------------------------------------------------------------------
+
+
+def _names(parser: argparse.ArgumentParser, nargs: str, text: str) -> None:
+    parser.add_argument("names", nargs=nargs, metavar="NAME", help=text)
+
+
+_SEVERAL: Final = "targets, instances (web:0) or patterns (web*); all means every target"
+
+
+def _wait_options(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--no-wait", dest="wait", action="store_false", help=f"do not wait for {what}")
+    parser.add_argument("--timeout", type=seconds, metavar="TIME", help="give up after this long (10s, 2m)")
+
+
+def _status(session: Session) -> int:
+    value = session.ask("status", names=session.args.names)
+    session.out.result(
+        value, lambda: render.status_lines(value, width=session.out.width, ink=session.out.ink)
+    )
+    return EXIT_NOT_READY if any(render.is_down(target) for target in value["targets"]) else 0
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    _names(parser, "*", f"{_SEVERAL}, as does none at all")
+
+
+def _show(session: Session) -> int:
+    out, name = session.out, session.args.name
+    if name is None:
+        info = session.ask("supervisor.info")
+        out.result(info, lambda: render.info_lines(info, ink=out.ink))
+    else:
+        value = session.ask("show", name=name)
+        out.result(value, lambda: render.show_lines(value, width=out.width, ink=out.ink))
+    return 0
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a target; without it, the supervisor itself")
+
+
+def _operation(verb: str) -> Callable[[Session], int]:
+    def run(session: Session) -> int:
+        args, out = session.args, session.out
+        limit = None if args.timeout is None else args.timeout + GRACE_SECONDS
+        params = {"names": args.names, "wait": args.wait, "timeout": args.timeout}
+        value = session.client.call(verb, params, timeout=limit)
+        out.result(value, lambda: render.results_lines(value, verb, ink=out.ink))
+        return 0 if all(result.get("ok") for result in value["results"]) else 1
+
+    return run
+
+
+def _operation_arguments(what: str) -> Callable[[argparse.ArgumentParser], None]:
+    def configure(parser: argparse.ArgumentParser) -> None:
+        _names(parser, "+", _SEVERAL)
+        _wait_options(parser, what)
+
+    return configure
+
+
+def _signal(session: Session) -> int:
+    value = session.ask("signal", names=session.args.names, signal=session.args.signal)
+    text = render.clean(session.args.signal)
+    session.out.result(
+        value,
+        lambda: [
+            f"sent {text} to {render.clean(sent['instance'])} (pid {sent['pid']})" for sent in value["sent"]
+        ],
+    )
+    return 0
+
+
+def _signal_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("signal", metavar="SIGNAL", help="HUP, SIGUSR1, 15 ...")
+    _names(parser, "+", _SEVERAL)
+
+
+def _wait(session: Session) -> int:
+    args = session.args
+    limit = None if args.timeout is None else args.timeout + GRACE_SECONDS
+    params = {"names": args.names, "for": args.condition, "timeout": args.timeout}
+    value = session.client.call("wait", params, timeout=limit)
+    session.out.result(value, lambda: [f"{args.condition} after {render.duration(value['took'])}"])
+    return 0
+
+
+def _wait_arguments(parser: argparse.ArgumentParser) -> None:
+    _names(parser, "+", _SEVERAL)
+    parser.add_argument(
+        "--for",
+        dest="condition",
+        choices=("ready", "running", "stopped"),
+        default="ready",
+        help="what to wait for (default: ready)",
+    )
+    parser.add_argument("--timeout", type=seconds, metavar="TIME", help="give up after this long (10s, 2m)")
+
+
+# --- logs and events ----------------------------------------------------------------------------------------
+
+
+class _LogPrinter:
+    """Prints output by the line, each with its instance's name where there are several."""
+
+    def __init__(self, out: Output, instances: Sequence[str]) -> None:
+        self._out = out
+        self._order = {name: index for index, name in enumerate(instances)}
+        self._column = max((render.width_of(render.clean(name)) for name in instances), default=0)
+        self._partial: dict[tuple[str, str], str] = {}
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """A line without its end waits for the rest of it."""
+        key = (str(chunk["instance"]), str(chunk.get("stream", "stdout")))
+        *lines, rest = (self._partial.pop(key, "") + str(chunk["text"])).split("\n")
+        if rest:
+            self._partial[key] = rest
+        self._print(key, lines)
+
+    def flush(self) -> None:
+        for key, rest in self._partial.items():
+            self._print(key, [rest])
+        self._partial.clear()
+
+    def _print(self, key: tuple[str, str], lines: Sequence[str]) -> None:
+        out, (instance, stream) = self._out, key
+        if out.json_wanted:
+            for line in lines:
+                out.row({"instance": instance, "stream": stream, "line": line}, list)
+            return
+        prefix = ""
+        if len(self._order) > 1:
+            name = render.clean(instance)
+            padding = " " * (self._column - render.width_of(name))
+            prefix = out.ink.name(self._order.get(instance, 0), f"{name}{padding} |") + " "
+        # Into a pipe or a file the bytes go as they are; a terminal would act on them.
+        shown = [render.clean_log(line, out.ink) for line in lines] if out.is_terminal else lines
+        out.raw("".join(f"{prefix}{line}\n" for line in shown))
+
+
+def _logs(session: Session) -> int:
+    args = session.args
+    stream = "stderr" if args.stderr else "stdout"
+    chunks: dict[str, dict[str, Any]] = {}
+    for name in _targets_named(session, args.names):
+        for chunk in session.ask("logs", name=name, stream=stream, lines=args.lines)["chunks"]:
+            chunks[chunk["instance"]] = chunk
+    printer = _LogPrinter(session.out, list(chunks))
+    try:
+        for chunk in chunks.values():
+            printer.add(chunk)
+            if not args.follow:
+                printer.flush()
+        if args.follow:
+            cursors = {name: chunk["cursor"] for name, chunk in chunks.items()}
+            _follow(session, lambda: _follow_logs(session, printer, cursors))
+    finally:
+        printer.flush()
+    return 0
+
+
+def _targets_named(session: Session, names: Sequence[str]) -> list[str]:
+    """``logs`` takes one target; patterns and ``all`` are looked up first."""
+    if not any(name == "all" or set(name) & set("*?[") for name in names):
+        return list(names)
+    found = session.ask("status", names=names)["targets"]
+    return [instance["name"] for target in found for instance in target["instances"]]
+
+
+def _follow_logs(session: Session, printer: _LogPrinter, cursors: dict[str, Any]) -> bool:
+    answer = session.client.call(
+        "logs.follow",
+        {"cursors": list(cursors.values()), "timeout": FOLLOW_SECONDS},
+        timeout=FOLLOW_SECONDS + QUERY_SECONDS,
+    )
+    for chunk in answer["chunks"]:
+        cursors[chunk["instance"]] = chunk["cursor"]
+        printer.add(chunk)
+    return True
+
+
+def _follow(session: Session, step: Callable[[], bool]) -> None:
+    """Take steps until one says no, the reader goes or the supervisor ends. A crashed one is waited for."""
+    import time
+
+    from asyncsup.client import check_reachable
+
+    out, away = session.out, False
+    while not out.closed:
+        try:
+            if away:
+                check_reachable(session.client.endpoint)
+                out.note("the supervisor is back")
+                away = False
+            if not step():
+                return
+        except SupervisorUnreachableError:
+            if not away:
+                out.note("the supervisor went away; waiting for it to come back (Ctrl-C ends this)")
+                away = True
+            time.sleep(RETRY_SECONDS)
+        except AsyncsupError as error:
+            if error.error_code != ShuttingDownError.code:
+                raise
+            out.note("the supervisor is ending")
+            return
+
+
+def _logs_arguments(parser: argparse.ArgumentParser) -> None:
+    _names(parser, "+", _SEVERAL)
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
+    parser.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="the last N lines (100)")
+    parser.add_argument("--stderr", action="store_true", help="the error stream, where it is kept apart")
+
+
+def _events(session: Session) -> int:
+    args, out = session.args, session.out
+
+    def on_gap(gap: Gap) -> None:
+        _report_gap(out, gap)
+
+    def show(event: Event) -> None:
+        out.row(event.data, lambda: [render.event_line(event.data, ink=out.ink)])
+
+    if not args.follow:
+        # Without --since nothing in particular is expected, so nothing can be missing.
+        heard = None if args.since is None else on_gap
+        with session.client.subscribe(since=args.since or 0, on_gap=heard) as events:
+            for event in events.catch_up():
+                show(event)
+        return 0
+    since = args.since
+    if since is None:
+        snapshot = session.ask("status")
+        since = snapshot["seq"]
+        lines = render.status_lines(snapshot, width=out.width, ink=out.ink)
+        out.row({"type": "snapshot", **snapshot}, lambda: lines)
+    ending = False
+    with session.client.subscribe(since=since, on_gap=on_gap) as events:
+
+        def step() -> bool:
+            nonlocal ending
+            try:
+                event = next(events)
+            except SupervisorUnreachableError:
+                if ending and not args.keep_going:
+                    out.note("the supervisor has ended")
+                    return False
+                raise
+            show(event)
+            ending = event.type == "supervisor.stopping" or (ending and event.type != "supervisor.started")
+            return True
+
+        _follow(session, step)
+    return 0
+
+
+def _report_gap(out: Output, gap: Gap) -> None:
+    if out.json_wanted:
+        out.row({"type": "gap", **gap._asdict()}, list)
+    if gap.restarted:
+        out.note("the supervisor was started again: events are numbered from 1")
+    if gap.lost:
+        out.note(f"{render.plural(gap.lost, 'event')} from number {gap.first} on lost: no longer kept")
+    if not (gap.restarted or gap.lost):
+        out.note(f"events {gap.first} to {gap.last} did not arrive by themselves and were fetched")
+
+
+def _events_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--since", type=int, metavar="SEQ", help="first what happened after event number SEQ")
+    parser.add_argument("--no-follow", dest="follow", action="store_false", help="what is kept, and end")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="also when the supervisor is shut down, until Ctrl-C"
+    )
+
+
+# --- patches: with a supervisor -----------------------------------------------------------------------------
+
+
+def _digest_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sha256", metavar="HEX", help="what the package's SHA-256 must be")
+    parser.add_argument("--crc32", metavar="NUMBER", help="what a prototype package's CRC-32 must be")
+
+
+def _package_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "package",
+        nargs="?",
+        metavar="FILE|NAME",
+        help="a file, or a name in the inbox; none: all of the inbox",
+    )
+    _digest_options(parser)
+    parser.add_argument(
+        "--target", metavar="NAME", help="only this target, or the one a prototype package is for"
+    )
+    parser.add_argument(
+        "--upload", action="store_true", help="send the file, do not have the supervisor open it"
+    )
+
+
+def _package(session: Session, argument: str) -> dict[str, Any]:
+    """The parameters that name a package: a file by its path or sent over, anything else as in the inbox."""
+    args, out = session.args, session.out
+    params: dict[str, Any] = {"sha256": args.sha256, "crc32": args.crc32, "target": args.target}
+    if not os.path.isfile(argument):
+        if "/" in argument:
+            raise PatchNotFoundError(f"there is no file {argument}", path=argument)
+        return {**params, "name": argument}
+    path = os.path.abspath(argument)
+    if args.sha256 is None and args.crc32 is None:
+        params["sha256"] = read_checksum_file(path)
+    if session.client.endpoint.startswith("ipc://") and not args.upload:
+        return {**params, "path": path}
+    try:
+        upload = session.client.upload(path, timeout=QUERY_SECONDS, on_progress=out.bar)
+    except OSError as error:
+        raise _file_error(error) from None
+    out.clear_bar()
+    return {**params, "upload": upload}
+
+
+def read_checksum_file(path: str) -> str | None:
+    """The SHA-256 for ``path`` in ``path.sha256``, a file as `sha256sum` writes it; None without such a file.
+
+    Raises:
+        UsageError: there is one, and it names no checksum for this package.
+    """
+    listed = f"{path}.sha256"
+    try:
+        with open(listed, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    wanted = os.path.basename(path)
+    for line in lines:
+        match = re.fullmatch(r"\\?([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?", line.strip())
+        if match and (match[2] is None or os.path.basename(match[2]) == wanted):
+            return match[1].lower()
+    raise UsageError(f"{listed} has no SHA-256 for {wanted}", code="usage.sha256")
+
+
+def in_inbox(session: Session, entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The packages of the inbox to apply, oldest build first; those that are still being written are not."""
+    ready = []
+    for entry in entries:
+        if entry["state"] == "incomplete":
+            session.out.note(f"{entry['file']} is not complete yet; left alone")
+        else:
+            ready.append((int(entry.get("build") or 0), str(entry["file"])))
+    return [file for _, file in sorted(ready)]
+
+
+def _packages(session: Session) -> list[dict[str, Any]]:
+    if session.args.package is not None:
+        return [_package(session, session.args.package)]
+    if session.args.sha256 or session.args.crc32:
+        raise UsageError("a checksum is that of one package: name it")
+    names = in_inbox(session, session.ask("patch.list")["inbox"])
+    return [{"name": name, "target": session.args.target} for name in names]
+
+
+def _patch_apply(session: Session) -> int:
+    args, out = session.args, session.out
+    packages = _packages(session)
+    reports = []
+    for index, package in enumerate(packages):
+        try:
+            report = transact(session, "patch.apply", {**package, "wait_busy": args.wait})
+        except AsyncsupError:
+            left = [str(each["name"]) for each in packages[index + 1 :]]
+            if left:
+                out.note(f"not tried, because the one before failed: {', '.join(left)}")
+            raise
+        reports.append(report)
+    if args.package is not None:
+        out.result(reports[0], list)
+    else:
+        out.result({"reports": reports}, lambda: [] if reports else ["the inbox is empty"])
+    return 0
+
+
+def transact(session: Session, method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Have a patch applied or rolled back, live on the screen, with the whole transcript afterwards.
+
+    Raises:
+        RemoteError: it was not; the transcript has been printed all the same.
+    """
+    from asyncsup.live import call_live
+
+    out = session.out
+    try:
+        report: dict[str, Any] = call_live(session.client, out, method, params, timeout=session.args.timeout)
+    except AsyncsupError as error:
+        failed = error.details.get("report")
+        if isinstance(failed, dict):
+            # On a terminal the error itself follows right below.
+            out.lines(render.report_lines(failed, ink=out.ink, reason=not out.is_terminal))
+        raise
+    out.lines(render.report_lines(report, ink=out.ink))
+    return report
+
+
+def _patch_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    _package_arguments(parser)
+    _busy_options(parser)
+
+
+def _busy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-wait",
+        dest="wait",
+        action="store_false",
+        help="fail (8) if a target is busy, do not wait for it",
+    )
+    parser.add_argument("--timeout", type=seconds, metavar="TIME", help="cancel and undo after this long")
+
+
+def _patch_rollback(session: Session) -> int:
+    params = {"target": session.args.target, "wait_busy": session.args.wait}
+    report = transact(session, "patch.rollback", params)
+    session.out.result(report, list)
+    return 0
+
+
+def _patch_rollback_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="goes back to the generation before its current one")
+    _busy_options(parser)
+
+
+def _patch_plan(session: Session) -> int:
+    out = session.out
+    plans = [session.client.call("patch.plan", package) for package in _packages(session)]
+    for plan in plans:
+        out.lines(render.plan_lines(plan, ink=out.ink))
+    if session.args.package is not None:
+        out.result(plans[0], list)
+    else:
+        out.result({"plans": plans}, lambda: [] if plans else ["the inbox is empty"])
+    return 20 if any(plan["verdict"] == "refused" for plan in plans) else 0
+
+
+def _patch_list(session: Session) -> int:
+    value, out = session.ask("patch.list"), session.out
+    out.result(value, lambda: render.inbox_lines(value, width=out.width, ink=out.ink))
+    return 0
+
+
+def _patch_history(session: Session) -> int:
+    value, out = (
+        session.ask("patch.history", target=session.args.target, limit=session.args.limit),
+        session.out,
+    )
+    out.result(value, lambda: render.history_lines(value, width=out.width, ink=out.ink))
+    return 0
+
+
+def _patch_history_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="only transactions of this target")
+    parser.add_argument("-n", "--limit", type=int, default=50, metavar="N", help="at most N (50)")
+
+
+def _patch_show(session: Session) -> int:
+    value, out = session.ask("patch.show", id=session.args.id), session.out
+    out.result(value, lambda: render.transaction_lines(value, ink=out.ink))
+    return 0
+
+
+def _patch_show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="number of a transaction, or the beginning of a patch's id")
+
+
+# --- patches: without a supervisor --------------------------------------------------------------------------
+
+
+def _patch_verify(session: Session) -> int:
+    import json
+    from pathlib import Path
+
+    from asyncsup.patch.manifest import encode_manifest
+    from asyncsup.patch.package import open_package
+    from asyncsup.patch.prototype import parse_crc32
+
+    args, out = session.args, session.out
+    sha256 = args.sha256 if args.sha256 or args.crc32 else read_checksum_file(args.file)
+    crc32 = None if args.crc32 is None else parse_crc32(args.crc32)
+    with open_package(Path(args.file), sha256=sha256, crc32=crc32) as package:
+        total = sum(change.size or 0 for change in package.manifest.files)
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            out.bar(done, total)
+
+        package.verify(progress)
+        value: dict[str, Any] = {
+            "id": package.id,
+            "size": package.size,
+            "format": package.format,
+            "checked_against": "sha256" if sha256 else "crc32" if crc32 is not None else None,
+            "manifest": json.loads(encode_manifest(package.manifest)),
+            "signatures": sorted(package.signatures),
+            "warnings": [],
+        }
+    if value["checked_against"] is None:
+        value["warnings"].append(
+            "checked only against itself: give --sha256, or --crc32 for a prototype package, or put the "
+            "checksum into FILE.sha256"
+        )
+    out.clear_bar()
+    out.result(value, lambda: render.verified_lines(value, ink=out.ink))
+    return 0
+
+
+def _patch_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the package")
+    _digest_options(parser)
+
+
+def _patch_build(session: Session) -> int:
+    import binascii
+    import json
+    from pathlib import Path
+
+    from asyncsup.patch.manifest import encode_manifest
+    from asyncsup.patch.package import open_package
+
+    args, out = session.args, session.out
+    if len(args.folders) > 2:
+        raise UsageError("give the folder as it is to be, or the one as it was and the one as it is to be")
+    old, new = (None, *map(Path, args.folders))[-2:]
+    assert new is not None
+    output = Path(args.output)
+    try:
+        if args.prototype:
+            _build_prototype(args, old, new, output)
+        else:
+            _build_native(args, old, new, output, out)
+        with open_package(output) as package:
+            value = {
+                "path": str(output),
+                "id": package.id,
+                "size": package.size,
+                "crc32": str(binascii.crc32(output.read_bytes())) if args.prototype else None,
+                "manifest": json.loads(encode_manifest(package.manifest)),
+            }
+        if args.checksum:
+            checksum = output.with_name(f"{output.name}.sha256")
+            checksum.write_text(f"{value['id']}  {output.name}\n", encoding="utf-8")
+    except OSError as error:
+        raise _file_error(error) from None
+    out.clear_bar()
+    out.result(value, lambda: render.built_lines(value, ink=out.ink))
+    return 0
+
+
+def _build_native(args: argparse.Namespace, old: Any, new: Any, output: Any, out: Output) -> None:
+    from datetime import UTC, datetime
+
+    from asyncsup.patch.build import build_patch
+    from asyncsup.patch.manifest import Kind, Requires
+
+    missing = [
+        option
+        for option, given in (
+            ("--name", args.name), ("--version", args.version),
+            ("-t/--target", args.targets), ("-r/--region", args.regions),
+        )
+        if not given
+    ]  # fmt: skip
+    if missing:
+        raise UsageError(f"a patch needs {', '.join(missing)}")
+    expires = None
+    if args.expires is not None:
+        try:
+            expires = datetime.fromisoformat(args.expires)
+        except ValueError:
+            raise UsageError(
+                f"--expires: {args.expires!r} is not a time such as 2027-02-22T00:00:00Z"
+            ) from None
+        expires = expires if expires.tzinfo is not None else expires.replace(tzinfo=UTC)
+    done = 0
+    total = sum(_tree_bytes(str(folder)) for folder in (old, new) if folder is not None)
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        out.bar(min(done, total), total)
+
+    build_patch(
+        old=old,
+        new=new,
+        output=output,
+        name=args.name,
+        version=args.version,
+        build=args.build,
+        kind=Kind(args.kind),
+        targets=args.targets,
+        regions=args.regions,
+        expires=expires,
+        requires=Requires(build_min=args.build_min, build_max=args.build_max),
+        probation=args.probation,
+        notes=args.notes,
+        include=args.include,
+        exclude=args.exclude,
+        progress=progress,
+    )
+
+
+def _tree_bytes(folder: str) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(f"{parent}/{name}").st_size
+            except OSError:
+                continue  # only for the progress bar; what is wrong with it the build itself says
+    return total
+
+
+def _build_prototype(args: argparse.Namespace, old: Any, new: Any, output: Any) -> None:
+    from asyncsup.patch.build import build_prototype_patch
+
+    if len(args.regions) != 1:
+        raise UsageError("a prototype package is for exactly one region: -r REGION")
+    before = {} if old is None else _contents(old)
+    after = _contents(new)
+    build_prototype_patch(
+        output=output,
+        region=args.regions[0],
+        build=args.build,
+        warm=args.kind == "warm",
+        new={path: data for path, data in after.items() if path not in before},
+        modified={path: data for path, data in after.items() if before.get(path, data) != data},
+        deleted=[path for path in before if path not in after],
+    )
+
+
+def _contents(folder: Any) -> dict[str, bytes]:
+    """Every file below a folder by the path a prototype's manifest has for it, from the target's root on."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {f"/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
+
+
+def _file_error(error: OSError) -> AsyncsupError:
+    name = f"{error.filename}: " if error.filename else ""
+    return AsyncsupError(f"{name}{error.strerror or error}", code="file.failed")
+
+
+def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.usage = "asyncsup patch build [OLD] NEW -o OUT.zip --build N (--warm | --cold) [OPTIONS]"
+    add(
+        "folders",
+        nargs="+",
+        metavar="OLD NEW",
+        help="the files as they were (if at all) and as they are to be",
+    )
+    add("-o", "--output", required=True, metavar="OUT.zip", help="the package to write")
+    add("--name", metavar="NAME", help="of the patch")
+    add("--version", metavar="VERSION", help="of the patch, for people")
+    add("--build", type=int, required=True, metavar="N", help="the release counter it brings targets to")
+    add("-t", "--target", dest="targets", action="append", default=[], metavar="NAME", help="may be repeated")
+    add("-r", "--region", dest="regions", action="append", default=[], metavar="NAME", help="may be repeated")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--warm", dest="kind", action="store_const", const="warm", help="resources: no restart")
+    kind.add_argument(
+        "--cold", dest="kind", action="store_const", const="cold", help="the program: restarted"
+    )
+    add("--build-min", type=int, metavar="N", help="only for targets at this build or above")
+    add("--build-max", type=int, metavar="N", help="only for targets at this build or below")
+    add("--expires", metavar="TIME", help="RFC 3339; refused after it")
+    add("--probation", type=seconds, metavar="TIME", help="how long it may still undo itself")
+    add("--notes", default="", metavar="TEXT", help="for people")
+    add("--include", action="append", default=[], metavar="GLOB", help="only these files; may be repeated")
+    add("--exclude", action="append", default=[], metavar="GLOB", help="not these files; may be repeated")
+    add("--checksum", action="store_true", help="also write OUT.zip.sha256, as sha256sum would")
+    add("--prototype", action="store_true", help="in the layout of the original prototype")
+
+
+VERSION: Final = Verb("print the version", _none, _version)
+VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
+    "serve": Verb("run the supervisor in the foreground", _none, _serve),
+    "status": Verb("show what runs", _status_arguments, _status),
+    "show": Verb("show everything about a target, or about the supervisor", _show_arguments, _show),
+    "start": Verb("start targets", _operation_arguments("ready"), _operation("start")),
+    "stop": Verb(
+        "stop targets and everything they started", _operation_arguments("the end"), _operation("stop")
+    ),
+    "restart": Verb("stop and start targets", _operation_arguments("ready"), _operation("restart")),
+    "reload": Verb(
+        "have targets read their resources again", _operation_arguments("the answer"), _operation("reload")
+    ),
+    "signal": Verb("send a signal to targets", _signal_arguments, _signal),
+    "logs": Verb("print what targets write", _logs_arguments, _logs),
+    "events": Verb("follow what happens", _events_arguments, _events),
+    "wait": Verb("wait until targets are ready, running or stopped", _wait_arguments, _wait),
+    "shutdown": Verb("stop all targets and the supervisor", _shutdown_arguments, _shutdown),
+    "config": {"check": Verb("check the configuration", _config_check_arguments, _config_check)},
+    "patch": {
+        "build": Verb("make a package out of two folders", _patch_build_arguments, _patch_build),
+        "verify": Verb("check a package, without a supervisor", _patch_verify_arguments, _patch_verify),
+        "plan": Verb("say what applying a package would do", _package_arguments, _patch_plan),
+        "apply": Verb("apply a package, or all of the inbox", _patch_apply_arguments, _patch_apply),
+        "list": Verb("list what lies in the inbox", _none, _patch_list),
+        "history": Verb("list what was applied and rolled back", _patch_history_arguments, _patch_history),
+        "show": Verb("show one transaction, step by step", _patch_show_arguments, _patch_show),
+        "rollback": Verb("go back to the build before", _patch_rollback_arguments, _patch_rollback),
+    },
+    "console": Verb("open the Patch Overseer prompt", _none, _console),
+    "init": Verb("write a commented asyncsup.toml", _init_arguments, _init),
+    "demo": Verb("play the four patch cases on a real target", _demo_arguments, _demo),
+    "version": VERSION,
+}
