@@ -328,19 +328,16 @@ def _init(session: Session) -> int:
 
     from asyncsup.scaffold import write_scaffold
 
-    path = Path(session.args.path)
-    if path.is_dir() or not path.suffix:
-        path /= "asyncsup.toml"
-    write_scaffold(path, force=session.args.force)
+    path = render.clean(write_scaffold(Path(session.args.folder), force=session.args.force))
     session.out.result(
-        {"path": str(path)},
-        lambda: [f"wrote {render.clean(path)}; look at it, then `asyncsup serve -c {render.clean(path)}`"],
+        {"path": path},
+        lambda: [f"wrote {path}", f"next: `asyncsup config check {path}`, then `asyncsup serve -c {path}`"],
     )
     return 0
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", default=".", metavar="PATH", help="a folder, or the file itself")
+    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="where (default: here)")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
 
 

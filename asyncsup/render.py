@@ -677,7 +677,7 @@ def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
         facts.append(f"transaction {clean(report['txn'])}")
     after = f" ({', '.join(facts)})" if facts else ""
     colour = _VERDICT_COLOURS.get(verdict, "red")
-    lines = [f"verdict: {ink(colour, f'{verdict.upper()}: {text}')}{after}"]
+    lines = [f"verdict: {ink(colour, f'{clean(verdict).upper()}: {text}')}{after}"]
     if report.get("reason"):
         code = f" [{clean(report['code'])}]" if report.get("code") else ""
         lines.append(f"reason: {clean(report['reason'])}{code}")
