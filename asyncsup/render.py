@@ -430,7 +430,7 @@ def show_lines(
         )
     config: Value = value.get("config") or {}
     if config:
-        lines += ["", "configuration", *_pairs([(k, _setting(v)) for k, v in config.items()], "  ")]
+        lines += ["", "configuration", *_pairs([(clean(k), _setting(v)) for k, v in config.items()], "  ")]
     logs: Value = value.get("log") or {}
     paths = [
         (f"{clean(i)} {clean(s)}", clean(path)) for i, files in logs.items() for s, path in files.items()
