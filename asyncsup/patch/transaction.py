@@ -78,7 +78,7 @@ class Participant:
     build_before: int
     build_after: int
     changed: Sequence[str]
-    stage: Callable[[int, Progress], None]
+    stage: Callable[[int, Progress], object]
     instances: list[Instance] = field(default_factory=list)
     """Those that have, or are to have, a process: a target that is stopped gets the files only."""
     records: dict[str, InstanceRecord] = field(default_factory=dict)

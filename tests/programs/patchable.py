@@ -1,0 +1,90 @@
+"""A target that behaves, or misbehaves, as the file `behaviour.json` in its working folder says.
+
+Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never or die; "start" is ok,
+die, mute or late-die (ends shortly after it was ready). "build" is what it claims at its hello.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from target_sdk import Patch, PrepareAnswer, Target, not_allowed, wait
+
+VERSION = "one"
+
+
+def behaviour(what: str) -> str:
+    try:
+        chosen: dict[str, Any] = json.loads(Path("behaviour.json").read_text())
+    except FileNotFoundError:
+        return ""
+    return str(chosen.get(what, ""))
+
+
+claimed = behaviour("build")
+target = Target(build=int(claimed) if claimed else None)
+
+
+def say() -> None:
+    """Tell what the files say, read as one build."""
+    with target.snapshot() as files:
+        names = sorted(name for name in ("a.txt", "b.txt", "sub/c.txt") if files.exists(name))
+        content = " ".join(f"{name}={files.read_text(name).strip()}" for name in names)
+    target.status(f"{VERSION} build={target.build} {content}")
+
+
+@target.on_prepare
+async def prepare(patch: Patch) -> PrepareAnswer | None:
+    match behaviour("prepare"):
+        case "wait":
+            return wait(0.05, "in the middle of something")
+        case "refuse":
+            return not_allowed("closed today")
+        case "raise":
+            raise ValueError("confused")
+        case "never":
+            await asyncio.sleep(3600)
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return None
+
+
+@target.on_reload
+async def reload(patch: Patch) -> None:
+    what = behaviour("reload")
+    if not patch.rollback:
+        if what == "fail":
+            raise ValueError("these files are no good")
+        if what == "never":
+            await asyncio.sleep(3600)
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+    say()
+
+
+@target.on_abort
+def abort(patch: Patch) -> None:
+    print(f"aborted {patch.id}", flush=True)
+
+
+async def main() -> None:
+    if behaviour("start") == "die":
+        raise SystemExit(9)
+    done = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
+    async with target:
+        say()
+        if behaviour("start") != "mute":
+            target.ready()
+        if behaviour("start") == "late-die":
+            await asyncio.sleep(0.1)
+            raise SystemExit(9)
+        await done.wait()
+
+
+asyncio.run(main())

@@ -1,0 +1,670 @@
+"""Patches through a real supervisor onto real processes: what is promised, and every way it can go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Serve, wait_for
+
+from asyncsup.client import ControlClient
+from asyncsup.errors import RemoteError
+from asyncsup.patch.build import build_patch, build_prototype_patch
+from asyncsup.patch.manifest import Kind, Requires
+
+PROGRAM = Path(__file__).parent / "programs" / "patchable.py"
+FILES = {"a.txt": "old-a", "b.txt": "old-b"}
+
+
+class Field:
+    """A supervisor with patchable targets, and what it takes to patch them."""
+
+    def __init__(self, serve: Serve) -> None:
+        self.serve = serve
+        self.folder = serve.folder
+        self._packages = 0
+
+    def start(self, *names: str, defaults: str = "", patch: str = "", each: Mapping[str, str] | None = None) -> None:
+        text = [
+            '[supervisor]\nregion = "us-east-1"\n',
+            f'[patch]\ntrust = "none"\nprobation = "0s"\nack_timeout = "5s"\n{patch}\n',
+            '[defaults]\nprotocol = "sdk"\nbuild = 200\nlayout = "tree"\nrestart_delay = "50ms"\n'
+            f'stop_timeout = "5s"\nstart_timeout = "10s"\n{defaults}\n',
+        ]
+        for name in names:
+            root = self.folder / name
+            if not root.exists():
+                root.mkdir()
+                shutil.copy(PROGRAM, root / "program.py")
+                for path, content in FILES.items():
+                    (root / path).write_text(content)
+            (self.folder / f"{name}.work").mkdir(exist_ok=True)
+            command = json.dumps([sys.executable, str(root / "program.py")])
+            text.append(
+                f'[target.{name}]\nroot = "{name}"\ndirectory = "{name}.work"\ncommand = {command}\n'
+                f"{(each or {}).get(name, '')}\n"
+            )
+        self.client = self.serve.start("\n".join(text))
+        self.client.call("wait", {"names": ["all"], "for": "ready", "timeout": 30})
+        for name in names:
+            self.said(name, "old-a")
+
+    def behave(self, name: str, **behaviour: Any) -> None:
+        (self.folder / f"{name}.work" / "behaviour.json").write_text(json.dumps(behaviour))
+
+    def package(
+        self,
+        *targets: str,
+        build: int = 300,
+        kind: Kind = Kind.WARM,
+        regions: tuple[str, ...] = ("us-east-1",),
+        files: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> Path:
+        """A patch that changes a.txt and b.txt, adds sub/c.txt, and for cold ones the program."""
+        self._packages += 1
+        old, new = (self.folder / f"{age}-{self._packages}" for age in ("old", "new"))
+        for folder in (old, new):
+            folder.mkdir()
+            for path, content in FILES.items():
+                (folder / path).write_text(content)
+            shutil.copy(PROGRAM, folder / "program.py")
+        for path, content in (files or {"a.txt": "new-a", "b.txt": "new-b", "sub/c.txt": "new-c"}).items():
+            (new / path).parent.mkdir(exist_ok=True)
+            (new / path).write_text(content)
+        if kind is Kind.COLD:
+            text = (new / "program.py").read_text()
+            (new / "program.py").write_text(text.replace('VERSION = "one"', 'VERSION = "two"'))
+        output = self.folder / f"patch-{self._packages}.zip"
+        build_patch(
+            old=old if not more.pop("all_new", False) else None, new=new, output=output, name="test",
+            version=str(build), build=build, kind=kind, targets=targets, regions=regions, **more,
+        )  # fmt: skip
+        return output
+
+    def apply(self, package: Path, **params: Any) -> Any:
+        return self.client.call("patch.apply", path=str(package), **params)
+
+    def refused(self, package: Path, **params: Any) -> RemoteError:
+        with pytest.raises(RemoteError) as caught:
+            self.apply(package, **params)
+        report = caught.value.details["report"]
+        assert report["code"] == caught.value.error_code
+        assert report["reason"] == caught.value.message
+        return caught.value
+
+    def target(self, name: str) -> Any:
+        return self.client.call("status", names=[name])["targets"][0]
+
+    def instance(self, name: str) -> Any:
+        return self.target(name)["instances"][0]
+
+    def said(self, name: str, text: str) -> Any:
+        return wait_for(
+            lambda: self.instance(name) if text in self.instance(name)["status_text"] else None,
+            f"{name} to say {text!r}",
+        )
+
+    def content(self, name: str) -> dict[str, str]:
+        root = self.folder / name
+        paths = (path for path in sorted(root.rglob("*")) if path.is_file())
+        return {str(path.relative_to(root)): path.read_text() for path in paths}
+
+    def picture(self, *names: str) -> Any:
+        """Everything that must be as before when nothing may have been touched."""
+        found = [self.target(name) for name in names]
+        return [
+            (self.content(t["name"]), t["build"], [(i["pid"], i["restarts"], i["status_text"]) for i in t["instances"]])
+            for t in found
+        ]
+
+
+@pytest.fixture
+def field(serve: Serve) -> Iterator[Field]:
+    field = Field(serve)
+    yield field
+    if hasattr(field, "client"):
+        field.client.close()
+
+
+# --- what is promised -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["tree", "overlay"])
+def test_a_warm_patch_changes_the_files_and_tells_the_process_which_stays(field: Field, layout: str) -> None:
+    field.start("web", defaults=f'layout = "{layout}"')
+    before = field.instance("web")
+    report = field.apply(field.package("web"))
+    assert report["verdict"] == "committed"
+    after = field.said("web", "build=300 a.txt=new-a b.txt=new-b sub/c.txt=new-c")
+    assert (after["pid"], after["restarts"]) == (before["pid"], 0)
+    (entry,) = report["targets"]
+    assert (entry["build_before"], entry["build_after"]) == (200, 300)
+    assert {(f["path"], f["op"]) for f in entry["files"]} == {
+        ("a.txt", "modified"), ("b.txt", "modified"), ("sub/c.txt", "new"),
+    }  # fmt: skip
+    (told,) = entry["instances"]
+    assert (told["prepare"], told["reload"], told["told_by"]) == ("go_ahead", "ok", "sdk")
+    assert told["reload_took"] > 0
+    states = {
+        event["to"]
+        for event in field.client.call("events.since", seq=0)["events"]
+        if event["type"] == "instance.state"
+    }
+    assert states == {"starting", "running", "reloading"}
+
+
+@pytest.mark.parametrize("layout", ["tree", "overlay"])
+def test_a_cold_patch_replaces_the_program(field: Field, layout: str) -> None:
+    field.start("web", defaults=f'layout = "{layout}"')
+    before = field.instance("web")
+    report = field.apply(field.package("web", kind=Kind.COLD))
+    assert report["verdict"] == "committed"
+    after = field.said("web", "two build=300 a.txt=new-a")
+    assert after["pid"] != before["pid"]
+    assert report["targets"][0]["pids_before"] == [before["pid"]]
+    assert report["targets"][0]["pids_after"] == [after["pid"]]
+    assert [step["step"] for step in report["steps"]] == [
+        "stage", "prepare", "stop", "switch", "start", "probation", "commit",
+    ]  # fmt: skip
+
+
+def test_one_patch_over_several_targets_with_several_instances(field: Field) -> None:
+    field.start("a", "b", "c", defaults="instances = 2")
+    report = field.apply(field.package("a", "b", "c"))
+    assert report["verdict"] == "committed"
+    for name in "abc":
+        field.said(name, "build=300 a.txt=new-a")
+        assert field.content(name)["sub/c.txt"] == "new-c"
+    assert sum(len(entry["instances"]) for entry in report["targets"]) == 6
+    assert len([step for step in report["steps"] if step["step"] == "switch"]) == 1
+
+
+def test_rollback_goes_back_one_generation_at_a_time_and_patches_stack(field: Field) -> None:
+    field.start("web")
+    field.apply(field.package("web", build=300))
+    field.apply(field.package("web", build=400, files={"a.txt": "newer-a"}, all_new=False, include=["a.txt"]), )
+    field.said("web", "build=400 a.txt=newer-a b.txt=new-b")
+    pid = field.instance("web")["pid"]
+    report = field.client.call("patch.rollback", target="web")
+    assert (report["verdict"], report["action"]) == ("committed", "rollback")
+    field.said("web", "build=300 a.txt=new-a b.txt=new-b")
+    field.client.call("patch.rollback", target="web")
+    after = field.said("web", "build=200 a.txt=old-a b.txt=old-b")
+    assert after["pid"] == pid
+    assert "sub/c.txt" not in field.content("web")
+    with pytest.raises(RemoteError, match="no earlier generation"):
+        field.client.call("patch.rollback", target="web")
+    field.apply(field.package("web", build=500))
+    field.said("web", "build=500 a.txt=new-a")
+
+
+def test_a_patched_target_stays_patched_when_the_supervisor_is_restarted(field: Field) -> None:
+    field.start("web")
+    field.apply(field.package("web"))
+    field.client.close()
+    field.serve.stop()
+    field.client = field.serve.start()
+    field.said("web", "build=300 a.txt=new-a")
+    assert field.target("web")["build"] == 300
+    field.client.call("patch.rollback", target="web")
+    field.said("web", "build=200 a.txt=old-a")
+
+
+def test_the_same_patch_again_is_a_success_that_does_nothing(field: Field) -> None:
+    field.start("web")
+    package = field.package("web")
+    field.apply(package)
+    field.said("web", "build=300")
+    before = field.picture("web")
+    report = field.apply(package)
+    assert report["verdict"] == "already"
+    assert report["targets"][0]["already"]
+    assert field.picture("web") == before
+
+
+def test_a_stopped_target_gets_the_files_and_stays_stopped(field: Field) -> None:
+    field.start("web")
+    field.client.call("stop", names=["web"])
+    for build, kind in ((300, Kind.WARM), (400, Kind.COLD)):
+        report = field.apply(field.package("web", build=build, kind=kind, all_new=True) if build == 300
+                             else field.package("web", build=build, kind=kind, files={"a.txt": "newest"},
+                                                include=["a.txt", "program.py"]))  # fmt: skip
+        assert report["verdict"] == "committed"
+        assert field.target("web")["state"] == "stopped"
+    field.client.call("start", names=["web"])
+    field.said("web", "two build=400 a.txt=newest")
+
+
+def test_wait_is_honoured_and_then_the_patch_goes_on(field: Field) -> None:
+    field.start("web")
+    field.behave("web", prepare="wait")
+    result: list[Any] = []
+    with ControlClient(field.serve.endpoint) as other:
+        package = str(field.package("web"))
+        applying = threading.Thread(target=lambda: result.append(other.call("patch.apply", path=package)))
+        applying.start()
+        wait_for(
+            lambda: [e for e in field.client.call("events.since", seq=0)["events"] if e.get("step") == "wait"],
+            "the target to be asked",
+        )
+        assert field.target("web")["busy"] == "patch"
+        field.behave("web", prepare="go")
+        applying.join(20)
+    assert result[0]["verdict"] == "committed"
+    field.said("web", "build=300")
+
+
+def test_programs_without_the_sdk_are_told_by_signal_command_or_not_at_all(field: Field) -> None:
+    script = "trap 'echo reloaded $(cat $ASYNCSUP_ROOT/a.txt)' HUP; echo up; while :; do sleep 3600 & wait $!; done"
+    (field.folder / "script.sh").write_text(script)
+    text = ['[supervisor]\nregion = "us-east-1"\n[patch]\ntrust = "none"\nprobation = "0s"\n']
+    for name, how in (
+        ("sig", 'reload_signal = "HUP"'),
+        ("cmd", "reload_command = \"sh -c 'kill -HUP $MAINPID'\""),
+        ("mute", ""),
+    ):
+        (field.folder / name).mkdir()
+        for path, content in FILES.items():
+            (field.folder / name / path).write_text(content)
+        text.append(f'[target.{name}]\ncommand = "sh script.sh"\nroot = "{name}"\nmin_uptime = "20ms"\n{how}\n')
+    field.client = field.serve.start("".join(text))
+    log = lambda name: field.client.call("logs", name=name)["chunks"][0]["text"]  # noqa: E731
+    for name in ("sig", "cmd", "mute"):
+        wait_for(lambda name=name: "up" in log(name), name)
+    pids = {name: field.instance(name)["pid"] for name in ("sig", "cmd", "mute")}
+    package = field.package("sig", "cmd", "mute", files={"a.txt": "fresh"}, include=["a.txt"])
+    report = field.apply(package)
+    told = {i["name"]: i["told_by"] for entry in report["targets"] for i in entry["instances"]}
+    assert told == {"sig:0": "signal", "cmd:0": "command", "mute:0": "nobody"}
+    for name in ("sig", "cmd"):
+        wait_for(lambda name=name: "reloaded fresh" in log(name), name)
+    assert {name: field.instance(name)["pid"] for name in pids} == pids
+    assert field.content("mute")["a.txt"] == "fresh"
+
+
+# --- refused before anything is touched -----------------------------------------------------------------------
+
+
+def test_the_gates_refuse_and_nothing_is_touched(field: Field) -> None:
+    field.start("web", "other", each={"other": 'patch = { allow = ["cold"] }'})
+    soon = datetime.now(UTC) + timedelta(days=1)
+    before = field.picture("web", "other")
+    cases = {
+        "gate.region": field.package("web", regions=("India",)),
+        "gate.build": field.package("web", build=100),
+        "gate.target": field.package("nobody"),
+        "gate.requires": field.package("web", requires=Requires(build_min=250)),
+        "gate.expired": field.package("web", created=soon - timedelta(days=9), expires=soon - timedelta(days=2)),
+        "gate.kind": field.package("other"),
+        "gate.build_conflict": field.package("web", build=200),
+    }
+    for code, package in cases.items():
+        error = field.refused(package)
+        assert (error.error_code, error.remote_exit_status) == (code, 20), error
+        assert error.details["report"]["verdict"] == "refused"
+        plan = None if code == "gate.target" else field.client.call("patch.plan", path=str(package))
+        assert plan is None or (plan["verdict"], plan["targets"][0]["refused"]["code"]) == ("refused", code)
+    # One target of several is enough.
+    error = field.refused(field.package("web", "other"))
+    assert (error.error_code, error.details["target"]) == ("gate.kind", "other")
+    assert field.picture("web", "other") == before
+
+
+def test_drift_is_refused_and_named(field: Field) -> None:
+    field.start("web")
+    (field.folder / "web" / "a.txt").write_text("changed by hand")
+    before = field.picture("web")
+    error = field.refused(field.package("web"))
+    assert error.remote_exit_status == 20
+    assert "a.txt" in error.message
+    assert field.picture("web") == before
+
+
+def test_one_byte_flipped_is_refused(field: Field) -> None:
+    field.start("web", patch='trust = "digest"'.replace("trust", "#"))
+    package = field.package("web")
+    checksum = hashlib.sha256(package.read_bytes()).hexdigest()
+    before = field.picture("web")
+    good = package.read_bytes()
+    for position in range(0, len(good), max(1, len(good) // 40)):
+        data = bytearray(good)
+        data[position] ^= 0x10
+        package.write_bytes(data)
+        error = field.refused(package, sha256=checksum)
+        assert (error.error_code, error.remote_exit_status) == ("digest.sha256", 21)
+    assert field.picture("web") == before
+
+
+def test_trust_digest_wants_a_digest(serve: Serve, field: Field) -> None:
+    field.start("web")
+    field.client.close()
+    serve.stop()
+    serve.write(serve.config.read_text().replace('trust = "none"', 'trust = "digest"'))
+    field.client = serve.start()
+    field.said("web", "old-a")
+    package = field.package("web")
+    error = field.refused(package)
+    assert (error.error_code, error.remote_exit_status) == ("trust.digest_missing", 21)
+    checksum = hashlib.sha256(package.read_bytes()).hexdigest()
+    package.with_name(f"{package.name}.sha256").write_text(f"{checksum}  {package.name}\n")
+    assert field.apply(package)["verdict"] == "committed"
+
+
+def test_a_prototype_package_goes_through_the_same_checks(field: Field) -> None:
+    field.start("web")
+    package = field.folder / "legacy.zip"
+
+    def build(**more: Any) -> int:
+        settings: dict[str, Any] = {"region": "us-east-1", "build": 300, "warm": True}
+        return build_prototype_patch(output=package, **{**settings, **more})
+
+    before = field.picture("web")
+    build(modified={"/a.txt": b"x"}, region="India")
+    assert field.refused(package).error_code == "gate.region"
+    build(modified={"/a.txt": b"x"}, build=100)
+    assert field.refused(package).error_code == "gate.build"
+    crc = build(modified={"/web/a.txt": b"new-a"}, new={"/sub/c.txt": b"new-c"}, deleted=["/b.txt", "/none.txt"])
+    error = field.refused(package, crc32=str(crc ^ 1))
+    assert (error.error_code, error.remote_exit_status) == ("digest.crc32", 21)
+    assert field.picture("web") == before
+    report = field.apply(package, crc32=str(crc))
+    assert report["verdict"] == "committed"
+    field.said("web", "build=300 a.txt=new-a sub/c.txt=new-c")
+    assert "b.txt" not in field.content("web")
+
+
+# --- refused by the target: nothing changed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "says"),
+    [
+        ("refuse", "patch.not_allowed", "closed today"),
+        ("raise", "patch.not_allowed", "confused"),
+        ("never", "patch.no_answer", "did not answer `prepare` within 0.3 s"),
+        ("wait", "patch.still_waiting", "in the middle of something"),
+        ("die", "patch.target_died", "ended before it answered"),
+    ],
+)
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_target_that_does_not_give_its_go_ahead_keeps_everything(
+    field: Field, behaviour: str, code: str, says: str, kind: Kind
+) -> None:
+    field.start("good", "web", patch='wait_max = "300ms"\n', defaults='[defaults.patch]\nack_timeout = "300ms"')
+    field.behave("web", prepare=behaviour)
+    before = field.picture("good", "web")
+    error = field.refused(field.package("good", "web", kind=kind))
+    assert (error.error_code, error.remote_exit_status) == (code, 22), error
+    assert says in error.message
+    assert error.details["report"]["verdict"] == "target_refused"
+    if behaviour == "die":
+        field.said("web", "build=200 a.txt=old-a b.txt=old-b")
+        assert field.picture("good") == before[:1]
+        assert field.content("web") == before[1][0]
+    else:
+        assert field.picture("good", "web") == before
+    wait_for(lambda: "aborted" in field.client.call("logs", name="good")["chunks"][0]["text"], "the abort")
+    field.behave("web")
+    assert field.apply(field.package("good", "web", kind=kind))["verdict"] == "committed"
+    field.said("web", "build=300 a.txt=new-a")
+
+
+# --- applied and undone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [
+        ("fail", "these files are no good"),
+        ("never", "no answer within 0.4 s"),
+        ("die", "ended before it answered"),
+    ],
+)
+def test_a_warm_patch_that_is_not_taken_up_goes_back_everywhere(field: Field, behaviour: str, says: str) -> None:
+    field.start("good", "web", defaults='[defaults.patch]\nack_timeout = "400ms"')
+    field.behave("web", reload=behaviour)
+    pid = field.instance("good")["pid"]
+    package = field.package("good", "web")
+    error = field.refused(package)
+    if behaviour == "never":
+        # Its handler is stuck for good: the files are back, and it is said that this process is not well.
+        assert (error.error_code, error.remote_exit_status) == ("patch.rollback_failed", 24)
+        assert "`asyncsup restart web:0` would" in error.message
+    else:
+        assert (error.error_code, error.remote_exit_status) == ("patch.rolled_back", 23)
+    assert says in error.message
+    assert field.content("good") == field.content("web")
+    assert field.content("web")["a.txt"] == "old-a"
+    assert field.target("web")["build"] == 200
+    assert field.said("good", "build=200 a.txt=old-a b.txt=old-b")["pid"] == pid
+    if behaviour != "never":
+        field.said("web", "build=200 a.txt=old-a b.txt=old-b")
+    held = field.refused(package)
+    assert held.error_code == "gate.held"
+
+
+@pytest.mark.parametrize("how", ["die", "mute", "late-die"])
+def test_a_cold_patch_that_does_not_come_up_goes_back_everywhere(field: Field, how: str) -> None:
+    field.start("good", "web", defaults='start_timeout = "1500ms"\n'.replace("start_timeout", "#"))
+    # The new program misbehaves, the old one does not: the behaviour is part of the patch.
+    package = field.package("good", "web", kind=Kind.COLD, probation=1.0 if how == "late-die" else 0.0)
+    pids = [field.instance(name)["pid"] for name in ("good", "web")]
+    program = field.folder / f"new-{field._packages}" / "program.py"
+    text = program.read_text()
+    broken = text.replace('    if behaviour("start") == "die":', f'    os.environ["HOW"] = "{how}"\n    if HERE == "web" and "{how}" == "die":')
+    broken = broken.replace('if behaviour("start") != "mute":', f'if not (HERE == "web" and "{how}" == "mute"):')
+    broken = broken.replace('if behaviour("start") == "late-die":', f'if HERE == "web" and "{how}" == "late-die":')
+    program.write_text(broken.replace("VERSION = ", 'HERE = os.environ["ASYNCSUP_NAME"]\nVERSION = ', 1))
+    build_patch(
+        old=field.folder / f"old-{field._packages}", new=program.parent, output=package, name="broken",
+        version="1", build=300, kind=Kind.COLD, targets=["good", "web"], regions=["us-east-1"],
+        probation=1.0 if how == "late-die" else 0.0,
+    )  # fmt: skip
+    error = field.refused(package)
+    assert (error.error_code, error.remote_exit_status) == ("patch.rolled_back", 23), error.message
+    assert "web:0" in error.message
+    for name, pid in zip(("good", "web"), pids, strict=True):
+        after = field.said(name, "one build=200 a.txt=old-a b.txt=old-b")
+        assert after["state"] == "running"
+        assert after["pid"] != pid
+        assert field.content(name)["a.txt"] == "old-a"
+        assert field.target(name)["build"] == 200
+
+
+def test_a_crash_in_probation_undoes_a_warm_patch(field: Field) -> None:
+    field.start("web")
+    errors: list[RemoteError] = []
+    package = field.package("web", probation=30.0)
+    pid = field.instance("web")["pid"]
+    with ControlClient(field.serve.endpoint) as other:
+
+        def apply() -> None:
+            with pytest.raises(RemoteError) as caught:
+                other.call("patch.apply", path=str(package))
+            errors.append(caught.value)
+
+        applying = threading.Thread(target=apply)
+        applying.start()
+        field.said("web", "build=300 a.txt=new-a")
+        os.kill(pid, signal.SIGKILL)
+        applying.join(20)
+    assert errors[0].error_code == "patch.rolled_back"
+    assert "killed by SIGKILL" in errors[0].message
+    field.said("web", "a.txt=old-a b.txt=old-b")
+    assert field.target("web")["build"] == 200
+
+
+def test_a_stop_during_a_patch_puts_everything_back_first(field: Field) -> None:
+    field.start("web", "good")
+    errors: list[RemoteError] = []
+    package = field.package("web", "good", probation=60.0)
+    with ControlClient(field.serve.endpoint) as other:
+
+        def apply() -> None:
+            with pytest.raises(RemoteError) as caught:
+                other.call("patch.apply", path=str(package))
+            errors.append(caught.value)
+
+        applying = threading.Thread(target=apply)
+        applying.start()
+        field.said("web", "build=300 a.txt=new-a")
+        field.client.call("stop", names=["web"])
+        applying.join(20)
+    assert errors[0].error_code == "patch.rolled_back"
+    assert "asked to stop web" in errors[0].message
+    assert field.target("web")["state"] == "stopped"
+    field.said("good", "build=200 a.txt=old-a")
+    assert field.content("web")["a.txt"] == field.content("good")["a.txt"] == "old-a"
+
+
+def test_the_end_of_the_supervisor_during_a_patch_puts_everything_back_first(field: Field) -> None:
+    field.start("web")
+    package = field.package("web", probation=60.0)
+    with ControlClient(field.serve.endpoint) as other:
+        applying = threading.Thread(target=lambda: pytest.raises(Exception, other.call, "patch.apply", path=str(package)))
+        applying.start()
+        field.said("web", "build=300")
+        assert field.serve.stop() == 0
+        applying.join(20)
+    field.client.close()
+    assert field.content("web")["a.txt"] == "old-a"
+    field.client = field.serve.start()
+    field.said("web", "build=200 a.txt=old-a")
+
+
+# --- two at once ----------------------------------------------------------------------------------------------
+
+
+def test_patches_for_different_targets_run_side_by_side_and_for_the_same_one_after_another(field: Field) -> None:
+    field.start("a", "b")
+    results: dict[str, Any] = {}
+    slow = field.package("a", build=300, probation=60.0)
+    with ControlClient(field.serve.endpoint) as other:
+        applying = threading.Thread(
+            target=lambda: pytest.raises(RemoteError, other.call, "patch.apply", path=str(slow))
+        )
+        applying.start()
+        field.said("a", "build=300")
+        results["b"] = field.apply(field.package("b", build=300))
+        busy = field.refused(field.package("a", build=400), wait_busy=False)
+        assert (busy.error_code, busy.remote_exit_status) == ("target.busy", 8)
+        assert "a is busy: patch for" in busy.message
+        field.client.call("stop", names=["a"])
+        applying.join(20)
+    assert results["b"]["verdict"] == "committed"
+    assert field.content("b")["a.txt"] == "new-a"
+    assert field.content("a")["a.txt"] == "old-a"
+
+
+# --- the inbox ------------------------------------------------------------------------------------------------
+
+
+def test_the_inbox_lists_what_is_complete_and_moves_what_was_dealt_with(field: Field) -> None:
+    field.start("web")
+    good, bad = field.package("web"), field.package("web", build=100)
+    data = good.read_bytes()
+    inbox = field.serve.inbox
+    with (inbox / "good.zip").open("wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        (listed,) = field.client.call("patch.list")["inbox"]
+        assert (listed["file"], listed["state"]) == ("good.zip", "incomplete")
+        file.write(data[len(data) // 2 :])
+    shutil.copy(bad, inbox / "old.zip")
+    (inbox / "junk.zip").write_bytes(b"PK\x05\x06" + b"\0" * 18)
+    (inbox / "notes.txt").write_text("not a patch")
+    listing = {entry["file"]: entry for entry in field.client.call("patch.list")["inbox"]}
+    assert {name: entry["state"] for name, entry in listing.items()} == {
+        "good.zip": "complete", "old.zip": "complete", "junk.zip": "malformed",
+    }  # fmt: skip
+    assert (listing["good.zip"]["build"], listing["good.zip"]["targets"]) == (300, ["web"])
+    wait_for(
+        lambda: [e for e in field.client.call("events.since", seq=0)["events"] if e.get("file") == "good.zip"],
+        "the arrival to be noticed",
+    )
+
+    assert field.client.call("patch.apply", name="good.zip")["verdict"] == "committed"
+    with pytest.raises(RemoteError):
+        field.client.call("patch.apply", name="old.zip")
+    with pytest.raises(RemoteError):
+        field.client.call("patch.apply", name="junk")
+    assert sorted(path.name for path in inbox.iterdir()) == ["applied", "notes.txt", "rejected"]
+    report = json.loads((inbox / "applied/good.zip.json").read_text())
+    assert (report["verdict"], report["targets"][0]["build_after"]) == ("committed", 300)
+    assert (inbox / "applied/good.zip").read_bytes() == data
+    assert json.loads((inbox / "rejected/old.zip.json").read_text())["code"] == "gate.build"
+    assert json.loads((inbox / "rejected/junk.zip.json").read_text())["verdict"] == "refused"
+
+
+def test_auto_applies_what_arrives_once_its_digest_is_there(field: Field) -> None:
+    field.start("web", patch="auto = true\n")
+    field.client.close()
+    field.serve.stop()
+    field.serve.write(field.serve.config.read_text().replace('trust = "none"', 'trust = "digest"'))
+    field.client = field.serve.start()
+    field.said("web", "old-a")
+    package = field.package("web")
+    shutil.copy(package, field.serve.inbox / "p.zip")
+    wait_for(lambda: "waits in the inbox" in field.serve.errors(), "the supervisor to miss the digest")
+    checksum = hashlib.sha256(package.read_bytes()).hexdigest()
+    (field.serve.inbox / "p.zip.sha256").write_text(f"{checksum}  p.zip\n")
+    field.said("web", "build=300 a.txt=new-a")
+    wait_for(lambda: (field.serve.inbox / "applied/p.zip.json").exists(), "the report")
+
+
+def test_a_package_can_be_sent_over_the_socket(field: Field) -> None:
+    field.start("web")
+    package = field.package("web")
+    upload = field.client.upload(package)
+    assert field.client.call("patch.verify", upload=upload)["build"] == 300
+    assert field.client.call("patch.apply", upload=upload)["verdict"] == "committed"
+    field.said("web", "build=300")
+    assert not list((field.folder / ".asyncsup/uploads").iterdir())
+
+
+# --- looking back ---------------------------------------------------------------------------------------------
+
+
+def test_history_and_show_tell_what_happened_step_by_step(field: Field) -> None:
+    field.start("web")
+    report = field.apply(field.package("web"))
+    field.behave("web", prepare="refuse")
+    field.refused(field.package("web", build=400, files={"a.txt": "x"}, include=["a.txt"]))
+    field.behave("web")
+    field.client.call("patch.rollback", target="web")
+    history = field.client.call("patch.history", target="web")["transactions"]
+    assert [(entry["action"], entry["verdict"]) for entry in history] == [
+        ("rollback", "committed"), ("apply", "target_refused"), ("apply", "committed"),
+    ]  # fmt: skip
+    shown = field.client.call("patch.show", id=str(report["txn"]))
+    assert shown["asked_by"].startswith("root" if os.geteuid() == 0 else "")
+    assert [step["step"] for step in shown["steps"]] == [step["step"] for step in report["steps"]]
+    assert field.client.call("patch.show", id=report["patch"][:10])["txn"] == report["txn"]
+
+
+def test_plan_says_what_apply_would_do_and_does_nothing(field: Field) -> None:
+    field.start("web")
+    before = field.picture("web")
+    plan = field.client.call("patch.plan", path=str(field.package("web")))
+    assert plan["verdict"] == "apply"
+    (entry,) = plan["targets"]
+    assert all(gate["ok"] for gate in entry["gates"])
+    assert {(f["path"], f["op"]) for f in entry["files"]} == {
+        ("a.txt", "modified"), ("b.txt", "modified"), ("sub/c.txt", "new"),
+    }  # fmt: skip
+    assert [i["told_by"] for i in entry["instances"]] == ["sdk"]
+    plan = field.client.call("patch.plan", path=str(field.package("web", kind=Kind.COLD)))
+    assert [i["told_by"] for i in plan["targets"][0]["instances"]] == ["restart"]
+    assert field.picture("web") == before
+    assert field.client.call("patch.history")["transactions"] == []
