@@ -324,8 +324,8 @@ def _instance_row(instance: Value) -> list[Cell]:
 def _instance_detail(instance: Value) -> str:
     parts = []
     detail, text = instance.get("detail"), instance.get("status_text")
-    if detail:
-        parts.append(clean(detail))
+    if detail and not (instance.get("ready") and instance.get("state") == "running"):
+        parts.append(clean(detail))  # how one that is well became so is of no interest
     if text and text != detail:
         parts.append(clean(text))
     ended = instance.get("exit")
@@ -446,11 +446,13 @@ def show_lines(
 
 def _setting(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{clean(k)}={_setting(v)}" for k, v in value.items())
+        return ", ".join(f"{clean(k)}={_setting(v)}" for k, v in value.items() if v is not None)
     if isinstance(value, list | tuple):
         return " ".join(_word(item) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
     return "" if value is None else clean(value)
 
 
@@ -523,11 +525,9 @@ def step_line(step: Value, *, ink: Ink = PLAIN) -> str:
     detail = clean(step.get("detail") or "")
     took = step.get("took")
     name = clean(step.get("step", "?"))
-    text = f"{ink('cyan', f'{name:<9}')} "
-    text += f"{where}: {detail}" if where and detail else where or detail
-    if took is not None:
-        text += ink("grey", f" ({duration(took)})")
-    return text.rstrip()
+    text = f"{where}: {detail}" if where and detail else where or detail
+    after = ink("grey", f"({duration(took)})") if took is not None else ""
+    return " ".join(part for part in (ink("cyan", f"{name:<9}"), text, after) if part).rstrip()
 
 
 # --- patches ------------------------------------------------------------------------------------------------
@@ -554,8 +554,12 @@ def report_lines(report: Value, *, ink: Ink = PLAIN, steps: bool = False, reason
         steps: also each step with its time (leave out when they were printed as they happened).
         reason: also why it failed (leave out when the error itself follows).
     """
-    action = "rollback" if report.get("action") == "rollback" else "patch"
-    lines = [f"{action} {patch_title(report, ink=ink)}"]
+    if report.get("action") == "rollback":
+        lines = [f"rollback to build {clean(report.get('build', '?'))}"]
+    elif report.get("build") is None:
+        lines = ["the package was not opened"]
+    else:
+        lines = [f"patch {patch_title(report, ink=ink)}"]
     if steps:
         lines += [f"  {step_line(step, ink=ink)}" for step in report.get("steps") or ()]
     for target in report.get("targets") or ():
@@ -587,7 +591,8 @@ def _target_transcript(target: Value, report: Value, ink: Ink) -> list[str]:
     if states:
         lines += ["  target state", *(f"    {state}" for state in states)]
     lines += _gate_lines(target.get("gates") or (), ink)
-    lines += _file_lines(target.get("files") or (), ink)
+    untouched = report.get("verdict") in {"refused", "already", "target_refused"}
+    lines += _file_lines(target.get("files") or (), ink, "files, not touched" if untouched else "files")
     if instances:
         lines.append("  told")
         lines += [f"    {_told_line(instance, report, ink)}" for instance in instances]
@@ -611,10 +616,10 @@ def _gate_lines(gates: Sequence[Value], ink: Ink) -> list[str]:
     return lines
 
 
-def _file_lines(files: Sequence[Value], ink: Ink) -> list[str]:
+def _file_lines(files: Sequence[Value], ink: Ink, heading: str = "files") -> list[str]:
     """Deleted, modified, inserted: the order in which the prototype listed (and did) them."""
     colours = {"deleted": "red", "modified": "yellow", "new": "green"}
-    lines = ["  files"] if files else []
+    lines = [f"  {heading}"] if files else []
     for op in (*_OP_ORDER, None):
         for file in files:
             kind = str(file.get("op"))
@@ -659,17 +664,15 @@ def _pid_change(before: object, after: object, ink: Ink) -> str:
 def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
     """How a transaction ended, in one line, and why in a second one where there is a reason."""
     verdict = str(report.get("verdict"))
-    done = (
-        "rolled back to the build before" if report.get("action") == "rollback" else "applied and committed"
-    )
+    rollback = report.get("action") == "rollback"
     text = {
-        "committed": done,
-        "already": "already applied with the same content; nothing to do",
-        "refused": "refused; nothing was touched",
-        "target_refused": "the target did not give its go-ahead; nothing was changed",
-        "rolled_back": "applied and rolled back; everything is as it was before",
-        "rollback_failed": "ROLLBACK FAILED; the files are wholly one build, a process is not well",
-    }.get(verdict, clean(verdict))
+        "committed": "back at the build before" if rollback else "every instance has it",
+        "already": "the target has this very content; nothing to do",
+        "refused": "nothing was touched",
+        "target_refused": "no go-ahead from the target; nothing was changed",
+        "rolled_back": "applied and undone; everything is as it was before",
+        "rollback_failed": "the files are wholly one build, but a process is not well",
+    }.get(verdict, "unknown to this version")
     facts = []
     if report.get("took") is not None:
         facts.append(duration(report["took"]))
@@ -800,7 +803,7 @@ def transaction_lines(value: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = Non
             ("patch", patch_title({**value, "patch": None, "id": None}, ink=ink)),
             ("id", clean(value.get("patch") or value.get("id") or "")),
             ("targets", _listed(value.get("targets"))),
-            ("state", clean(value.get("state") or "")),
+            ("state", "" if value.get("state") == value.get("verdict") else clean(value.get("state") or "")),
             ("verdict", ink(_VERDICT_COLOURS.get(verdict, "red"), verdict)),
             ("started", moment(value.get("started"), date=True, tz=tz)),
             ("took", duration(value.get("took"))),

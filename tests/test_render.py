@@ -313,7 +313,7 @@ def test_the_transcript_says_what_the_prototype_said_and_more() -> None:
         "    inserted  rest/res.json",
         "  told",
         "    pricer:0  told by the SDK, acknowledged in 3.4 ms, pid 4711 (the same)",
-        "verdict: COMMITTED: applied and committed (320 ms, transaction 12)",
+        "verdict: COMMITTED: every instance has it (320 ms, transaction 12)",
     ]
 
 
@@ -327,9 +327,15 @@ def test_the_transcript_of_a_cold_patch_shows_the_restart() -> None:
 def test_the_transcript_of_a_refusal_names_the_gate_and_touches_nothing() -> None:
     lines = render.report_lines(refused_report())
     assert "    refused  region  patch is for India, pricer runs in us-east-1 [gate.region]" in lines
-    assert lines[-2] == "verdict: REFUSED: refused; nothing was touched (320 ms)"
+    assert lines[-2] == "verdict: REFUSED: nothing was touched (320 ms)"
     assert lines[-1] == "reason: patch is for India, pricer runs in us-east-1 [gate.region]"
+    assert "  files, not touched" in lines
     assert render.report_lines(refused_report(), reason=False)[-1] == lines[-2]
+
+
+def test_a_package_that_could_not_be_opened_has_no_name() -> None:
+    lines = render.report_lines({"verdict": "refused", "reason": "wrong checksum", "code": "digest.sha256"})
+    assert lines[0] == "the package was not opened"
 
 
 def test_a_target_that_did_not_acknowledge_is_conspicuous() -> None:
@@ -345,9 +351,7 @@ def test_a_target_that_did_not_acknowledge_is_conspicuous() -> None:
     assert "a:1  told by signal, no acknowledgement" in lines
     assert "a:2  told by nobody" in lines
     assert "a:3 NOT_ALLOWED (1) in 100 ms" in lines
-    assert any(
-        "ROLLED_BACK: applied and rolled back; everything is as it was before" in line for line in lines
-    )
+    assert any("ROLLED_BACK: applied and undone; everything is as it was before" in line for line in lines)
 
 
 @pytest.mark.parametrize("verdict", ["already", "target_refused", "rollback_failed"])
