@@ -98,7 +98,7 @@ class PatchTiming:
     ack_timeout: Timeout = 10.0
     """How long an instance may take to answer `prepare` and `reload`."""
     wait_max: Duration = 60.0
-    """How long instances may answer `wait`, all in all, before the patch is given up."""
+    """How long an instance may answer `wait`, all in all, before the patch is given up."""
     probation: Duration = 2.0
     """How long after the switch a failure still undoes the patch, unless the patch itself names a time."""
 
@@ -183,7 +183,7 @@ class TargetConfig:
     """Before the first restart of a process that did not stay up; doubles each time."""
     restart_max_delay: Duration = 30.0
     start_limit_burst: Annotated[int, integer(1)] = 10
-    """More restarts than this within start_limit_interval, and the instance has failed."""
+    """After this many restarts within start_limit_interval the instance has failed."""
     start_limit_interval: Duration = 60.0
     """0 for no limit."""
     min_uptime: Duration = 1.0
@@ -191,7 +191,7 @@ class TargetConfig:
     """How long a target with a protocol may take to become ready."""
     success_exit_codes: Annotated[tuple[int, ...], values.EXIT_CODES] = (0,)
     essential: Annotated[bool, values.BOOLEAN] = False
-    """The supervisor ends when this target has failed."""
+    """The supervisor ends when an instance has ended and is not to be started again."""
 
     stop_signal: Annotated[signal.Signals, values.STOP_SIGNAL] = signal.SIGTERM
     stop_timeout: Duration = 10.0
@@ -221,6 +221,10 @@ class Config:
     """By name, in the order of the files."""
     warnings: tuple[str, ...] = ()
     """What is allowed but probably not meant, one sentence each."""
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """The settings of one target, as `describe` has them."""
+        return describe(self.targets[name])
 
 
 class Option(NamedTuple):

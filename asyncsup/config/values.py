@@ -41,8 +41,8 @@ class BadValueError(ValueError):
 
 
 _DURATION_UNITS: Final = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION: Final = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|s|m|h|d))+")
-_DURATION_PART: Final = re.compile(r"([0-9.]+)([a-z]+)")
+_DURATION: Final = re.compile(r"(?: ?[0-9]+(?:\.[0-9]+)? ?(?:ms|s|m|h|d))+")
+_DURATION_PART: Final = re.compile(r"([0-9.]+) ?([a-z]+)")
 _DURATION_HINT: Final = 'write a number of seconds, or a text such as "500ms", "10s", "1.5m", "1h30m"'
 
 
@@ -58,12 +58,11 @@ def parse_duration(value: object) -> float:
         return round(float(value), 6)
     if not isinstance(value, str):
         raise BadValueError(f"must be a duration, got {type_name(value)}", _DURATION_HINT)
-    text = value.replace(" ", "")
-    if not _DURATION.fullmatch(text):
-        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-            raise BadValueError("a duration without a unit", f'write "{text}s" for seconds')
+    if not _DURATION.fullmatch(value):
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+            raise BadValueError("a duration without a unit", f'write "{value}s" for seconds')
         raise BadValueError("not a duration", _DURATION_HINT)
-    seconds = sum(float(part[1]) * _DURATION_UNITS[part[2]] for part in _DURATION_PART.finditer(text))
+    seconds = sum(float(part[1]) * _DURATION_UNITS[part[2]] for part in _DURATION_PART.finditer(value))
     if seconds > MAX_DURATION:
         raise BadValueError("not a duration from 0 to 365 days")
     return round(seconds, 6)
@@ -84,7 +83,7 @@ _SIZE_UNITS: Final = {
     "MB": 10**6, "MiB": 2**20, "KB": 10**3, "KiB": 2**10, "B": 1,
 }  # fmt: skip
 _SIZE_BY_FOLDED: Final = {name.lower(): factor for name, factor in _SIZE_UNITS.items()}
-_SIZE: Final = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?([kmgt]?i?b)", re.IGNORECASE)
+_SIZE: Final = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,19}))? ?([kmgt]?i?b)", re.IGNORECASE)
 _SIZE_HINT: Final = 'write a number of bytes, or a text such as "64KiB", "50MB" (10^6), "1GiB" (2^30)'
 _MAX_SIZE: Final = 2**63 - 1
 
@@ -98,7 +97,7 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     elif isinstance(value, str):
-        match = _SIZE.fullmatch(value.replace(" ", ""))
+        match = _SIZE.fullmatch(value)
         factor = _SIZE_BY_FOLDED.get(match[3].lower()) if match else None
         if match is None or factor is None:
             raise BadValueError("not a size", _SIZE_HINT)
@@ -303,7 +302,8 @@ def choice(alternatives: Any) -> ValueType[Any]:
             )
         return text
 
-    return ValueType(" or ".join(map(quoted, names)), read)
+    *others, last = map(quoted, names)
+    return ValueType(f"{', '.join(others)} or {last}", read)
 
 
 def _read_boolean(value: Any, scope: Scope) -> bool:
