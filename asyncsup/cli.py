@@ -80,13 +80,24 @@ class Session:
     def client(self) -> ControlClient:
         """Raises ConfigError when no supervisor is named."""
         if self._client is None:
-            from asyncsup.client import ControlClient, find_endpoint
+            from asyncsup.client import ControlClient
 
-            self._client = ControlClient(self.args.endpoint or find_endpoint(self.args.config))
+            self._client = ControlClient(self._find_endpoint())
         return self._client
+
+    def _find_endpoint(self) -> str:
+        from asyncsup.endpoint import find_endpoint
+
+        return str(self.args.endpoint or find_endpoint(self.args.config))
 
     def ask(self, method: str, params: Mapping[str, Any] | None = None, /, **more: Any) -> Any:
         """A question that is answered at once or not at all."""
+        if self._client is None:
+            endpoint = self._find_endpoint()
+            if endpoint.startswith("ipc://"):
+                from asyncsup.quick import ask
+
+                return ask(endpoint, method, {**(params or {}), **more}, timeout=QUERY_SECONDS)
         return self.client.call(method, params, timeout=QUERY_SECONDS, **more)
 
     def sibling(self, args: argparse.Namespace, out: Output) -> Session:
@@ -120,13 +131,20 @@ def _globals(parser: argparse.ArgumentParser) -> None:
     add("-q", "--quiet", action="store_true", default=keep, help="no text but errors")
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # argparse makes one for every argument, and without a width imports shutil, and so bz2 and lzma, for it.
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() and int(columns) > 40 else 100
+    return argparse.RawDescriptionHelpFormatter(prog, width=width - 2)
+
+
 def _parser(prog: str, description: str, epilog: str | None = None) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
     )
     _globals(parser)
     return parser
@@ -275,7 +293,7 @@ def _config_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _shutdown(session: Session) -> int:
     out, args = session.out, session.args
-    info = session.ask("supervisor.info")
+    info = session.client.call("supervisor.info", timeout=QUERY_SECONDS)
     try:
         process = os.pidfd_open(int(info["pid"]))
     except OSError:
@@ -548,7 +566,7 @@ def _follow(session: Session, step: Callable[[], bool]) -> None:
     """Take steps until one says no, the reader goes or the supervisor ends. A crashed one is waited for."""
     import time
 
-    from asyncsup.client import check_reachable
+    from asyncsup.endpoint import check_reachable
 
     out, away = session.out, False
     while not out.closed:

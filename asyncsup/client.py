@@ -8,19 +8,16 @@
 
 One JSON-RPC 2.0 request in one ZeroMQ frame, one answer with the same id (``docs/protocol.md``). What the
 supervisor answers is returned as its JSON says it; what it refuses is raised as `RemoteError`. Nothing of the
-supervisor's inside is imported here, and nothing that ``asyncsup status`` would have to wait for.
+supervisor's inside is imported here.
 """
 
-# ruff: noqa: PTH100, PTH113, PTH118, PTH120, PTH123
-# pathlib (and dataclasses, asyncio, logging) would be a good part of the run time of `asyncsup status`.
+# ruff: noqa: PTH123
+# pathlib, dataclasses, asyncio and logging would be a good part of the run time of a short command.
 
 from __future__ import annotations
 
 import binascii
-import errno
-import json
 import os
-import socket
 import struct
 import time
 from collections import deque
@@ -30,14 +27,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import zmq
 
-from asyncsup.errors import (
-    AsyncsupError,
-    NotAllowedError,
-    RemoteError,
-    SupervisorUnreachableError,
-    TimeoutExpiredError,
-    UsageError,
-)
+from asyncsup.endpoint import check_reachable, find_endpoint, unreachable
+from asyncsup.errors import SupervisorUnreachableError
+from asyncsup.rpc import Params, decode, encode_request, exit_status_of, result_of, timed_out, went_away
 
 if TYPE_CHECKING:
     import anyio
@@ -67,11 +59,6 @@ after it, whatever was missed is fetched."""
 MAX_WAITING_EVENTS: Final = 10_000
 """Events a slow reader may leave lying; later ones are dropped here and fetched again as a gap."""
 
-MAX_SOCKET_PATH_BYTES: Final = 107
-"""What the address of a UNIX socket holds."""
-
-Params = Mapping[str, Any]
-
 
 class Event(NamedTuple):
     """One event of the supervisor's stream."""
@@ -93,161 +80,7 @@ class Gap(NamedTuple):
     """The supervisor is another one than before: its events are numbered from 1 again."""
 
 
-def exit_status_of(error: AsyncsupError) -> int:
-    """What a command that ends with ``error`` exits with; for a `RemoteError`, what the supervisor said."""
-    return error.remote_exit_status if isinstance(error, RemoteError) else error.exit_status
-
-
-# --- where the supervisor is --------------------------------------------------------------------------------
-
-
-def find_endpoint(config: str | os.PathLike[str] | None = None) -> str:
-    """The control endpoint of the supervisor that is meant.
-
-    That of the configuration file ``config`` if one is given, else ``$ASYNCSUP_ENDPOINT``, else that of the
-    configuration file `asyncsup serve` would take. Only its ``[supervisor]`` table is looked at.
-
-    Raises:
-        ConfigError: there is no configuration file, or what it says of the endpoint is wrong.
-    """
-    if config is None and os.environ.get("ASYNCSUP_ENDPOINT"):
-        return os.environ["ASYNCSUP_ENDPOINT"]
-    path = _find_config() if config is None else os.fspath(config)
-    if path is not None and (endpoint := _plain_endpoint(path)) is not None:
-        return endpoint
-    # Anything out of the ordinary is the configuration reader's business, which has the words for it.
-    from pathlib import Path  # noqa: PLC0415
-
-    from asyncsup.config import find_config, load_supervisor  # noqa: PLC0415
-
-    settings = load_supervisor(find_config(None if path is None else Path(path), os.environ))
-    return str(settings.endpoint)
-
-
-def _find_config() -> str | None:
-    """The order of `asyncsup.config.find_config` without its import; a test holds the two together."""
-    environ = os.environ
-    if environ.get("ASYNCSUP_CONFIG"):
-        return environ["ASYNCSUP_CONFIG"]
-    places = ["asyncsup.toml"]
-    if environ.get("XDG_CONFIG_HOME", "").startswith("/"):
-        places.append(f"{environ['XDG_CONFIG_HOME']}/asyncsup/asyncsup.toml")
-    elif environ.get("HOME"):
-        places.append(f"{environ['HOME']}/.config/asyncsup/asyncsup.toml")
-    places.append("/etc/asyncsup/asyncsup.toml")
-    return next((path for path in places if os.path.isfile(path)), None)
-
-
-def _plain_endpoint(path: str) -> str | None:
-    """What `asyncsup.config.load_supervisor` would say, at half the run time of `asyncsup status`.
-
-    None when the file has anything but plain paths to say about it, or is wrong.
-    """
-    import tomllib  # noqa: PLC0415 - not needed when the endpoint is given
-
-    try:
-        with open(path, "rb") as file:
-            settings = tomllib.load(file).get("supervisor", {})
-        values = {name: settings.get(name) for name in ("state_dir", "runtime_dir", "endpoint")}
-    except (OSError, ValueError, AttributeError):
-        return None
-    for value in values.values():
-        if value is not None and (not isinstance(value, str) or not value or "$" in value or value[0] == "~"):
-            return None
-    endpoint = values["endpoint"]
-    address = "" if endpoint is None else endpoint.removeprefix("ipc://")
-    if endpoint is not None and (address == endpoint or address[:1] in {"", "@", "~"}):
-        return None
-    runtime_dir = values["runtime_dir"] or f"{values['state_dir'] or '.asyncsup'}/run"
-    # The folder is checked even where it is not used: the supervisor has its other sockets there.
-    sockets = [_absolute(path, f"{runtime_dir}/control.sock"), _absolute(path, address or ".")]
-    if any(len(os.fsencode(name)) > MAX_SOCKET_PATH_BYTES for name in sockets):
-        return None
-    return f"ipc://{sockets[1] if address else sockets[0]}"
-
-
-def _absolute(config: str, path: str) -> str:
-    folder = os.path.dirname(os.path.abspath(config))
-    return "/" + os.path.normpath(os.path.join(folder, path)).lstrip("/")
-
-
-def check_reachable(endpoint: str) -> None:
-    """Return at once if something listens at ``endpoint``; ZeroMQ itself would wait for it without a word.
-
-    Raises:
-        SupervisorUnreachableError: nobody listens there.
-        NotAllowedError: the socket is not ours to use.
-        UsageError: it is no endpoint.
-    """
-    scheme, _, address = endpoint.partition("://")
-    if scheme == "tcp" and address:
-        return
-    if scheme != "ipc" or not address:
-        raise UsageError(
-            f"{endpoint!r} is no endpoint; expected something like ipc:///run/asyncsup/control.sock"
-        )
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        probe.setblocking(False)
-        probe.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-    except BlockingIOError:
-        pass  # its backlog is full, so somebody has it
-    except PermissionError:
-        raise NotAllowedError(
-            f"no permission for the supervisor's socket at {endpoint}", endpoint=endpoint
-        ) from None
-    except OSError as error:
-        if error.errno is None:  # "AF_UNIX path too long" comes without a number
-            raise UsageError(f"{endpoint}: {error}", endpoint=endpoint) from None
-        raise _unreachable(endpoint, None if error.errno == errno.ENOENT else error.strerror) from None
-    finally:
-        probe.close()
-
-
-def _unreachable(endpoint: str, why: str | None) -> SupervisorUnreachableError:
-    reason = f" ({why})" if why else ""
-    return SupervisorUnreachableError(
-        f"no supervisor at {endpoint}{reason}; start one with `asyncsup serve`", endpoint=endpoint
-    )
-
-
-# --- messages (pure) ----------------------------------------------------------------------------------------
-
-
-def _encode(request_id: int, method: str, params: Params) -> bytes:
-    given = {name: value for name, value in params.items() if value is not None}
-    request = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": given}
-    return json.dumps(request, separators=(",", ":")).encode()
-
-
-def _decode(frame: bytes) -> Mapping[str, Any] | None:
-    """One JSON-RPC object, or None for what is none: it cannot be the answer to anything."""
-    try:
-        value = json.loads(frame)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and value.get("jsonrpc") == "2.0" else None
-
-
-def _result(answer: Mapping[str, Any]) -> Any:
-    """Raises RemoteError, with the supervisor's code, exit status and details."""
-    if "error" not in answer:
-        return answer.get("result")
-    error = answer["error"] if isinstance(answer["error"], dict) else {}
-    data = error.get("data")
-    details = dict(data) if isinstance(data, dict) else {}
-    number = error.get("code")
-    # JSON-RPC's own numbers are about the request; a program that asks wrongly is a usage error.
-    ours = number in {-32700, -32600, -32601, -32602}
-    code = details.pop("code", "request.invalid" if ours else "internal")
-    exit_status = details.pop("exit_status", 2 if ours else 1)
-    raised = RemoteError(
-        str(error.get("message", "the supervisor failed without saying why")),
-        code=str(code),
-        exit_status=exit_status if isinstance(exit_status, int) else 1,
-    )
-    raised.details = details
-    raise raised
+# --- events (pure) ------------------------------------------------------------------------------------------
 
 
 def _as_event(message: Mapping[str, Any] | None) -> Event | None:
@@ -259,16 +92,6 @@ def _as_event(message: Mapping[str, Any] | None) -> Event | None:
 
 def _gone(endpoint: str) -> str:
     return f"the supervisor at {endpoint} went away"
-
-
-def _went_away(endpoint: str, method: str) -> str:
-    return f"the supervisor at {endpoint} went away before it answered {method}; whether it did it is unknown"
-
-
-def _timed_out(method: str, timeout: float) -> TimeoutExpiredError:
-    return TimeoutExpiredError(
-        f"no answer to {method} within {timeout:g} s; the request was cancelled", method=method
-    )
 
 
 class _Sequence:
@@ -450,7 +273,7 @@ class ControlClient:
         finally:
             self._waiting.discard(request_id)
             self._answers.pop(request_id, None)
-        return _result(answer)
+        return result_of(answer)
 
     def upload(
         self,
@@ -521,16 +344,16 @@ class ControlClient:
             self._link = _Link(self._context, zmq.DEALER, self.endpoint)
         self._next_id += 1
         try:
-            self._link.socket.send(_encode(self._next_id, method, params), zmq.NOBLOCK)
+            self._link.socket.send(encode_request(self._next_id, method, params), zmq.NOBLOCK)
         except zmq.Again:
-            raise _unreachable(self.endpoint, "it takes no more requests") from None
+            raise unreachable(self.endpoint, "it takes no more requests") from None
         return self._next_id
 
     def _cancel(self, request_id: int) -> None:
         if self._link is None:
             return
         self._next_id += 1
-        frame = _encode(self._next_id, "cancel", {"id": request_id})
+        frame = encode_request(self._next_id, "cancel", {"id": request_id})
         try:
             self._link.socket.send(frame, zmq.NOBLOCK)  # its answer is nobody's: it is dropped when it comes
         except zmq.Again:
@@ -558,11 +381,11 @@ class ControlClient:
         if self._link is not None and not self._answers and self._link.lost():
             self._drop()
         if self._link is None and not self._answers:
-            raise SupervisorUnreachableError(_went_away(self.endpoint, method), endpoint=self.endpoint)
+            raise went_away(self.endpoint, method)
 
     def _receive(self) -> None:
         while self._link is not None and (frames := self._link.receive()) is not None:
-            answer = _decode(frames[-1])
+            answer = decode(frames[-1])
             if answer is not None and answer.get("id") in self._waiting:
                 self._answers[answer["id"]] = answer
 
@@ -582,7 +405,7 @@ def _remaining(deadline: float | None, timeout: float | None, method: str) -> fl
         return None
     remaining = deadline - time.monotonic()
     if remaining <= 0:
-        raise _timed_out(method, timeout)
+        raise timed_out(method, timeout)
     return remaining
 
 
@@ -699,7 +522,7 @@ class EventStream:
         if self._lost:
             # Its last words first; what may be missing among them nobody can be asked for.
             while (frames := self._link.receive()) is not None:
-                event = _as_event(_decode(frames[-1]))
+                event = _as_event(decode(frames[-1]))
                 if event is not None and self._sequence.take(event):
                     events.append(event)
             if not events:
@@ -711,7 +534,7 @@ class EventStream:
             events += self._fetch(quiet=True)
             self._stale = False
         while (frames := self._link.receive()) is not None:
-            event = _as_event(_decode(frames[-1]))
+            event = _as_event(decode(frames[-1]))
             if event is None or self._sequence.is_repeat(event):
                 continue
             if not self._sequence.follows(event):
@@ -880,10 +703,10 @@ class AsyncControlClient:
             del self._waiting[request_id]
         if not answered:
             assert timeout is not None
-            raise _timed_out(method, timeout)
+            raise timed_out(method, timeout)
         if pending.answer is None:
-            raise SupervisorUnreachableError(_went_away(self.endpoint, method), endpoint=self.endpoint)
-        return _result(pending.answer)
+            raise went_away(self.endpoint, method)
+        return result_of(pending.answer)
 
     async def upload(
         self,
@@ -945,10 +768,10 @@ class AsyncControlClient:
         self._next_id += 1
         pending = self._waiting[self._next_id] = _Pending(anyio.Event())
         try:
-            self._link.send(_encode(self._next_id, method, params))
+            self._link.send(encode_request(self._next_id, method, params))
         except zmq.Again:
             del self._waiting[self._next_id]
-            raise _unreachable(self.endpoint, "it takes no more requests") from None
+            raise unreachable(self.endpoint, "it takes no more requests") from None
         return self._next_id, pending
 
     def _cancel(self, request_id: int) -> None:
@@ -956,12 +779,12 @@ class AsyncControlClient:
             return
         self._next_id += 1
         try:
-            self._link.send(_encode(self._next_id, "cancel", {"id": request_id}))
+            self._link.send(encode_request(self._next_id, "cancel", {"id": request_id}))
         except zmq.Again:
             self._on_news(lost=True, joined=False)
 
     def _on_message(self, frames: list[bytes]) -> None:
-        answer = _decode(frames[-1])
+        answer = decode(frames[-1])
         pending = self._waiting.get(answer["id"]) if answer is not None and "id" in answer else None
         if pending is not None:
             pending.answer = answer
@@ -1079,7 +902,7 @@ class AsyncEventStream:
             self._on_gap(Gap(first, self._sequence.last, lost, restarted))
 
     def _on_message(self, frames: list[bytes]) -> None:
-        event = _as_event(_decode(frames[-1]))
+        event = _as_event(decode(frames[-1]))
         if event is not None and len(self._raw) < MAX_WAITING_EVENTS:
             self._raw.append(event)
             self._wake.set()

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asyncsup import cli, render
-from asyncsup.client import exit_status_of
 from asyncsup.errors import (
     AsyncsupError,
     NotAllowedError,
     SupervisorUnreachableError,
     UsageError,
 )
+from asyncsup.rpc import exit_status_of
 from asyncsup.terminal import Output
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import Any, Final, TextIO
 
 from asyncsup.errors import AsyncsupError
 from asyncsup.render import Ink, clean, progress
+from asyncsup.rpc import exit_status_of
 
 BAR_INTERVAL_SECONDS: Final = 0.1
 
@@ -96,8 +97,6 @@ class Output:
 
     def error(self, error: AsyncsupError) -> int:
         """Report an error in every form that was asked for; returns the exit status."""
-        from asyncsup.client import exit_status_of  # noqa: PLC0415 - pulls in ZeroMQ
-
         self._complain(error.message)
         if self.json_wanted:
             details = {"code": error.error_code, "message": error.message}

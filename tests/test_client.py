@@ -14,6 +14,7 @@ import anyio
 import pytest
 from fake_supervisor import PENDING, WAIT_SECONDS, Call, FakeSupervisor, RefusalError
 
+from asyncsup import quick
 from asyncsup.client import (
     UPLOAD_CHUNK_BYTES,
     AsyncControlClient,
@@ -196,6 +197,115 @@ def test_close_may_be_called_twice(supervisor: FakeSupervisor) -> None:
     client.call("echo")
     client.close()
     client.close()
+
+
+# --- one question without libzmq ----------------------------------------------------------------------------
+
+
+def test_a_quick_question_is_answered_by_a_router_of_libzmq(supervisor: FakeSupervisor) -> None:
+    supervisor.handlers["big"] = lambda _: "x" * 5_000_000
+    assert quick.ask(supervisor.endpoint, "echo", {"n": 1, "none": None}, timeout=WAIT_SECONDS) == {"n": 1}
+    long = {"text": "y" * 100_000}
+    assert quick.ask(supervisor.endpoint, "echo", long, timeout=WAIT_SECONDS) == long
+    assert len(quick.ask(supervisor.endpoint, "big", {}, timeout=WAIT_SECONDS)) == 5_000_000
+
+
+def test_a_quick_question_fails_as_any_other(supervisor: FakeSupervisor) -> None:
+    with pytest.raises(RemoteError) as caught:
+        quick.ask(supervisor.endpoint, "refuse", {}, timeout=WAIT_SECONDS)
+    assert exit_status_of(caught.value) == 20
+    with pytest.raises(SupervisorUnreachableError, match="start one with"):
+        quick.ask(f"{supervisor.endpoint}.not", "echo", {}, timeout=WAIT_SECONDS)
+
+
+def test_a_quick_question_ends_at_its_deadline_and_is_cancelled(supervisor: FakeSupervisor) -> None:
+    with pytest.raises(TimeoutExpiredError, match=r"no answer to never within 0\.1 s"):
+        quick.ask(supervisor.endpoint, "never", {}, timeout=0.1)
+    assert supervisor.wait_for("cancel").params == {"id": supervisor.wait_for("never").id}
+
+
+def test_ctrl_c_cancels_a_quick_question(supervisor: FakeSupervisor) -> None:
+    def interrupt() -> None:
+        supervisor.wait_for("never")
+        signal.pthread_kill(main, signal.SIGINT)
+
+    main = threading.get_ident()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        quick.ask(supervisor.endpoint, "never", {}, timeout=WAIT_SECONDS)
+    thread.join()
+    supervisor.wait_for("cancel")
+
+
+def test_a_supervisor_that_dies_during_a_quick_question_is_noticed(supervisor: FakeSupervisor) -> None:
+    def kill() -> None:
+        supervisor.wait_for("never")
+        supervisor.stop()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(SupervisorUnreachableError, match="went away before it answered never"):
+        quick.ask(supervisor.endpoint, "never", {}, timeout=WAIT_SECONDS)
+    thread.join()
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", SupervisorUnreachableError),
+        (b"HTTP/1.1 400 Bad Request\r\n" + b" " * 64, SupervisorUnreachableError),
+        (GREETING[:20], SupervisorUnreachableError),
+        (GREETING + b"\x04\x06\x05ERROR", SupervisorUnreachableError),
+        (GREETING + b"\x02" + b"\xff" * 8, SupervisorUnreachableError),
+        (GREETING + b"\x00\x04junk", SupervisorUnreachableError),
+    ],
+    ids=["nothing", "http", "half a greeting", "error command", "endless frame", "junk"],
+)
+def test_what_is_no_supervisor_is_not_taken_for_one(
+    short_tmp: Path, said: bytes, error: type[AsyncsupError]
+) -> None:
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(said)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{short_tmp}/control.sock")
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(error):
+            quick.ask(f"ipc://{short_tmp}/control.sock", "status", {}, timeout=WAIT_SECONDS)
+        thread.join()
+
+
+def test_a_peer_that_asks_whether_we_live_is_answered(short_tmp: Path) -> None:
+    heard: list[bytes] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(GREETING + b"\x04\x09\x04PING\x00\x0aab")
+            answer = b'{"jsonrpc":"2.0","id":1,"result":5}'
+            while b"PONG" not in b"".join(heard):
+                heard.append(connection.recv(4096))
+            connection.sendall(b"\x01\x00" + bytes([0, len(answer)]) + answer)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{short_tmp}/control.sock")
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert quick.ask(f"ipc://{short_tmp}/control.sock", "x", {}, timeout=WAIT_SECONDS) == 5
+        thread.join()
+    assert b"\x04\x07\x04PONGab" in b"".join(heard)
 
 
 # --- uploads ------------------------------------------------------------------------------------------------
