@@ -665,5 +665,5 @@ def _refuse_shrunk() -> NoReturn:
 
 
 def _refuse(code: str, message: str, *, entry: str | None = None) -> NoReturn:
-    details = {} if entry is None else {"entry": entry}
+    details = {} if entry is None else {"entry": entry[: paths.MAX_PATH_BYTES]}
     raise PatchMalformedError(message, code=code, **details)

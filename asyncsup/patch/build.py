@@ -316,9 +316,12 @@ def _read_file(source: _Source, progress: Progress | None) -> Iterator[memoryvie
 def _add_change(
     writer: _ArchiveWriter, change: FileChange, source: _Source, progress: Progress | None
 ) -> None:
+    # Content that is better stored is read a second time, which is not progress.
+    report = [progress]
+
     def checked() -> Iterator[memoryview]:
         digest = hashlib.sha256()
-        for piece in _read_file(source, progress):
+        for piece in _read_file(source, report.pop() if report else None):
             digest.update(piece)
             yield piece
         if digest.hexdigest() != change.sha256:
@@ -504,7 +507,8 @@ class _ArchiveWriter:
         if self._dos:
             made_by, attributes = version, 0x10 if is_folder else 0x20
         else:
-            made_by, attributes = 3 << 8 | version, (stat.S_IFREG | DEFAULT_MODE) << 16
+            mode = stat.S_IFDIR | 0o755 if is_folder else stat.S_IFREG | DEFAULT_MODE
+            made_by, attributes = 3 << 8 | version, mode << 16
         header = archive.CENTRAL.pack(
             archive.CENTRAL_SIGNATURE, made_by, version, _flags(name), method, 0, _DATE_1980, crc, compressed,
             size, len(raw_name), len(extra), 0, 0, 0, attributes, offset,

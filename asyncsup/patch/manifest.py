@@ -39,6 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~:-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MODE = re.compile(r"0[0-7]{3}")
+_BIDI_CONTROLS: Final = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d{1,6})?(?:Z|[+-]\d{2}:\d{2})", re.ASCII)
 
 T = TypeVar("T")
@@ -141,9 +142,8 @@ def parse_manifest(raw: bytes) -> Manifest:
     Raises:
         PatchMalformedError: with the code of the first problem and all of them in ``details["problems"]``.
     """
-    value = load_json(raw)
     reader = Reader()
-    manifest = _read_manifest(reader.object(value, ""), reader)
+    manifest = _read_manifest(load_object(raw), reader)
     if reader.problems:
         raise malformed(reader.problems)
     return manifest
@@ -176,14 +176,27 @@ def load_json(raw: bytes) -> Any:
     try:
         shape = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        _refuse_json(f"is not valid JSON: {error}")
+        _refuse_json(f"the manifest is not valid JSON: {error}")
     if _nesting(shape) > MAX_NESTING:
-        _refuse_json(f"is nested more than {MAX_NESTING} deep")
+        _refuse_json(f"the manifest is nested more than {MAX_NESTING} deep")
     try:
         return json.loads(raw.decode(), object_pairs_hook=_unique_object)
     except ValueError as error:
         # Beyond what orjson refuses: an integer with thousands of digits.
-        _refuse_json(f"is not valid JSON: {error}")
+        _refuse_json(f"the manifest is not valid JSON: {error}")
+
+
+def load_object(raw: bytes) -> dict[str, Any]:
+    """Parse JSON whose outermost value is an object.
+
+    Raises:
+        PatchMalformedError: ``manifest.json`` or ``manifest.schema``.
+    """
+    value = load_json(raw)
+    if isinstance(value, dict):
+        return value
+    message = f"the manifest must be an object, got {json_type(value)}"
+    raise malformed([Problem(code="manifest.schema", where="", message=message)])
 
 
 def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -191,7 +204,9 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        _refuse_json(f"has the key {twice!r} twice in one object, and readers disagree which one counts")
+        _refuse_json(
+            f"the manifest has the key {shorten(twice)} twice in one object, and readers disagree on it"
+        )
     return value
 
 
@@ -217,7 +232,7 @@ def _refuse_json(message: str) -> NoReturn:
 def malformed(problems: Sequence[Problem]) -> PatchMalformedError:
     """One error for all of `problems`, of which there is at least one."""
     if len(problems) == 1:
-        message = f"manifest {problems[0]}" if not problems[0].where else f"manifest: {problems[0]}"
+        message = f"manifest: {problems[0]}" if problems[0].where else problems[0].message
     else:
         listed = "; ".join(str(problem) for problem in problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -268,7 +283,7 @@ class Reader:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             hint = f", did you mean {near[0]!r}?" if near else ""
             self.problem(
-                join(where, key if key.isidentifier() else repr(key)),
+                join(where, key if key.isidentifier() and len(key) <= 80 else shorten(key)),
                 f"unknown key{hint} (own keys begin with `x-`)",
                 "manifest.unknown_key",
             )
@@ -464,9 +479,13 @@ def _read_notes(value: Any, where: str, reader: Reader) -> str:
     notes = reader.string(value, where)
     if len(notes) > MAX_NOTES:
         reader.problem(where, f"must have at most {MAX_NOTES} characters")
-    # They are printed on terminals, where escape sequences would be obeyed.
-    if any(unicodedata.category(character) == "Cc" and character not in "\n\t" for character in notes):
-        reader.problem(where, "must not hold control characters other than newline and tab")
+    # They are printed on terminals, where escape sequences would be obeyed and text turned around.
+    if any(
+        (unicodedata.category(character) == "Cc" and character not in "\n\t")
+        or unicodedata.bidirectional(character) in _BIDI_CONTROLS
+        for character in notes
+    ):
+        reader.problem(where, "must not hold bidi or control characters other than newline and tab")
     return notes
 
 

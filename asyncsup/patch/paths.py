@@ -28,8 +28,6 @@ PRIVATE_PREFIX: Final = ".asyncsup"
 _DRIVE = re.compile(r"[A-Za-z]:")
 # What Windows takes for a device whatever the extension; a package with such a file cannot be unpacked there.
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\u00b9\u00b2\u00b3])(?:\.|$)")
-# Control characters, invisible and direction-changing format characters, lone surrogates, line separators.
-_INVISIBLE_CATEGORIES: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +47,13 @@ def path_fault(path: str, *, max_depth: int = MAX_DEPTH, private: bool = True) -
     """
     if not path:
         return PathFault(rule="empty", message="is empty")
-    for character in path:
-        if character < " " or (character > "~" and unicodedata.category(character) in _INVISIBLE_CATEGORIES):
-            return PathFault(
-                rule="control", message=f"holds the invisible or control character U+{ord(character):04X}"
-            )
+    # Control characters, format characters (invisible or direction-changing), lone surrogates, spaces other
+    # than the ordinary one, and what Unicode has not assigned yet and may one day normalise.
+    if not path.isprintable():
+        culprit = next(character for character in path if not character.isprintable())
+        return PathFault(
+            rule="control", message=f"holds U+{ord(culprit):04X}, which is a control character or invisible"
+        )
     if "\\" in path:
         return PathFault(rule="backslash", message="holds a backslash; components are separated by `/`")
     if path[0] == "/":

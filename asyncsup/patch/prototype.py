@@ -28,7 +28,7 @@ from asyncsup.patch.manifest import (
     Op,
     Reader,
     json_type,
-    load_json,
+    load_object,
     malformed,
     read_path,
     report_collisions,
@@ -89,7 +89,7 @@ def parse_prototype(raw: bytes) -> Prototype:
         PatchMalformedError: as `parse_manifest` does, with the same codes.
     """
     reader = Reader()
-    value = reader.object(load_json(raw), "")
+    value = load_object(raw)
     reader.known(value, _KEYS, "")
     warm = reader.optional(value, "justres", "", reader.boolean, False)
     files: list[PrototypeFile] = []
@@ -107,7 +107,7 @@ def parse_prototype(raw: bytes) -> Prototype:
         files=tuple(files),
     )
     if not reader.problems and not files:
-        reader.problem("", "lists no file at all; a patch changes at least one")
+        reader.problem("", "the manifest lists no file at all; a patch changes at least one")
     report_collisions(named, reader)
     if reader.problems:
         raise malformed(reader.problems)
