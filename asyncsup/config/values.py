@@ -41,7 +41,7 @@ class BadValueError(ValueError):
 
 
 _DURATION_UNITS: Final = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION: Final = re.compile(r"(?: ?[0-9]+(?:\.[0-9]+)? ?(?:ms|s|m|h|d))+")
+_DURATION: Final = re.compile(r"(?! )(?: ?[0-9]+(?:\.[0-9]+)? ?(?:ms|s|m|h|d))+")
 _DURATION_PART: Final = re.compile(r"([0-9.]+) ?([a-z]+)")
 _DURATION_HINT: Final = 'write a number of seconds, or a text such as "500ms", "10s", "1.5m", "1h30m"'
 
@@ -59,7 +59,7 @@ def parse_duration(value: object) -> float:
     if not isinstance(value, str):
         raise BadValueError(f"must be a duration, got {type_name(value)}", _DURATION_HINT)
     if not _DURATION.fullmatch(value):
-        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
             raise BadValueError("a duration without a unit", f'write "{value}s" for seconds')
         raise BadValueError("not a duration", _DURATION_HINT)
     seconds = sum(float(part[1]) * _DURATION_UNITS[part[2]] for part in _DURATION_PART.finditer(value))
@@ -391,11 +391,9 @@ def _read_signal(value: Any, scope: Scope) -> signal.Signals:
         raise BadValueError(f"must be a signal, got {type_name(value)}", 'write a name such as "TERM"')
     text = scope.text(value) if isinstance(value, str) else value
     if isinstance(text, int) or text.isdecimal():
-        # No signal has more digits; int() of very many of them is an error of its own.
-        number = text if isinstance(text, int) else int(text[:4])
         try:
-            return signal.Signals(number)
-        except ValueError:
+            return signal.Signals(int(text))
+        except ValueError:  # also from int(), for thousands of digits
             raise BadValueError("no signal has this number") from None
     name = "SIG" + text.upper().removeprefix("SIG")
     if name not in signal.Signals.__members__:
