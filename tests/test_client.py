@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import threading
@@ -270,7 +271,7 @@ def test_what_is_no_supervisor_is_not_taken_for_one(
 ) -> None:
     def serve() -> None:
         connection, _ = listener.accept()
-        with connection:
+        with connection, contextlib.suppress(ConnectionError):
             connection.sendall(said)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(4096):
