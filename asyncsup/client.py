@@ -260,9 +260,13 @@ class ControlClient:
             TimeoutExpiredError: there was no answer in time.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        request_id = self._send(method, {**(params or {}), **more})
+        self._next_id += 1
+        request_id = self._next_id
+        frame = encode_request(request_id, method, {**(params or {}), **more})
         self._waiting.add(request_id)
         try:
+            # Inside: Ctrl-C may come when the request has left and we do not know it yet.
+            self._send(frame)
             while (answer := self._answers.pop(request_id, None)) is None:
                 self._wait(_remaining(deadline, timeout, method), events, on_event, method)
         except SupervisorUnreachableError:
@@ -336,18 +340,16 @@ class ControlClient:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _send(self, method: str, params: Params) -> int:
+    def _send(self, frame: bytes) -> None:
         if self._link is not None and self._link.lost():
             self._drop()
         if self._link is None:
             check_reachable(self.endpoint)
             self._link = _Link(self._context, zmq.DEALER, self.endpoint)
-        self._next_id += 1
         try:
-            self._link.socket.send(encode_request(self._next_id, method, params), zmq.NOBLOCK)
+            self._link.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             raise unreachable(self.endpoint, "it takes no more requests") from None
-        return self._next_id
 
     def _cancel(self, request_id: int) -> None:
         if self._link is None:

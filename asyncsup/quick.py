@@ -33,8 +33,8 @@ def ask(endpoint: str, method: str, params: Params, *, timeout: float) -> Any:
     sent = False
     try:
         connection.open()
+        sent = True  # as good as: Ctrl-C may come when it has left and we do not know it yet
         connection.send(encode_request(1, method, params))
-        sent = True
         while True:
             answer = decode(connection.receive())
             if answer is not None and answer.get("id") == 1:

@@ -163,6 +163,7 @@ class FakeSupervisor:
         sockets = (orders, self._router, self._publisher)
         for socket in sockets:
             socket.setsockopt(zmq.LINGER, 0)
+        self._publisher.setsockopt(zmq.SNDHWM, 100_000)
         self._router.bind(self.endpoint)
         self._publisher.bind(f"ipc://{self.folder}/events.sock")
         self._listening.set()
