@@ -104,8 +104,10 @@ class Inbox:
             self._arrived.set()
             async for event in inotify:
                 name = str(event.name or "")
-                if not name.endswith(".zip") or name.startswith("."):
+                if name.startswith(".") or not name.endswith((".zip", ".zip.sha256")):
                     continue
+                # A checksum that comes after its package is what the package was waiting for.
+                name = name.removesuffix(".sha256")
                 self._events.emit("inbox.changed", file=name, state=self._state_of(name))
                 self._arrived.set()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
 
 import anyio
 import anyio.abc
@@ -22,6 +22,7 @@ import anyio.to_thread
 
 from asyncsup.errors import (
     AsyncsupError,
+    PatchError,
     PatchMalformedError,
     PatchNotFoundError,
     PatchRefusedError,
@@ -478,8 +479,6 @@ class PatchOverseer:
             await transaction.run()
         except AsyncsupError as failure:
             error, verdict = failure, _verdict_of(failure)
-            if isinstance(failure, PatchRolledBackError | RollbackFailedError) and info is not None:
-                await anyio.to_thread.run_sync(self._store.hold, info.id, failure.message)
             raise
         finally:
             with anyio.CancelScope(shield=True):
@@ -492,6 +491,8 @@ class PatchOverseer:
                         code=error.error_code if error else None,
                     )
                 )
+                if _is_the_patchs_fault(error) and info is not None:
+                    await anyio.to_thread.run_sync(self._store.hold, info.id, error.message)
                 if verdict == "committed":
                     keep = self._supervisor.config.patch.keep
                     for name in names:
@@ -689,6 +690,12 @@ def _summary(package: Package) -> dict[str, Any]:
 
 def _gate(gate: Gate) -> dict[str, Any]:
     return {"name": gate.name, "ok": gate.ok, "detail": gate.detail, "code": gate.code}
+
+
+def _is_the_patchs_fault(error: AsyncsupError | None) -> TypeGuard[PatchError]:
+    """Whether an undone patch must not be tried again as it is; not when somebody merely stopped it."""
+    undone = isinstance(error, PatchRolledBackError | RollbackFailedError)
+    return undone and error is not None and error.details.get("cause") != "request.cancelled"
 
 
 def _verdict_of(error: AsyncsupError) -> Verdict:

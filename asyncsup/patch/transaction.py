@@ -124,6 +124,9 @@ class Undo:
             name, step = self._steps.pop()
             try:
                 await step()
+            except AsyncsupError as error:
+                log.error("undo of %s failed: %s", name, error.message)  # noqa: TRY400 - foreseen
+                failures.append(f"{name}: {error.message}")
             except Exception as error:
                 log.exception("undo of %s failed", name)
                 failures.append(f"{name}: {error}")
@@ -288,6 +291,10 @@ class Transaction:
 
     async def _tell(self, participant: Participant) -> None:
         target = participant.target
+        for instance in participant.instances:
+            # One that was spawned before the switch may have read the old files; it cannot be told before it
+            # has finished starting, and ends by itself if it never does.
+            await instance.wait_until(lambda i: i.state is not State.STARTING)
         chosen = [instance for instance in participant.instances if instance.ready]
         self._told += [(instance, instance.pid) for instance in chosen]
         outcomes = await target.reload_instances(

@@ -30,12 +30,12 @@ claimed = behaviour("build")
 target = Target(build=int(claimed) if claimed else None)
 
 
-def say() -> None:
+def say(build: int | None) -> None:
     """Tell what the files say, read as one build."""
     with target.snapshot() as files:
         names = sorted(name for name in ("a.txt", "b.txt", "sub/c.txt") if files.exists(name))
         content = " ".join(f"{name}={files.read_text(name).strip()}" for name in names)
-    target.status(f"{VERSION} build={target.build} {content}")
+    target.status(f"{VERSION} build={build} {content}")
 
 
 @target.on_prepare
@@ -64,7 +64,7 @@ async def reload(patch: Patch) -> None:
             await asyncio.sleep(3600)
         if what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-    say()
+    say(patch.build)
 
 
 @target.on_abort
@@ -78,7 +78,7 @@ async def main() -> None:
     done = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
     async with target:
-        say()
+        say(target.build)
         if behaviour("start") != "mute":
             target.ready()
         if behaviour("start") == "late-die":
