@@ -9,6 +9,7 @@ something else happens.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ import zmq
 
 from asyncsup.errors import StateError
 from target_sdk.protocol import MAX_FRAMES, MAX_MESSAGE_BYTES
+
+log = logging.getLogger("asyncsup.ipc")
 
 DRAIN_BATCH: Final = 256
 """Messages handled before the loop gets its turn."""
@@ -122,10 +125,21 @@ class Router:
             if not 2 <= len(frames) <= MAX_FRAMES:
                 self.oversized += 1
                 continue
-            address = frames[-1].get("Peer-Address")
             body = [frame.bytes for frame in frames]
-            self._on_message(body[0], body[1:], address if isinstance(address, str) else "")
+            try:
+                self._on_message(body[0], body[1:], _peer_address(frames[-1]))
+            except Exception:
+                # Leaving the loop here would leave the edge unarmed: one message would silence the socket.
+                log.exception("a message was dropped")
         self._kick()
+
+
+def _peer_address(frame: zmq.Frame) -> str:
+    try:
+        address = frame.get("Peer-Address")
+    except zmq.ZMQError:
+        return ""  # peers of ZMTP 1 and 2, and noise that passes for them, have no metadata
+    return address if isinstance(address, str) else ""
 
 
 class Publisher:

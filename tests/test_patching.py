@@ -296,7 +296,10 @@ def test_wait_is_honoured_and_then_the_patch_goes_on(field: Field) -> None:
 
 
 def test_programs_without_the_sdk_are_told_by_signal_command_or_not_at_all(field: Field) -> None:
-    script = "trap 'echo reloaded $(cat $ASYNCSUP_ROOT/a.txt)' HUP; echo up\nwhile :; do sleep 3600 & wait $!; done"
+    script = (
+        "trap 'echo reloaded $(cat $ASYNCSUP_ROOT/a.txt)' HUP\necho up\n"
+        "while :; do sleep 3600 & wait $!; kill $!; done"
+    )
     (field.folder / "script.sh").write_text(script)
     text = ['[supervisor]\nregion = "us-east-1"\n[patch]\ntrust = "none"\nprobation = "0s"\n']
     for name, how in (
@@ -311,16 +314,19 @@ def test_programs_without_the_sdk_are_told_by_signal_command_or_not_at_all(field
             f'[target.{name}]\ncommand = "sh script.sh"\nroot = "{name}"\nmin_uptime = "20ms"\n{how}\n'
         )
     field.client = field.serve.start("".join(text))
-    log = lambda name: field.client.call("logs", name=name)["chunks"][0]["text"]  # noqa: E731
+
+    def logged(name: str, text: str) -> None:
+        wait_for(lambda: text in field.client.call("logs", name=name)["chunks"][0]["text"], f"{name}: {text}")
+
     for name in ("sig", "cmd", "mute"):
-        wait_for(lambda name=name: "up" in log(name), name)
+        logged(name, "up")
     pids = {name: field.instance(name)["pid"] for name in ("sig", "cmd", "mute")}
     package = field.package("sig", "cmd", "mute", files={"a.txt": "fresh"})
     report = field.apply(package)
     told = {i["name"]: i["told_by"] for entry in report["targets"] for i in entry["instances"]}
     assert told == {"sig:0": "signal", "cmd:0": "command", "mute:0": "nobody"}
     for name in ("sig", "cmd"):
-        wait_for(lambda name=name: "reloaded fresh" in log(name), name)
+        logged(name, "reloaded fresh")
     assert {name: field.instance(name)["pid"] for name in pids} == pids
     assert field.content("mute")["a.txt"] == "fresh"
 
