@@ -45,15 +45,19 @@ class Connection:
         hello: who is speaking; called on the I/O thread.
         serve: takes a request of the supervisor, on the I/O thread, without blocking. It returns the answer,
             or None if it will call `answer` later.
+        lost: the connection is gone (until the next one); on the I/O thread as well.
     """
 
-    def __init__(self, endpoint: str, *, hello: Callable[[], Hello], serve: Serve) -> None:
+    def __init__(
+        self, endpoint: str, *, hello: Callable[[], Hello], serve: Serve, lost: Callable[[], None]
+    ) -> None:
         self._endpoint = endpoint
         self._serve = serve
+        self._lost = lost
         self._session = Session(hello)
         self._posted: deque[Callable[[float], None]] = deque()
         self._close_by: float | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may report, too
         self._closed = False
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -155,9 +159,11 @@ class Connection:
             if struct.unpack("=Hi", event)[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._session.connected(time.monotonic())
             else:
-                if self._session.phase is not Phase.DOWN:
-                    logger.info("the supervisor went away; reconnecting when it is back")
+                was_down = self._session.phase is Phase.DOWN
                 self._session.disconnected()
+                if not was_down:
+                    logger.info("the supervisor went away; reconnecting when it is back")
+                    self._lost()
 
     def _receive(self, dealer: zmq.Socket[bytes]) -> None:
         for _ in range(RECEIVE_BATCH):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,8 +34,6 @@ MAX_TEXT: Final = 2000
 
 MIN_RETRY: Final = 0.01
 """The shortest time (seconds) after which a target can be asked again."""
-
-REMEMBERED_PATCHES: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +61,8 @@ def wait(retry_after: float, reason: str = "") -> PrepareAnswer:
     """Not at a point where it can be patched: ask again in ``retry_after`` seconds."""
     if not math.isfinite(retry_after):
         raise ValueError(f"retry_after must be a number of seconds, got {retry_after!r}")
-    return PrepareAnswer(
-        verdict=Verdict.WAIT, retry_after=max(MIN_RETRY, retry_after), reason=wire_text(reason) or None
-    )
+    retry_after = max(MIN_RETRY, float(retry_after))
+    return PrepareAnswer(verdict=Verdict.WAIT, retry_after=retry_after, reason=wire_text(reason) or None)
 
 
 def not_allowed(reason: str) -> PrepareAnswer:
@@ -119,13 +116,13 @@ class Call:
 
 @dataclass(slots=True, kw_only=True)
 class Handlers:
-    """The program's functions, and the patches it has been asked about."""
+    """The program's functions, and the patch it has been asked about (there is never more than one)."""
 
     prepare: PrepareHandler | None = None
     reload: PatchHandler | None = None
     abort: PatchHandler | None = None
     drain: DrainHandler | None = None
-    _offered: dict[str, Patch] = field(default_factory=dict)
+    _offered: Patch | None = None
 
     def all(self) -> list[Callable[[Any], object]]:
         return [
@@ -150,7 +147,7 @@ class Handlers:
             case Abort.METHOD:
                 abort = Abort.from_params(request.params)
                 # One we were never asked about was never begun here: there is nothing to abort.
-                offered = self._offered.pop(abort.patch, None)
+                offered = self._settle(abort.patch)
                 argument = offered or Patch(id=abort.patch, build=0, changed=(), root=root)
                 handler = None if offered is None else self.abort
             case "drain":
@@ -159,6 +156,23 @@ class Handlers:
             case _:
                 raise ProtocolError(f"unknown method {request.method!r}", number=METHOD_NOT_FOUND)
         return Call(key=key, method=request.method, argument=argument, handler=handler)
+
+    def call_off(self) -> Call | None:
+        """The supervisor is gone, and with it the patch it had asked about; its successor begins anew."""
+        offered, self._offered = self._offered, None
+        if offered is None or self.abort is None:
+            return None
+        # Nobody waits for an answer, and none is sent: no request has this key.
+        key = CallKey(id="", digest=b"")
+        return Call(key=key, method=Abort.METHOD, argument=offered, handler=self.abort)
+
+    def _settle(self, patch_id: str | None) -> Patch | None:
+        """Forget the patch we were asked about, if it is this one."""
+        offered = self._offered
+        if offered is None or offered.id != patch_id:
+            return None
+        self._offered = None
+        return offered
 
     def _offer(self, prepare: Prepare, root: Path) -> Patch:
         patch = Patch(
@@ -169,14 +183,11 @@ class Handlers:
             kind=prepare.kind,
             deadline=prepare.deadline,
         )
-        self._offered[prepare.patch] = patch
-        while len(self._offered) > REMEMBERED_PATCHES:
-            del self._offered[next(iter(self._offered))]
+        self._offered = patch
         return patch
 
     def _take_up(self, reload: Reload) -> Patch:
-        if reload.patch is not None:
-            self._offered.pop(reload.patch, None)
+        self._settle(reload.patch)
         return Patch(
             id=reload.patch,
             build=reload.build,

@@ -111,7 +111,6 @@ class Session:
         self._served = {key: served for key, served in self._served.items() if served.answer is None}
         for report in self._reports.values():
             report.id = report.due = None
-            report.changed = False
             report.interval = RESEND_AFTER
             report.acknowledged = report.acknowledged and not report.lasting
         greeting = _Report(method=Hello.METHOD, params=lambda: self.hello().params(), lasting=True)

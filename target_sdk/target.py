@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from target_sdk import protocol
 from target_sdk.connection import Connection
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
     from target_sdk.loop import LoopDispatcher
 
 __version__ = "0.1.0"
+
+MAX_EXTEND: Final = 86_400.0
+"""Seconds; the supervisor grants no more at once."""
 
 PrepareT = TypeVar("PrepareT", bound=PrepareHandler)
 PatchT = TypeVar("PatchT", bound=PatchHandler)
@@ -117,7 +119,7 @@ class Target:
         self._connection: Connection | None = None
         self._dispatcher: PendingDispatcher | LoopDispatcher | None = None
         self._reports: dict[str, tuple[Callable[[], protocol.Params], bool]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may report, too
         self._stopping = False
 
     # --- what is known -------------------------------------------------------------------------------------
@@ -173,7 +175,10 @@ class Target:
         return handler
 
     def on_abort(self, handler: PatchT) -> PatchT:
-        """Decorator. A patch that `on_prepare` was asked about does not come, whatever it had answered."""
+        """Decorator. The patch that `on_prepare` was asked about does not come, whatever it had answered.
+
+        Also called when the supervisor went away in between: nobody would come to say so.
+        """
         self._register("on_abort", handler, self._handlers.abort)
         self._handlers.abort = handler
         return handler
@@ -225,8 +230,8 @@ class Target:
 
     def extend(self, seconds: float) -> None:
         """Ask for this much more time (seconds, from now) in whatever the supervisor waits for."""
-        if not math.isfinite(seconds) or seconds <= 0:
-            raise ValueError(f"seconds must be more than 0, got {seconds!r}")
+        if not 0 < seconds <= MAX_EXTEND:
+            raise ValueError(f"seconds must be more than 0 and at most {MAX_EXTEND:g}, got {seconds!r}")
         self._report("extend", lambda: {"seconds": seconds}, lasting=False)
 
     def stopping(self) -> None:
@@ -303,7 +308,7 @@ class Target:
         if endpoint is None or token is None:
             return
         with self._lock:
-            self._connection = Connection(endpoint, hello=self._hello, serve=self._serve)
+            self._connection = Connection(endpoint, hello=self._hello, serve=self._serve, lost=self._lost)
             for method, (params, lasting) in self._reports.items():
                 self._connection.report(method, params, lasting=lasting)
 
@@ -363,6 +368,12 @@ class Target:
         assert self._dispatcher is not None
         self._dispatcher.submit(call)
         return None
+
+    def _lost(self) -> None:
+        """There is no connection any more, on the I/O thread."""
+        call = self._handlers.call_off()
+        if call is not None and self._dispatcher is not None:
+            self._dispatcher.submit(call)
 
     def _finish(self, call: Call, outcome: Outcome) -> None:
         """A handler has ended, on whatever thread it ran."""
