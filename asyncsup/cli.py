@@ -112,13 +112,15 @@ class Session:
 
 
 def seconds(text: str) -> float:
-    """``10``, ``1.5``, ``500ms``, ``10s``, ``2m``, ``1h30m``: the forms the configuration takes as well."""
+    """``10``, ``1.5``, or what the configuration takes: ``500ms``, ``10s``, ``2m``, ``1h30m``."""
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-        return float(text)
-    if not re.fullmatch(r"([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 10s, 500ms or 2m")
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]+)", text))
+        text += "s"
+    if re.fullmatch(r"(?! )( ?[0-9]+(\.[0-9]+)? ?(ms|s|m|h|d))+", text):
+        value = sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+) ?([a-z]+)", text))
+        if value <= 365 * units["d"]:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 10s, 500ms or 2m, up to 365 days")
 
 
 def _globals(parser: argparse.ArgumentParser) -> None:

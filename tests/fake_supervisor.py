@@ -162,7 +162,8 @@ class FakeSupervisor:
         self._publisher = self._context.socket(zmq.XPUB)
         sockets = (orders, self._router, self._publisher)
         for socket in sockets:
-            socket.setsockopt(zmq.LINGER, 0)
+            # What has been said before it ends is on its way.
+            socket.setsockopt(zmq.LINGER, 200)
         self._publisher.setsockopt(zmq.SNDHWM, 100_000)
         self._router.bind(self.endpoint)
         self._publisher.bind(f"ipc://{self.folder}/events.sock")
