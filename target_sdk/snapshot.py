@@ -57,7 +57,7 @@ class Snapshot:
 
     @property
     def generation(self) -> str | None:
-        """The name of the generation that is read; None where nothing was ever patched, or without asyncsup.
+        """The name of the generation that is read; None where the plain folder is.
 
         Another name means that files may have changed; the names have no order.
         """
@@ -154,6 +154,10 @@ class Snapshot:
         # In the tree layout the root is a link to a generation, ours or by now a later one. Its parent tells:
         # the folder of all generations. In the overlay layout the two parents have nothing in common.
         if os.path.samestat(os.stat("..", dir_fd=self._root), os.stat("..", dir_fd=self._generation)):
+            # Before the first patch of a tree the pointer leads to the root itself, which is still a folder.
+            root_is_it = os.path.samestat(os.fstat(self._root), os.fstat(self._generation))
+            if root_is_it and not self._root_path.is_symlink():
+                self._generation_name = None
             os.close(self._root)
             self._root = None
 

@@ -438,6 +438,29 @@ def test_tree_is_recognised_although_the_root_moved_on_before_it_was_looked_at(
         assert not files.exists("added.txt")
 
 
+def test_a_tree_before_its_first_patch_is_read_where_it_lies_and_stays_pinned_during_the_patch(
+    store: Store,
+) -> None:
+    store.root.mkdir()
+    (store.root / "app.py").write_text("v0")
+    (store.state / "sets/first").mkdir()
+    (store.state / "sets/first" / NAME).symlink_to(store.root)
+    (store.state / "current").symlink_to("sets/first")
+    with store.snapshot() as files:
+        assert files.generation is None
+        assert files.walk() == ["app.py"]
+        store.root.rename(store.path_of(0))
+        store.root.symlink_to(store.current)
+        store.add(1, {"app.py": "v1", "added.txt": "y"})
+        store.flip(1)
+        assert files.read_text("app.py") == "v0"
+        assert not files.exists("added.txt")
+        assert not store.prune(0)
+    assert store.prune(0)
+    with store.snapshot() as files:
+        assert (files.generation, files.read_text("app.py")) == ("1", "v1")
+
+
 # --- no generation, no asyncsup -----------------------------------------------------------------------------
 
 
