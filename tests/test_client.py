@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+from conftest import Serve
 from fake_supervisor import PENDING, WAIT_SECONDS, Call, FakeSupervisor, RefusalError
 
 from asyncsup import quick
@@ -730,3 +733,44 @@ def test_no_configuration_says_where_it_was_looked_for(elsewhere: Path) -> None:
     assert caught.value.error_code == "config.not_found"
     with pytest.raises(ConfigError, match=r"missing\.toml"):
         find_endpoint(elsewhere / "missing.toml")
+
+
+# --- the example --------------------------------------------------------------------------------------------
+
+
+def test_the_bare_client_needs_nothing_of_asyncsup(serve: Serve) -> None:
+    script = Path(__file__).parent.parent / "examples/bare_client.py"
+    with serve.start('[target.idle]\ncommand = ["sleep", "1000"]\nmin_uptime = "0s"\n') as client:
+        client.call("wait", {"names": ["idle"], "for": "ready"}, timeout=WAIT_SECONDS)
+        child = subprocess.Popen(
+            [sys.executable, script, serve.endpoint, "idle"], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        lines = iter(child.stdout)
+        assert next(lines).startswith("asyncsup 0.1.0, pid ")
+        assert next(lines) == "idle is running at build 0\n"
+        assert next(lines) == "restarted idle\n"
+        # A subscription takes a moment to arrive; sooner or later it hears of a restart.
+        heard: list[str] = []
+        thread = threading.Thread(target=heard.extend, args=(lines,))
+        thread.start()
+        client.call("restart", names=["idle"], timeout=WAIT_SECONDS)
+        client.call("shutdown")
+        assert child.wait(WAIT_SECONDS) == 0
+        thread.join()
+        child.stdout.close()
+    assert any("idle:0: stopped -> starting" in line or "-> stopping" in line for line in heard)
+
+
+def test_the_bare_client_says_what_the_supervisor_refused(serve: Serve) -> None:
+    script = Path(__file__).parent.parent / "examples/bare_client.py"
+    serve.start('[target.idle]\ncommand = ["sleep", "1000"]\n').close()
+    done = subprocess.run(
+        [sys.executable, script, serve.endpoint, "nope"],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "[target.not_found]" in done.stderr
