@@ -30,8 +30,9 @@ from asyncsup.errors import (
 )
 from asyncsup.ipc import Router
 from asyncsup.logs import Cursor
-from asyncsup.patch.overseer import UPLOAD_CHUNK_BYTES, Source
+from asyncsup.patch.overseer import Source, Wish
 from asyncsup.patch.prototype import parse_crc32
+from asyncsup.patch.uploads import CHUNK_BYTES
 from asyncsup.supervisor import Selection, Supervisor
 from asyncsup.target import Target
 from asyncsup.together import together
@@ -100,9 +101,13 @@ class Call:
         return default if value is None else value
 
     def integer(self, key: str, default: int, *, at_most: int) -> int:
+        value = self.optional_integer(key, at_most=at_most)
+        return default if value is None else value
+
+    def optional_integer(self, key: str, *, at_most: int) -> int | None:
         value = self._get(key, int, "an integer")
         if value is None:
-            return default
+            return None
         if isinstance(value, bool) or not 0 <= value <= at_most:
             raise RequestError(f"{key}: must be an integer from 0 to {at_most}, is {value}")
         return value
@@ -470,9 +475,9 @@ class ControlServer:
             data = base64.b64decode(encoded, validate=True)
         except binascii.Error as error:
             raise RequestError(f"data: not base64: {error}") from None
-        if len(data) > UPLOAD_CHUNK_BYTES:
-            raise RequestError(f"data: at most {UPLOAD_CHUNK_BYTES} bytes a piece, got {len(data)}")
-        return self.supervisor.overseer.upload(upload, offset, data, last=last)
+        if len(data) > CHUNK_BYTES:
+            raise RequestError(f"data: at most {CHUNK_BYTES} bytes a piece, got {len(data)}")
+        return self.supervisor.overseer.uploads.take(upload, offset, data, last=last)
 
     @method("patch.verify")
     async def patch_verify(self, call: Call) -> Any:
@@ -482,24 +487,54 @@ class ControlServer:
 
     @method("patch.plan")
     async def patch_plan(self, call: Call) -> Any:
-        source, target = self._source(call), call.optional_string("target")
+        source, wish = self._source(call), self._wish(call)
         call.finish()
-        return await self.supervisor.overseer.plan(source, target)
+        return await self.supervisor.overseer.plan(source, wish)
 
     @method("patch.apply")
     async def patch_apply(self, call: Call) -> Any:
-        source, target = self._source(call), call.optional_string("target")
-        wait_busy = call.boolean("wait_busy", True)
+        source, wish = self._source(call), self._wish(call)
         call.finish()
-        return await self.supervisor.overseer.apply(
-            source, target=target, asked_by=call.asked_by, wait_busy=wait_busy
-        )
+        return await self.supervisor.overseer.apply(source, wish)
 
     @method("patch.rollback")
     async def patch_rollback(self, call: Call) -> Any:
-        target, wait_busy = call.string("target"), call.boolean("wait_busy", True)
+        target = call.string("target")
+        wish = Wish(asked_by=call.asked_by, wait_busy=call.boolean("wait_busy", True))
         call.finish()
-        return await self.supervisor.overseer.rollback(target, asked_by=call.asked_by, wait_busy=wait_busy)
+        return await self.supervisor.overseer.rollback(target, wish)
+
+    @method("patch.commit")
+    async def patch_commit(self, call: Call) -> Any:
+        reference = call.string("id")
+        call.finish()
+        return await self.supervisor.overseer.commit(reference)
+
+    @method("patch.abort")
+    async def patch_abort(self, call: Call) -> Any:
+        reference = call.string("id")
+        call.finish()
+        return await self.supervisor.overseer.abort(reference, asked_by=call.asked_by)
+
+    @method("patch.prune")
+    async def patch_prune(self, call: Call) -> Any:
+        target, keep = call.optional_string("target"), call.optional_integer("keep", at_most=10_000)
+        call.finish()
+        return {"pruned": await self.supervisor.overseer.prune(target, keep)}
+
+    @method("target.release")
+    async def target_release(self, call: Call) -> Any:
+        target = call.string("target")
+        call.finish()
+        return {"released": await self.supervisor.overseer.release(target, asked_by=call.asked_by)}
+
+    def _wish(self, call: Call) -> Wish:
+        return Wish(
+            asked_by=call.asked_by,
+            target=call.optional_string("target"),
+            wait_busy=call.boolean("wait_busy", True),
+            retry_held=call.boolean("retry_held", False),
+        )
 
     @method("patch.list")
     async def patch_list(self, call: Call) -> Any:

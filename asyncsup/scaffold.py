@@ -45,6 +45,8 @@ TEXT: Final = """\
 #ack_timeout = "10s"
 #wait_max = "1m"
 #probation = "2s"
+# "manual": after its probation a patch waits for `asyncsup patch commit`.
+#commit = "auto"
 
 # What applies to every target that does not say otherwise.
 [defaults]

@@ -254,6 +254,7 @@ class Supervisor:
         async with anyio.create_task_group() as stops:
             for target in reversed(self.targets.values()):
                 stops.start_soon(stop, target)
+        await self.overseer.finished()
 
     def _close_instances(self) -> None:
         for target in self.targets.values():

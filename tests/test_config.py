@@ -38,8 +38,8 @@ from asyncsup.config import (
 from asyncsup.config.settings import (
     Entries,
     LogConfig,
+    PatchConduct,
     PatchConfig,
-    PatchTiming,
     SupervisorConfig,
     TargetPatchConfig,
     options,
@@ -1597,7 +1597,7 @@ def test_the_page_has_every_key_with_its_type_and_default() -> None:
         return {option.name: (option.type_text, option.default_text) for option in options(kind).values()}
 
     timing = {
-        name: (option.type_text, f"`{name}` of `[patch]`") for name, option in options(PatchTiming).items()
+        name: (option.type_text, f"`{name}` of `[patch]`") for name, option in options(PatchConduct).items()
     }
     documented = {table: {key: row[:2] for key, row in keys.items()} for table, keys in _documented().items()}
     assert documented == {

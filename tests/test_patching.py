@@ -576,6 +576,90 @@ def test_the_end_of_the_supervisor_during_a_patch_puts_everything_back_first(fie
     field.said("web", "build=200 a.txt=old-a")
 
 
+def test_a_manual_commit_waits_for_the_operator(field: Field) -> None:
+    field.start("web", patch='commit = "manual"\n')
+    report = field.apply(field.package("web"))
+    assert report["verdict"] == "uncommitted"
+    field.said("web", "build=300 a.txt=new-a")
+    assert field.target("web")["busy"] == "patch"
+    final = field.client.call("patch.commit", id=str(report["txn"]))
+    assert final["verdict"] == "committed"
+    assert final["steps"][-1]["step"] == "commit"
+    wait_for(lambda: field.target("web")["busy"] is None, "the target to be free")
+    with pytest.raises(RemoteError) as caught:
+        field.client.call("patch.commit", id=str(report["txn"]))
+    assert caught.value.error_code == "patch.not_found"
+
+
+def test_an_uncommitted_patch_is_undone_by_abort_crash_and_the_end_of_the_supervisor(field: Field) -> None:
+    field.start("web", patch='commit = "manual"\n')
+    report = field.apply(field.package("web"))
+    aborted = field.client.call("patch.abort", id=report["patch"][:8])
+    assert (aborted["verdict"], aborted["txn"]) == ("rolled_back", report["txn"])
+    assert "aborted by" in aborted["reason"]
+    field.said("web", "build=200 a.txt=old-a")
+
+    assert field.apply(field.package("web"))["verdict"] == "uncommitted"
+    os.kill(field.instance("web")["pid"], signal.SIGKILL)
+    field.said("web", "build=200 a.txt=old-a")
+    wait_for(lambda: field.target("web")["busy"] is None, "the target to be free")
+    assert field.content("web")["a.txt"] == "old-a"
+
+    assert field.apply(field.package("web", build=301))["verdict"] == "uncommitted"
+    field.client.close()
+    assert field.serve.stop() == 0
+    assert field.content("web")["a.txt"] == "old-a"
+    field.client = field.serve.start()
+    field.said("web", "build=200 a.txt=old-a")
+    history = field.client.call("patch.history")["transactions"]
+    assert [entry["verdict"] for entry in history] == ["rolled_back"] * 3
+
+
+def test_abort_ends_a_patch_that_a_target_makes_wait(field: Field) -> None:
+    field.start("web")
+    field.behave("web", prepare="wait")
+    before = field.picture("web")
+    with field.applying(field.package("web")) as outcome:
+        waiting = wait_for(
+            lambda: [
+                e for e in field.client.call("events.since", seq=0)["events"] if e.get("step") == "wait"
+            ],
+            "the target to be asked",
+        )
+        report = field.client.call("patch.abort", id=str(waiting[0]["txn"]))
+    assert report["verdict"] == "refused"
+    assert outcome[0].error_code == "request.cancelled"
+    assert field.picture("web") == before
+
+
+def test_a_patch_on_hold_is_tried_again_only_when_told_to(field: Field) -> None:
+    field.start("web")
+    field.behave("web", reload="fail")
+    package = field.package("web")
+    assert field.refused(package).error_code == "patch.rolled_back"
+    field.behave("web")
+    assert field.refused(package).error_code == "gate.held"
+    assert field.apply(package, retry_held=True)["verdict"] == "committed"
+    assert field.apply(package)["verdict"] == "already"
+
+
+def test_old_generations_are_pruned_and_a_target_is_released(field: Field) -> None:
+    field.start("web", patch="keep = 1\n")
+    field.apply(field.package("web"))
+    field.apply(field.package("web", build=400, before={"a.txt": "new-a"}, files={"a.txt": "v4"}))
+    field.apply(field.package("web", build=500, before={"a.txt": "v4"}, files={"a.txt": "v5"}))
+    field.said("web", "build=500 a.txt=v5")
+    generations = field.folder / ".asyncsup/generations/web"
+    assert len(list(generations.iterdir())) == 2
+    assert field.client.call("patch.prune", target="web", keep=0)["pruned"]["web"]
+    assert len(list(generations.iterdir())) == 1
+    before = field.content("web")
+    field.client.call("stop", names=["web"])
+    assert field.client.call("target.release", target="web")["released"]
+    assert field.content("web") == before
+    assert not (field.folder / "web").is_symlink()
+
+
 # --- two at once --------------------------------------------------------------------------------------------
 
 

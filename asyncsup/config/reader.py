@@ -21,8 +21,8 @@ from asyncsup.config.settings import (
     Config,
     Entries,
     LogConfig,
+    PatchConduct,
     PatchConfig,
-    PatchTiming,
     SupervisorConfig,
     TargetConfig,
     TargetPatchConfig,
@@ -238,10 +238,10 @@ class Reader:
 
     def _targets(self, supervisor: SupervisorConfig, patch: TableRead) -> dict[str, TargetRead]:
         defaults = self._table(self._sources[0], "defaults")
-        timing = {name: patch.values[name] for name in options(PatchTiming) if name in patch.values}
+        conduct = {name: patch.values[name] for name in options(PatchConduct) if name in patch.values}
         inherited = {"region": supervisor.region}
         # A default has to be right even where no target uses it; the name it is read for does not matter.
-        self._target("NAME", [defaults], inherited, timing)
+        self._target("NAME", [defaults], inherited, conduct)
         targets: dict[str, TargetRead] = {}
         by_folded_name: dict[str, Layer] = {}
         for source in self._sources:
@@ -250,13 +250,13 @@ class Reader:
                 layer = self._sub(table, name)
                 if layer is not None and self._check_name(layer, name, by_folded_name):
                     beneath = _without_contradicting(defaults, layer)
-                    targets[name] = self._target(name, [layer, beneath], inherited, timing)
+                    targets[name] = self._target(name, [layer, beneath], inherited, conduct)
                     if "command" not in layer.table and "command" not in defaults.table:
                         self.report.problem(layer.place("command"), "is missing", COMMAND_HINT)
         return targets
 
     def _target(
-        self, name: str, layers: Sequence[Layer], inherited: Mapping[str, Any], timing: Mapping[str, Any]
+        self, name: str, layers: Sequence[Layer], inherited: Mapping[str, Any], conduct: Mapping[str, Any]
     ) -> TargetRead:
         """Read a target from its layers, the strongest first."""
         own, keys = layers[0], options(TargetConfig)
@@ -281,11 +281,11 @@ class Reader:
                 values[key] = MappingProxyType(self._entries(option.type, subs, name))
             elif subs:
                 read = self._read(option.type, subs, name)
-                given = {**timing, **read.values} if option.type is TargetPatchConfig else read.values
+                given = {**conduct, **read.values} if option.type is TargetPatchConfig else read.values
                 values[key] = option.type(**given)
                 log = read if option.type is LogConfig else log
             elif option.type is TargetPatchConfig:
-                values[key] = TargetPatchConfig(**timing)
+                values[key] = TargetPatchConfig(**conduct)
         return TargetRead(TargetConfig(name=name, **values), top, log)
 
     # --- tables ---------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ Protocol = Literal["sdk", "notify", "none"]
 Restart = Literal["always", "on-failure", "unless-stopped", "never"]
 KillMode = Literal["group", "process"]
 LogFormat = Literal["raw", "timestamp", "json"]
+Commit = Literal["auto", "manual"]
 
 
 def _empty() -> Mapping[str, Any]:
@@ -92,8 +93,8 @@ class SupervisorConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PatchTiming:
-    """How long targets may take over a patch: set in `[patch]`, overridden for one target in `.patch`."""
+class PatchConduct:
+    """How targets are patched: set in `[patch]`, overridden for one target in `.patch`."""
 
     ack_timeout: Timeout = 10.0
     """How long an instance may take to answer `prepare` and `reload`."""
@@ -101,10 +102,12 @@ class PatchTiming:
     """How long an instance may answer `wait`, all in all, before the patch is given up."""
     probation: Duration = 2.0
     """How long after the switch a failure still undoes the patch, unless the patch itself names a time."""
+    commit: Annotated[Commit, choice(Commit)] = "auto"
+    """``"manual"``: after its probation a patch waits for `asyncsup patch commit`, and can still be undone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PatchConfig(PatchTiming):
+class PatchConfig(PatchConduct):
     """`[patch]`: where patches come from, and what is asked of them."""
 
     inbox: Annotated[Path, values.PATH, Default("inbox")]
@@ -120,7 +123,7 @@ class PatchConfig(PatchTiming):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TargetPatchConfig(PatchTiming):
+class TargetPatchConfig(PatchConduct):
     """`[target.NAME.patch]`."""
 
     allow: Annotated["frozenset[Kind]", values.ALLOW] = field(default_factory=_all_kinds)

@@ -122,6 +122,8 @@ class Inbox:
             return "complete" if looks_complete(path) else "incomplete"
         except FileNotFoundError:
             return "gone"
+        except OSError:
+            return "unreadable"
 
 
 def looks_complete(path: Path) -> bool:

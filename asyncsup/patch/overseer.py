@@ -1,20 +1,21 @@
 """The Patch Overseer: from "here is a zip" to a report of what became of it.
 
 Verifies, finds the targets, takes hold of them, asks the gates, runs the transaction, and says what happened.
+Each apply and each rollback is a job in a task of its own: it is finished, also on disk, whatever becomes of
+the client that asked for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import secrets
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import anyio
 import anyio.abc
@@ -33,23 +34,29 @@ from asyncsup.errors import (
     ShuttingDownError,
     TargetNotFoundError,
 )
-from asyncsup.events import timestamp
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess
-from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op
+from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Limits, Package, open_package
 from asyncsup.patch.prototype import with_root_name
+from asyncsup.patch.report import (
+    PackageView,
+    Part,
+    Report,
+    Verdict,
+    describe_package,
+    gate_json,
+    summary,
+    verdict_of,
+)
 from asyncsup.patch.store import PatchInfo
 from asyncsup.patch.transaction import Change, Participant, Progress, Transaction
+from asyncsup.patch.uploads import Uploads
 from asyncsup.target import Target
 
 if TYPE_CHECKING:
     from asyncsup.supervisor import Supervisor
 
 log = logging.getLogger("asyncsup.patch")
-
-UPLOAD_CHUNK_BYTES: Final = 512 << 10
-
-Verdict = Literal["committed", "already", "refused", "target_refused", "rolled_back", "rollback_failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,77 +69,52 @@ class Source:
     in_inbox: bool = False
 
 
-@dataclass(slots=True, kw_only=True)
-class _Part:
-    """One target's part in a request, as far as it has been looked at.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the sender of a patch wants besides having it applied.
 
     Attributes:
-        package: the package as this target reads it; None for a rollback, which needs none.
+        target: the only target to patch, or the one that a prototype package is for.
+        wait_busy: wait for targets that something else is being done to, instead of refusing.
+        retry_held: apply it although it was rolled back before.
     """
 
-    target: Target
-    package: _WithManifest | None
-    assessment: Assessment
-    files: list[dict[str, Any]]
-    build_before: int
-    participant: Participant | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class _Report:
-    """Everything that is known about one request; JSON in the end."""
-
-    action: Literal["apply", "rollback"]
     asked_by: str
-    patch: str | None = None
-    manifest: Manifest | None = None
-    build: int | None = None
-    kind: str | None = None
-    txn: int | None = None
-    parts: list[_Part] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
+    target: str | None = None
+    wait_busy: bool = True
+    retry_held: bool = False
 
-    def to_json(
-        self, verdict: Verdict, supervisor: Supervisor, error: AsyncsupError | None = None
-    ) -> dict[str, Any]:
-        manifest = self.manifest
-        return {
-            "txn": self.txn,
-            "patch": self.patch,
-            "name": manifest.name if manifest else None,
-            "version": manifest.version if manifest else None,
-            "build": manifest.build if manifest else self.build,
-            "kind": manifest.kind.value if manifest else self.kind,
-            "action": self.action,
-            "verdict": verdict,
-            "code": error.error_code if error else None,
-            "reason": error.message if error else None,
-            "asked_by": self.asked_by,
-            "at": timestamp(),
-            "took": time.monotonic() - self.began,
-            "trust": supervisor.config.patch.trust,
-            "targets": [self._target(part, supervisor) for part in self.parts],
-            "steps": self.steps,
-        }
 
-    def _target(self, part: _Part, supervisor: Supervisor) -> dict[str, Any]:
-        facts = supervisor.root_facts(part.target.name)
-        records = [r.to_json() for r in part.participant.records.values()] if part.participant else []
-        return {
-            "target": part.target.name,
-            "state": part.target.state,
-            "layout": part.target.config.layout,
-            "build_before": part.build_before,
-            "build_after": facts.build,
-            "generation": facts.generation,
-            "already": part.assessment.already,
-            "gates": [_gate(gate) for gate in part.assessment.gates],
-            "files": part.files,
-            "pids_before": [record["pid_before"] for record in records],
-            "pids_after": [record["pid_after"] for record in records],
-            "instances": records,
-        }
+@dataclass(slots=True, eq=False)
+class _Job:
+    """An apply or a rollback under way.
+
+    Attributes:
+        answer: what the client is told: the report, also of a patch that waits for its commit.
+        end: the report at the end.
+    """
+
+    report: Report
+    answer: asyncio.Future[dict[str, Any]]
+    end: asyncio.Future[dict[str, Any]]
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    transaction: Transaction | None = None
+    because: str = "cancelled"
+
+    def cancel(self, because: str) -> None:
+        self.because = because
+        if self.transaction is not None:
+            self.transaction.cancel_reason = because
+        self.scope.cancel()
+
+    def is_called(self, reference: str) -> bool:
+        """Whether a transaction's number, or the beginning of a patch's id, means this job."""
+        return reference == str(self.report.txn) or (
+            len(reference) >= 4 and (self.report.patch or "").startswith(reference)
+        )
+
+
+Work = Callable[[_Job, Sequence[Target]], Awaitable[Verdict]]
 
 
 class PatchOverseer:
@@ -142,49 +124,23 @@ class PatchOverseer:
         self._supervisor = supervisor
         self._store = supervisor.store
         self._tasks = tasks
-        self._running: set[anyio.CancelScope] = set()
+        self._jobs: set[_Job] = set()
         self._refusing = False
         self._limits = Limits(package_bytes=supervisor.config.patch.max_package)
-        self._uploads = supervisor.config.supervisor.state_dir / "uploads"
-        self._uploads.mkdir(mode=0o700, exist_ok=True)
-        for leftover in self._uploads.iterdir():
-            leftover.unlink()
+        self.uploads = Uploads(
+            supervisor.config.supervisor.state_dir / "uploads", supervisor.config.patch.max_package
+        )
 
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""
         self._refusing = True
 
+    async def finished(self) -> None:
+        """Wait until every job has ended and been written down."""
+        while self._jobs:
+            await asyncio.wait([job.end for job in self._jobs])
+
     # --- what comes in --------------------------------------------------------------------------------------
-
-    def upload(self, upload: str | None, offset: int, data: bytes, *, last: bool) -> dict[str, Any]:
-        """Take one piece of a package. Pieces come in order; a repeated piece is harmless.
-
-        Raises:
-            RequestError: unknown upload, a gap, or too much.
-        """
-        if upload is None:
-            upload = secrets.token_hex(8)
-            (self._uploads / upload).touch(mode=0o600)
-        path = self._upload_path(upload)
-        size = path.stat().st_size
-        if offset > size:
-            raise RequestError(f"offset: {offset} leaves a gap, {size} bytes have arrived")
-        if offset + len(data) > self._limits.package_bytes:
-            path.unlink()
-            raise PatchMalformedError(
-                f"the package is larger than max_package ({self._limits.package_bytes} bytes)",
-                code="zip.too_large",
-            )
-        with path.open("r+b") as file:
-            file.seek(offset)
-            file.write(data)
-        return {"upload": upload, "size": max(size, offset + len(data)), "complete": last}
-
-    def _upload_path(self, upload: str) -> Path:
-        path = self._uploads / upload
-        if len(upload) != 16 or not upload.isalnum() or not path.exists():
-            raise RequestError(f"upload: {upload!r} is not an upload of this supervisor")
-        return path
 
     def source(
         self, *, path: str | None, upload: str | None, name: str | None, sha256: str | None, crc32: int | None
@@ -198,7 +154,7 @@ class PatchOverseer:
         if sum(value is not None for value in (path, upload, name)) != 1:
             raise RequestError("give exactly one of path, upload and name")
         if upload is not None:
-            return Source(path=self._upload_path(upload), sha256=sha256, crc32=crc32)
+            return Source(path=self.uploads.path(upload), sha256=sha256, crc32=crc32)
         if name is not None:
             found = self._supervisor.inbox.find(name)
             return Source(path=found, sha256=sha256 or sidecar(found), crc32=crc32, in_inbox=True)
@@ -217,14 +173,13 @@ class PatchOverseer:
         with await self._open(source) as package:
             return describe_package(package)
 
-    async def plan(self, source: Source, target: str | None) -> dict[str, Any]:
+    async def plan(self, source: Source, wish: Wish) -> dict[str, Any]:
         """What `apply` would do, without doing it. Nothing is touched and nobody is asked."""
         with await self._open(source) as package:
-            report = _Report(action="apply", asked_by="plan", patch=package.id, manifest=package.manifest)
-            for each in self._targets_of(package.manifest, target):
-                report.parts.append(await self._assess(package, each))
-            refused = any(part.assessment.refused for part in report.parts)
-            already = all(part.assessment.already for part in report.parts)
+            targets = self._targets_of(package.manifest, wish.target)
+            parts = [await self._assess(package, target, wish) for target in targets]
+            refused = any(part.assessment.refused for part in parts)
+            already = all(part.assessment.already for part in parts)
             return {
                 **describe_package(package),
                 "verdict": "refused" if refused else "already" if already else "apply",
@@ -234,8 +189,8 @@ class PatchOverseer:
                         "state": part.target.state,
                         "build": part.build_before,
                         "already": part.assessment.already,
-                        "refused": _gate(part.assessment.refused) if part.assessment.refused else None,
-                        "gates": [_gate(gate) for gate in part.assessment.gates],
+                        "refused": gate_json(part.assessment.refused) if part.assessment.refused else None,
+                        "gates": [gate_json(gate) for gate in part.assessment.gates],
                         "files": part.files,
                         "instances": [
                             {
@@ -249,7 +204,7 @@ class PatchOverseer:
                             if instance.pid is not None
                         ],
                     }
-                    for part in report.parts
+                    for part in parts
                 ],
             }
 
@@ -261,7 +216,7 @@ class PatchOverseer:
             if arrival.complete:
                 try:
                     with await self._open(Source(path=arrival.path)) as package:
-                        entry |= {"state": "complete", **_summary(package)}
+                        entry |= {"state": "complete", **summary(package)}
                 except AsyncsupError as error:
                     entry |= {"state": "malformed", "detail": error.message, "code": error.error_code}
             found.append(entry)
@@ -280,104 +235,190 @@ class PatchOverseer:
 
     # --- doing ----------------------------------------------------------------------------------------------
 
-    async def apply(
-        self, source: Source, *, target: str | None, asked_by: str, wait_busy: bool
-    ) -> dict[str, Any]:
-        """Verify, check and apply a package; returns the report.
+    async def apply(self, source: Source, wish: Wish) -> dict[str, Any]:
+        """Verify, check and apply a package; returns the report. With ``commit = "manual"`` it returns when
+        the patch waits for its commit.
 
         Raises:
             AsyncsupError: it was not applied; ``details["report"]`` is the report.
         """
-        if self._refusing:
-            raise ShuttingDownError("the supervisor is stopping and takes no new patch")
-        report = _Report(action="apply", asked_by=asked_by)
-        try:
-            with await self._open(source, must_be_trusted=True) as package:
-                report.patch, report.manifest = package.id, package.manifest
-                targets = self._targets_of(package.manifest, target)
-                result = await self._carry_out(report, targets, partial(self._apply_to, package), wait_busy)
-        except AsyncsupError as error:
-            self._reject(source, report, error)
-            raise
-        finally:
-            if source.path.parent == self._uploads:
-                source.path.unlink(missing_ok=True)
-        if source.in_inbox:
-            self._supervisor.inbox.settle(source.path, result, outcome="applied")
-        return result
+        job = self._new_job("apply", wish.asked_by)
+        self._tasks.start_soon(self._apply_job, job, source, wish)
+        return await self._answer(job)
 
-    async def rollback(self, name: str, *, asked_by: str, wait_busy: bool) -> dict[str, Any]:
+    async def rollback(self, name: str, wish: Wish) -> dict[str, Any]:
         """Bring a target back to the generation before its current one; returns the report.
 
         Raises:
             AsyncsupError: as `apply` does; PatchNotFoundError when there is nothing to go back to.
         """
-        self._supervisor.refuse_while_stopping()
         target = self._known(name)
-        report = _Report(action="rollback", asked_by=asked_by)
-        return await self._carry_out(report, [target], self._roll_back, wait_busy)
+        job = self._new_job("rollback", wish.asked_by)
+        self._tasks.start_soon(self._finish_job, job, self._carry_out(job, [target], self._roll_back, wish))
+        return await self._answer(job)
+
+    async def commit(self, reference: str) -> dict[str, Any]:
+        """Commit a patch that waits for it; returns its report.
+
+        Raises:
+            PatchNotFoundError: no such patch waits.
+            PatchRolledBackError: it failed in this very moment.
+        """
+        job = self._job(reference, "commit")
+        if job.transaction is None or not job.transaction.waits_for_commit:
+            raise PatchNotFoundError(f"patch {reference} does not wait for a commit (yet)", id=reference)
+        job.transaction.commit_requested.set()
+        return await asyncio.shield(job.end)
+
+    async def abort(self, reference: str, *, asked_by: str) -> dict[str, Any]:
+        """End a patch that is under way, at whatever step it is, and put everything back; returns its report.
+
+        Raises:
+            PatchNotFoundError: no such patch is under way.
+        """
+        job = self._job(reference, "abort")
+        job.cancel(f"aborted by {asked_by}")
+        await asyncio.wait([job.end])
+        error = job.end.exception()
+        if isinstance(error, AsyncsupError):
+            report: dict[str, Any] = error.details["report"]
+            return report
+        return job.end.result()
+
+    async def prune(self, target: str | None, keep: int | None) -> dict[str, list[int]]:
+        """Remove old generations nobody reads; returns their numbers by target."""
+        known = [self._known(target)] if target is not None else self._with_root()
+        limit = keep if keep is not None else self._supervisor.config.patch.keep
+        return {
+            each.name: await anyio.to_thread.run_sync(self._store.prune, each.name, limit) for each in known
+        }
+
+    async def release(self, name: str, *, asked_by: str) -> list[str]:
+        """Turn a target's managed files back into ordinary ones; returns their paths."""
+        target = self._known(name)
+        async with target.hold("release", asked_by, on_preempt=lambda _: None):
+            return await anyio.to_thread.run_sync(self._store.release, target.name)
 
     async def apply_arrivals(self) -> None:
         """Apply what comes into the inbox, in order of build, until cancelled (``[patch] auto``)."""
-        tried: set[tuple[str, int]] = set()
         while True:
             await self._supervisor.inbox.changed()
-            listing = await self.inbox()
+            try:
+                listing = await self.inbox()
+            except OSError as error:
+                log.warning("the inbox cannot be read: %s", error)
+                continue
             ready = [entry for entry in listing["inbox"] if entry["state"] == "complete"]
             for entry in sorted(ready, key=lambda entry: int(entry["build"])):
-                source = self.source(path=None, upload=None, name=entry["file"], sha256=None, crc32=None)
-                if self._trust == "digest" and source.sha256 is None:
-                    key = (entry["file"], entry["size"])
-                    if key not in tried:
-                        tried.add(key)
-                        log.warning("%s waits in the inbox for %s.sha256", entry["file"], entry["file"])
-                    continue
                 try:
-                    await self.apply(source, target=None, asked_by="inbox (auto)", wait_busy=True)
-                except AsyncsupError as error:
-                    log.warning("%s: %s", entry["file"], error.message)
+                    await self._apply_arrival(entry["file"])
+                except (AsyncsupError, OSError) as error:
+                    log.warning("%s: %s", entry["file"], error)
+
+    async def _apply_arrival(self, name: str) -> None:
+        source = self.source(path=None, upload=None, name=name, sha256=None, crc32=None)
+        if self._trust == "digest" and source.sha256 is None:
+            log.warning("%s waits in the inbox for %s.sha256", name, name)
+            return
+        await self.apply(source, Wish(asked_by="inbox (auto)"))
+
+    # --- jobs -----------------------------------------------------------------------------------------------
+
+    def _new_job(self, action: Any, asked_by: str) -> _Job:
+        if self._refusing:
+            raise ShuttingDownError("the supervisor is stopping and takes no new patch")
+        loop = asyncio.get_running_loop()
+        report = Report(
+            action=action, asked_by=asked_by, trust=self._trust, facts=self._supervisor.root_facts
+        )
+        job = _Job(report, loop.create_future(), loop.create_future())
+        self._jobs.add(job)
+        return job
+
+    def _job(self, reference: str, verb: str) -> _Job:
+        found = [job for job in self._jobs if job.is_called(reference)]
+        if len(found) != 1:
+            under_way = ", ".join(str(job.report.txn) for job in self._jobs if job.report.txn is not None)
+            raise PatchNotFoundError(
+                f"there is no patch {reference} to {verb}; under way: {under_way or 'none'}", id=reference
+            )
+        return found[0]
+
+    async def _answer(self, job: _Job) -> dict[str, Any]:
+        """Wait for what the client is to be told; a client that gives up before takes its patch with it."""
+        try:
+            return await asyncio.shield(job.answer)
+        except asyncio.CancelledError:
+            job.cancel("its client gave up")
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([job.end])
+            raise
+
+    async def _apply_job(self, job: _Job, source: Source, wish: Wish) -> None:
+        def settle(outcome: dict[str, Any] | AsyncsupError) -> None:
+            try:
+                self._settle(source, outcome)
+                self.uploads.drop(source.path)
+            except OSError as error:
+                log.warning("%s stays where it is: %s", source.path, error)
+
+        await self._finish_job(job, self._apply_package(job, source, wish), settle)
+
+    async def _finish_job(
+        self,
+        job: _Job,
+        work: Awaitable[dict[str, Any]],
+        settle: Callable[[dict[str, Any] | AsyncsupError], None] = lambda _: None,
+    ) -> None:
+        """Do the work of a job, tidy up after it, and resolve its futures, whatever happens."""
+        outcome: dict[str, Any] | AsyncsupError
+        try:
+            try:
+                outcome = await work
+            except AsyncsupError as error:
+                error.details.setdefault("report", job.report.to_json(verdict_of(error), error))
+                outcome = error
+            except Exception as error:
+                log.exception("a patch failed unexpectedly")
+                outcome = PatchError(f"{type(error).__name__}: {error}", code="internal")
+                outcome.details["report"] = job.report.to_json("refused", outcome)
+            settle(outcome)
+            _resolve(job, outcome)
+        finally:
+            for future in (job.end, job.answer):
+                future.cancel()  # unless it is resolved: the supervisor itself is being torn down
+            self._jobs.discard(job)
+
+    async def _apply_package(self, job: _Job, source: Source, wish: Wish) -> dict[str, Any]:
+        with await self._open(source, must_be_trusted=True) as package:
+            job.report.patch, job.report.manifest = package.id, package.manifest
+            targets = self._targets_of(package.manifest, wish.target)
+            return await self._carry_out(job, targets, partial(self._apply_to, package, wish), wish)
 
     async def _carry_out(
-        self, report: _Report, targets: Sequence[Target], work: Any, wait_busy: bool
+        self, job: _Job, targets: Sequence[Target], work: Work, wish: Wish
     ) -> dict[str, Any]:
         """Hold the targets, do the work, and turn its end into a report."""
-        supervisor = self._supervisor
-        scope = anyio.CancelScope()
-        transaction: list[Transaction] = []
-
-        def pre_empted(because: str) -> None:
-            if transaction:
-                transaction[0].cancel_reason = because
-            scope.cancel()
-
-        label = "rollback" if report.action == "rollback" else "patch"
-        try:
-            async with AsyncExitStack() as holds:
+        label = "rollback" if job.report.action == "rollback" else "patch"
+        verdict: Verdict = "refused"
+        async with AsyncExitStack() as holds:
+            with job.scope:
                 # In one order everywhere: two patches that share targets cannot wait for each other.
                 for target in sorted(targets, key=lambda target: target.name):
                     await holds.enter_async_context(
-                        target.hold(label, report.asked_by, on_preempt=pre_empted, wait_busy=wait_busy)
+                        target.hold(label, wish.asked_by, on_preempt=job.cancel, wait_busy=wish.wait_busy)
                     )
-                with scope:
-                    verdict: Verdict = await work(report, targets, transaction)
-                if scope.cancelled_caught:
-                    raise PatchTargetRefusedError(
-                        "stopped before anything was changed", code="request.cancelled"
-                    )
-        except AsyncsupError as error:
-            result = report.to_json(_verdict_of(error), supervisor, error)
-            error.details["report"] = result
-            raise
-        finally:
-            if transaction:
-                await anyio.to_thread.run_sync(partial(self._write_down, report, transaction[0]))
-        return report.to_json(verdict, supervisor)
+                verdict = await work(job, targets)
+            if job.scope.cancelled_caught:
+                raise PatchTargetRefusedError(
+                    f"ended before anything was changed: {job.because}", code="request.cancelled"
+                )
+        return job.report.to_json(verdict)
 
-    async def _apply_to(
-        self, package: Package, report: _Report, targets: Sequence[Target], started: list[Transaction]
-    ) -> Verdict:
+    async def _apply_to(self, package: Package, wish: Wish, job: _Job, targets: Sequence[Target]) -> Verdict:
+        report, manifest = job.report, package.manifest
         for target in targets:
-            report.parts.append(await self._assess(package, target))
+            report.parts.append(await self._assess(package, target, wish))
         for part in report.parts:
             if part.assessment.refused is not None:
                 gate = part.assessment.refused
@@ -385,7 +426,6 @@ class PatchOverseer:
         parts = [part for part in report.parts if not part.assessment.already]
         if not parts:
             return "already"
-        manifest = package.manifest
         for part in parts:
             assert part.package is not None
             part.participant = Participant(
@@ -395,12 +435,14 @@ class PatchOverseer:
                 changed=[change.path for change in part.package.manifest.files],
                 stage=partial(self._stage, part.target.name, part.package),
             )
-        probations = [part.target.config.patch.probation for part in parts]
+        settings = [part.target.config.patch for part in parts]
+        longest = max(setting.probation for setting in settings)
         change = Change(
             action="apply",
             kind=manifest.kind,
             patch=package.id,
-            probation=max(probations) if manifest.probation is None else manifest.probation,
+            probation=longest if manifest.probation is None else manifest.probation,
+            manual_commit=any(setting.commit == "manual" for setting in settings),
             total_bytes=sum(change.size or 0 for change in manifest.files) * len(parts),
             participants=[part.participant for part in parts if part.participant is not None],
         )
@@ -411,17 +453,15 @@ class PatchOverseer:
             build=manifest.build,
             kind=manifest.kind.value,
         )
-        await self._run(report, change, info, started)
+        await self._run(job, change, info)
         return "committed"
 
-    def _stage(self, target: str, package: _WithManifest, txn: int, progress: Progress) -> None:
+    def _stage(self, target: str, package: PackageView, txn: int, progress: Progress) -> None:
         self._store.stage(txn, target, package, progress)
 
-    async def _roll_back(
-        self, report: _Report, targets: Sequence[Target], started: list[Transaction]
-    ) -> Verdict:
+    async def _roll_back(self, job: _Job, targets: Sequence[Target]) -> Verdict:
         (target,) = targets
-        before = self._store.state(target.name)
+        report, before = job.report, self._store.state(target.name)
         generation = await anyio.to_thread.run_sync(self._store.rollback_target, target.name)
         if generation is None:
             raise PatchNotFoundError(
@@ -435,13 +475,12 @@ class PatchOverseer:
             changed=[entry["path"] for entry in ahead.files],
             stage=lambda txn, _: self._store.stage_rollback(txn, target.name, generation),
         )
-        assessment = Assessment(target=target.name, gates=(), already=False)
         report.patch, report.build, report.kind = before.patch, ahead.build, ahead.kind
         report.parts.append(
-            _Part(
+            Part(
                 target=target,
                 package=None,
-                assessment=assessment,
+                assessment=Assessment(target=target.name, gates=(), already=False),
                 files=ahead.files,
                 build_before=before.build,
                 participant=participant,
@@ -452,54 +491,53 @@ class PatchOverseer:
             kind=Kind(ahead.kind),
             patch=before.patch or "",
             probation=target.config.patch.probation,
+            manual_commit=False,
             total_bytes=0,
             participants=[participant],
         )
-        await self._run(report, change, None, started)
+        await self._run(job, change, None)
         return "committed"
 
-    async def _run(
-        self, report: _Report, change: Change, info: PatchInfo | None, started: list[Transaction]
-    ) -> None:
+    async def _run(self, job: _Job, change: Change, info: PatchInfo | None) -> None:
         for participant in change.participants:
             participant.enlist()
         names = [participant.target.name for participant in change.participants]
-        txn = await anyio.to_thread.run_sync(
-            partial(
-                self._store.begin, action=change.action, patch=info, targets=names, asked_by=report.asked_by
-            )
+        begin = partial(
+            self._store.begin, action=change.action, patch=info, targets=names, asked_by=job.report.asked_by
         )
-        report.txn = txn
+        with anyio.CancelScope(shield=True):
+            txn = await anyio.to_thread.run_sync(begin)
         transaction = Transaction(txn, change, self._store, self._supervisor.events)
-        started.append(transaction)
-        report.steps = transaction.steps
-        verdict: Verdict = "committed"
+        transaction.on_uncommitted = partial(self._uncommitted, job)
+        transaction.cancel_reason = job.because
+        job.report.txn, job.report.steps, job.transaction = txn, transaction.steps, transaction
         error: AsyncsupError | None = None
         try:
             await transaction.run()
         except AsyncsupError as failure:
-            error, verdict = failure, _verdict_of(failure)
+            error = failure
             raise
         finally:
+            verdict: Verdict = "committed" if error is None else verdict_of(error)
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(
-                    partial(
-                        self._store.finish,
-                        txn,
-                        verdict=verdict,
-                        error=error.message if error else None,
-                        code=error.error_code if error else None,
-                    )
+                    partial(self._write_down, transaction, verdict, error, info, names)
                 )
-                if _is_the_patchs_fault(error) and info is not None:
-                    await anyio.to_thread.run_sync(self._store.hold, info.id, error.message)
-                if verdict == "committed":
-                    keep = self._supervisor.config.patch.keep
-                    for name in names:
-                        await anyio.to_thread.run_sync(self._store.prune, name, keep)
             self._supervisor.events.emit("patch.ended", txn=txn, verdict=verdict)
 
-    def _write_down(self, report: _Report, transaction: Transaction) -> None:
+    def _uncommitted(self, job: _Job) -> None:
+        if not job.answer.done():
+            job.answer.set_result(job.report.to_json("uncommitted"))
+
+    def _write_down(
+        self,
+        transaction: Transaction,
+        verdict: Verdict,
+        error: AsyncsupError | None,
+        info: PatchInfo | None,
+        targets: Sequence[str],
+    ) -> None:
+        """Everything the store is to remember of a transaction that has ended; in a worker thread."""
         for step in transaction.steps:
             self._store.record(
                 transaction.txn,
@@ -510,14 +548,29 @@ class PatchOverseer:
                 took=step["took"],
                 at=step["at"],
             )
-
-    def _reject(self, source: Source, report: _Report, error: AsyncsupError) -> None:
-        result = error.details.setdefault(
-            "report", report.to_json(_verdict_of(error), self._supervisor, error)
+        self._store.finish(
+            transaction.txn,
+            verdict=verdict,
+            error=error.message if error else None,
+            code=error.error_code if error else None,
         )
-        nothing_tried = error.exit_status == 8  # busy or shutting down: it may be tried again as it lies
-        if source.in_inbox and not nothing_tried and source.path.exists():
-            self._supervisor.inbox.settle(source.path, result, outcome="rejected")
+        if _is_the_patchs_fault(error) and info is not None:
+            self._store.hold(info.id, error.message)
+        if verdict == "committed":
+            if info is not None:
+                self._store.unhold(info.id)
+            for name in targets:
+                self._store.prune(name, self._supervisor.config.patch.keep)
+
+    def _settle(self, source: Source, outcome: dict[str, Any] | AsyncsupError) -> None:
+        """Move a zip out of the inbox, with its report, once it has been dealt with."""
+        if not source.in_inbox or not source.path.exists():
+            return
+        if not isinstance(outcome, AsyncsupError):
+            self._supervisor.inbox.settle(source.path, outcome, outcome="applied")
+        elif outcome.exit_status != 8:
+            # Busy or shutting down: nothing was tried, and it may be tried again as it lies.
+            self._supervisor.inbox.settle(source.path, outcome.details["report"], outcome="rejected")
 
     # --- looking at a package -------------------------------------------------------------------------------
 
@@ -539,6 +592,9 @@ class PatchOverseer:
             partial(open_package, source.path, limits=self._limits, sha256=source.sha256, crc32=source.crc32)
         )
 
+    def _with_root(self) -> list[Target]:
+        return [target for target in self._supervisor.targets.values() if target.config.root is not None]
+
     def _targets_of(self, manifest: Manifest, named: str | None) -> list[Target]:
         """Which targets a patch concerns.
 
@@ -546,7 +602,7 @@ class PatchOverseer:
             PatchRefusedError: it names none that is here.
         """
         targets = self._supervisor.targets
-        with_root = [target for target in targets.values() if target.config.root is not None]
+        with_root = self._with_root()
         if not manifest.targets:
             if named is not None:
                 return [self._known(named)]
@@ -570,7 +626,7 @@ class PatchOverseer:
                 f"the patch is for {', '.join(manifest.targets)}; here there is no {', '.join(missing)}",
                 code="gate.target",
             )
-        return [targets[name] for name in manifest.targets]
+        return [self._known(name) for name in manifest.targets]
 
     def _known(self, name: str) -> Target:
         selection = self._supervisor.select([name])
@@ -584,38 +640,32 @@ class PatchOverseer:
             )
         return target
 
-    async def _assess(self, package: Package, target: Target) -> _Part:
-        if target.config.root is None:
-            self._known(target.name)
+    async def _assess(self, package: Package, target: Target, wish: Wish) -> Part:
         assert target.config.root is not None
         manifest = package.manifest
         if package.format == "prototype":
             manifest = with_root_name(manifest, target.config.root.name)
         state = self._store.state(target.name)
-        reported = [
-            i.hello.build for i in target.instances if i.hello is not None and i.hello.build is not None
-        ]
+        known = [instance.hello for instance in target.instances if instance.hello is not None]
         matches = await anyio.to_thread.run_sync(self._store.content_matches, target.name, manifest)
         facts = TargetFacts(
             name=target.name,
             region=target.config.region,
-            build=max([state.build, *reported]),
+            build=max([state.build, *(hello.build for hello in known if hello.build is not None)]),
             patch=state.patch,
             content_matches=matches,
             allow=target.config.patch.allow,
-            held=self._store.held(package.id),
+            held=None if wish.retry_held else self._store.held(package.id),
         )
         assessment = assess(manifest, package.id, facts, now=datetime.now(UTC))
-        strangers = {
-            i.hello.region for i in target.instances if i.hello is not None and i.hello.region is not None
-        } - {target.config.region, *manifest.regions}
-        if strangers:
-            detail = (
-                f"patch is for {', '.join(manifest.regions)}, {target.name} says it runs in {strangers.pop()}"
-            )
+        elsewhere = {hello.region for hello in known if hello.region is not None}
+        elsewhere -= {target.config.region, *manifest.regions}
+        if elsewhere:
+            regions = ", ".join(manifest.regions)
+            detail = f"patch is for {regions}, {target.name} says it runs in {elsewhere.pop()}"
             gate = Gate(name="region", ok=False, detail=detail, code="gate.region")
             assessment = Assessment(target=target.name, gates=(*assessment.gates, gate), already=False)
-        files = []
+        files = [{"path": change.path, "op": change.op.value, "note": ""} for change in manifest.files]
         if assessment.refused is None and not assessment.already:
             plans = await anyio.to_thread.run_sync(self._store.plan, target.name, manifest)
             files = [{"path": plan.path, "op": plan.op, "note": plan.note} for plan in plans]
@@ -623,28 +673,13 @@ class PatchOverseer:
             if broken is not None:
                 gate = Gate(name="files", ok=False, detail=f"{broken.path}: {broken.note}", code=broken.code)
                 assessment = Assessment(target=target.name, gates=(*assessment.gates, gate), already=False)
-        else:
-            files = [{"path": change.path, "op": change.op.value, "note": ""} for change in manifest.files]
-        return _Part(
+        return Part(
             target=target,
-            package=_WithManifest(package, manifest),
+            package=PackageView(package, manifest),
             assessment=assessment,
             files=files,
             build_before=state.build,
         )
-
-
-class _WithManifest:
-    """A package seen through the manifest of one target (a prototype's paths depend on the root's name)."""
-
-    def __init__(self, package: Package, manifest: Manifest) -> None:
-        self._package = package
-        self.id = package.id
-        self.manifest = manifest
-
-    def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
-        position = self.manifest.files.index(change)
-        self._package.extract(self._package.manifest.files[position], fd, progress)
 
 
 def sidecar(path: Path) -> str | None:
@@ -656,52 +691,18 @@ def sidecar(path: Path) -> str | None:
     return words[0] if words else None
 
 
-def describe_package(package: Package) -> dict[str, Any]:
-    """A package as JSON: what `patch verify` shows."""
-    manifest = package.manifest
-    return {
-        **_summary(package),
-        "size": package.size,
-        "created": manifest.created.isoformat() if manifest.created else None,
-        "expires": manifest.expires.isoformat() if manifest.expires else None,
-        "notes": manifest.notes,
-        "signatures": sorted(package.signatures),
-        "files": [
-            {"path": change.path, "op": change.op.value, "size": change.size, "sha256": change.sha256}
-            for change in manifest.files
-        ],
-        "total_bytes": sum(change.size or 0 for change in manifest.files if change.op is not Op.DELETED),
-    }
-
-
-def _summary(package: Package) -> dict[str, Any]:
-    manifest = package.manifest
-    return {
-        "id": package.id,
-        "format": package.format,
-        "name": manifest.name,
-        "version": manifest.version,
-        "build": manifest.build,
-        "kind": manifest.kind.value,
-        "targets": list(manifest.targets),
-        "regions": list(manifest.regions),
-    }
-
-
-def _gate(gate: Gate) -> dict[str, Any]:
-    return {"name": gate.name, "ok": gate.ok, "detail": gate.detail, "code": gate.code}
+def _resolve(job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:
+    for future in (job.end, job.answer):
+        if future.done():
+            continue
+        if isinstance(outcome, AsyncsupError):
+            future.set_exception(outcome)
+            future.exception()  # whoever wants it asks again; nobody has to
+        else:
+            future.set_result(outcome)
 
 
 def _is_the_patchs_fault(error: AsyncsupError | None) -> TypeGuard[PatchError]:
     """Whether an undone patch must not be tried again as it is; not when somebody merely stopped it."""
     undone = isinstance(error, PatchRolledBackError | RollbackFailedError)
     return undone and error is not None and error.details.get("cause") != "request.cancelled"
-
-
-def _verdict_of(error: AsyncsupError) -> Verdict:
-    by_type: Mapping[type[AsyncsupError], Verdict] = {
-        PatchRolledBackError: "rolled_back",
-        RollbackFailedError: "rollback_failed",
-        PatchTargetRefusedError: "target_refused",
-    }
-    return next((verdict for kind, verdict in by_type.items() if isinstance(error, kind)), "refused")

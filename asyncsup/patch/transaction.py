@@ -95,12 +95,13 @@ class Participant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What is to be done; ``probation`` in seconds."""
+    """What is to be done; ``probation`` in seconds. With ``manual_commit`` it then waits for an operator."""
 
     action: Literal["apply", "rollback"]
     kind: Kind
     patch: str
     probation: float
+    manual_commit: bool
     total_bytes: int
     participants: Sequence[Participant]
 
@@ -145,6 +146,9 @@ class Transaction:
         self.change = change
         self.steps: list[dict[str, Any]] = []
         self.cancel_reason = "cancelled"
+        self.commit_requested = asyncio.Event()
+        self.waits_for_commit = False
+        self.on_uncommitted: Callable[[], None] = lambda: None
         self._store = store
         self._events = events
         self._began = time.monotonic()
@@ -179,6 +183,8 @@ class Transaction:
             else:
                 await self._reload()
             await self._probation()
+            if self.change.manual_commit:
+                await self._await_commit()
             await self._commit()
         # Leaving the block without an error is the commit.
 
@@ -341,6 +347,21 @@ class Transaction:
                 await together(partial(self._fall, instance, pid) for instance, pid in watched)
             for instance, pid in watched:
                 self._check_standing(instance, pid)
+
+    async def _await_commit(self) -> None:
+        """Stay on probation until an operator says that it is good."""
+        with self._step("await commit"):
+            watched = [(instance, instance.pid) for instance in self._concerned if instance.ready]
+            self.waits_for_commit = True
+            self.on_uncommitted()
+            with anyio.CancelScope() as waiting:
+
+                async def committed() -> None:
+                    await self.commit_requested.wait()
+                    waiting.cancel()
+
+                await together([committed, *(partial(self._fall, i, pid) for i, pid in watched)])
+            self.waits_for_commit = False
 
     async def _fall(self, instance: Instance, pid: int | None) -> None:
         await instance.wait_until(lambda i: not i.ready or i.pid != pid)

@@ -1,0 +1,152 @@
+"""What is known about one request to patch, and its JSON: the report that the control socket answers with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from asyncsup.errors import AsyncsupError, PatchRolledBackError, PatchTargetRefusedError, RollbackFailedError
+from asyncsup.events import timestamp
+from asyncsup.instance import RootFacts
+from asyncsup.patch.gates import Assessment, Gate
+from asyncsup.patch.manifest import FileChange, Manifest, Op
+from asyncsup.patch.package import Package
+from asyncsup.patch.transaction import Participant, Progress
+from asyncsup.target import Target
+
+Verdict = Literal[
+    "committed", "uncommitted", "already", "refused", "target_refused", "rolled_back", "rollback_failed"
+]
+
+
+class PackageView:
+    """A package seen through the manifest of one target (a prototype's paths depend on the root's name)."""
+
+    def __init__(self, package: Package, manifest: Manifest) -> None:
+        self._package = package
+        self.id = package.id
+        self.manifest = manifest
+
+    def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
+        position = self.manifest.files.index(change)
+        self._package.extract(self._package.manifest.files[position], fd, progress)
+
+
+@dataclass(slots=True, kw_only=True)
+class Part:
+    """One target's part in a request, as far as it has been looked at.
+
+    Attributes:
+        package: the package as this target reads it; None for a rollback, which needs none.
+    """
+
+    target: Target
+    package: PackageView | None
+    assessment: Assessment
+    files: list[dict[str, Any]]
+    build_before: int
+    participant: Participant | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """Everything that is known about one request; JSON in the end."""
+
+    action: Literal["apply", "rollback"]
+    asked_by: str
+    trust: str
+    facts: Callable[[str], RootFacts]
+    patch: str | None = None
+    manifest: Manifest | None = None
+    build: int | None = None
+    kind: str | None = None
+    txn: int | None = None
+    parts: list[Part] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    def to_json(self, verdict: Verdict, error: AsyncsupError | None = None) -> dict[str, Any]:
+        manifest = self.manifest
+        return {
+            "txn": self.txn,
+            "patch": self.patch,
+            "name": manifest.name if manifest else None,
+            "version": manifest.version if manifest else None,
+            "build": manifest.build if manifest else self.build,
+            "kind": manifest.kind.value if manifest else self.kind,
+            "action": self.action,
+            "verdict": verdict,
+            "code": error.error_code if error else None,
+            "reason": error.message if error else None,
+            "asked_by": self.asked_by,
+            "at": timestamp(),
+            "took": time.monotonic() - self.began,
+            "trust": self.trust,
+            "targets": [self._target(part) for part in self.parts],
+            "steps": self.steps,
+        }
+
+    def _target(self, part: Part) -> dict[str, Any]:
+        facts = self.facts(part.target.name)
+        records = [r.to_json() for r in part.participant.records.values()] if part.participant else []
+        return {
+            "target": part.target.name,
+            "state": part.target.state,
+            "layout": part.target.config.layout,
+            "build_before": part.build_before,
+            "build_after": facts.build,
+            "generation": facts.generation,
+            "already": part.assessment.already,
+            "gates": [gate_json(gate) for gate in part.assessment.gates],
+            "files": part.files,
+            "pids_before": [record["pid_before"] for record in records],
+            "pids_after": [record["pid_after"] for record in records],
+            "instances": records,
+        }
+
+
+def describe_package(package: Package) -> dict[str, Any]:
+    """A package as JSON: what `patch verify` shows."""
+    manifest = package.manifest
+    return {
+        **summary(package),
+        "size": package.size,
+        "created": manifest.created.isoformat() if manifest.created else None,
+        "expires": manifest.expires.isoformat() if manifest.expires else None,
+        "notes": manifest.notes,
+        "signatures": sorted(package.signatures),
+        "files": [
+            {"path": change.path, "op": change.op.value, "size": change.size, "sha256": change.sha256}
+            for change in manifest.files
+        ],
+        "total_bytes": sum(change.size or 0 for change in manifest.files if change.op is not Op.DELETED),
+    }
+
+
+def summary(package: Package) -> dict[str, Any]:
+    manifest = package.manifest
+    return {
+        "id": package.id,
+        "format": package.format,
+        "name": manifest.name,
+        "version": manifest.version,
+        "build": manifest.build,
+        "kind": manifest.kind.value,
+        "targets": list(manifest.targets),
+        "regions": list(manifest.regions),
+    }
+
+
+def gate_json(gate: Gate) -> dict[str, Any]:
+    return {"name": gate.name, "ok": gate.ok, "detail": gate.detail, "code": gate.code}
+
+
+def verdict_of(error: AsyncsupError) -> Verdict:
+    by_type: Mapping[type[AsyncsupError], Verdict] = {
+        PatchRolledBackError: "rolled_back",
+        RollbackFailedError: "rollback_failed",
+        PatchTargetRefusedError: "target_refused",
+    }
+    return next((verdict for kind, verdict in by_type.items() if isinstance(error, kind)), "refused")
