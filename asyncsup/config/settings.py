@@ -103,7 +103,7 @@ class PatchConduct:
     probation: Duration = 2.0
     """How long after the switch a failure still undoes the patch, unless the patch itself names a time."""
     commit: Annotated[Commit, choice(Commit)] = "auto"
-    """``"manual"``: after its probation a patch waits for `asyncsup patch commit`, and can still be undone."""
+    """``"manual"``: after its probation a patch waits for `asyncsup patch commit`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

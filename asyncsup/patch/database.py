@@ -1,0 +1,650 @@
+"""state.db: what is known about targets, generations and transactions. Rows in, rows out; no files here.
+
+SQLite in WAL mode with ``synchronous=FULL``: when a write returns, it survives a power cut. It is not the
+truth about which generation a target has (the pointer is); it is what a generation holds, what a transaction
+meant to do, and whether the result was confirmed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from asyncsup.errors import PatchNotFoundError, StateError, TargetNotFoundError
+
+SCHEMA_VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE targets (
+    name TEXT PRIMARY KEY,
+    root TEXT NOT NULL,
+    layout TEXT NOT NULL,
+    persist TEXT NOT NULL,             -- JSON array of paths
+    confirmed INTEGER NOT NULL,        -- the generation last known to be good
+    releasing INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE wanted (target TEXT PRIMARY KEY, up INTEGER NOT NULL);
+CREATE TABLE generations (
+    target TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    parent INTEGER,                    -- where a rollback from here leads
+    build INTEGER NOT NULL,
+    patch TEXT,
+    txn INTEGER,
+    place TEXT NOT NULL,               -- 'store', or 'root': the root itself, not converted
+    state TEXT NOT NULL,               -- 'live', 'dropped', 'pruned'
+    stamp INTEGER NOT NULL,            -- mtime second of the files written for it
+    made TEXT NOT NULL,                -- JSON array: folders made in the root for it
+    created TEXT NOT NULL,
+    PRIMARY KEY (target, number)
+) WITHOUT ROWID;
+CREATE TABLE files (
+    target TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    path TEXT NOT NULL,
+    sha256 TEXT,                       -- NULL: a patch deleted it
+    size INTEGER NOT NULL,
+    mode INTEGER NOT NULL,             -- with write bits, for the day it becomes an ordinary file again
+    origin INTEGER,                    -- the generation it was written for; NULL: adopted, the program's own
+    identity TEXT NOT NULL,            -- inode:size:mtime_ns
+    PRIMARY KEY (target, generation, path)
+) WITHOUT ROWID;
+CREATE TABLE transactions (
+    txn INTEGER PRIMARY KEY AUTOINCREMENT,
+    action TEXT NOT NULL,
+    patch TEXT, name TEXT, version TEXT, build INTEGER, kind TEXT,
+    phase TEXT NOT NULL,
+    state TEXT NOT NULL,
+    verdict TEXT,
+    error TEXT,
+    code TEXT,
+    asked_by TEXT NOT NULL,
+    started REAL NOT NULL,
+    ended REAL,
+    cleaned INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX transactions_by_patch ON transactions (patch);
+CREATE TABLE parts (
+    txn INTEGER NOT NULL,
+    target TEXT NOT NULL,
+    source INTEGER NOT NULL,
+    destination INTEGER,
+    staged INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (txn, target)
+) WITHOUT ROWID;
+CREATE INDEX parts_by_target ON parts (target);
+CREATE TABLE changes (
+    txn INTEGER NOT NULL,
+    target TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    path TEXT NOT NULL,
+    op TEXT NOT NULL,
+    note TEXT NOT NULL,
+    adopts INTEGER NOT NULL,
+    seen TEXT,                         -- identity of the file when the patch was staged; '' absent
+    PRIMARY KEY (txn, target, position)
+) WITHOUT ROWID;
+CREATE TABLE steps (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    txn INTEGER NOT NULL,
+    at TEXT NOT NULL,
+    step TEXT NOT NULL,
+    target TEXT,
+    instance TEXT,
+    detail TEXT NOT NULL,
+    took REAL
+);
+CREATE INDEX steps_by_txn ON steps (txn);
+CREATE TABLE held (patch TEXT PRIMARY KEY, reason TEXT NOT NULL, at TEXT NOT NULL);
+"""
+
+
+class Phase(StrEnum):
+    """How far a transaction has got on disk."""
+
+    BEGUN = "begun"
+    SWITCHED = "switched"
+    SWITCHED_BACK = "switched_back"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+OPEN_PHASES: Final = (Phase.BEGUN, Phase.SWITCHED, Phase.SWITCHED_BACK)
+"""A transaction in one of these has its targets to itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRow:
+    name: str
+    root: Path
+    layout: str
+    persist: tuple[str, ...]
+    confirmed: int
+    releasing: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRow:
+    target: str
+    number: int
+    parent: int | None
+    build: int
+    patch: str | None
+    txn: int | None
+    place: str
+    state: str
+    stamp: int
+    made: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRow:
+    """A managed file of a generation; without `sha256` the record that a patch deleted it."""
+
+    path: str
+    sha256: str | None
+    size: int
+    mode: int
+    origin: int | None
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRow:
+    """What a transaction does to one path of a target; `position` makes its temporary names unique."""
+
+    position: int
+    path: str
+    op: str
+    note: str
+    adopts: bool
+    seen: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartRow:
+    """One target's part in a transaction: from generation `source` to `destination`."""
+
+    txn: int
+    target: str
+    source: int
+    destination: int | None
+    staged: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransactionRow:
+    txn: int
+    action: str
+    patch: str | None
+    name: str | None
+    version: str | None
+    build: int | None
+    kind: str | None
+    phase: Phase
+    state: str
+    verdict: str | None
+    error: str | None
+    code: str | None
+    asked_by: str
+    started: float
+    ended: float | None
+    cleaned: bool
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """RFC 3339 in UTC, with milliseconds; now, unless `seconds` since the epoch are given."""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Database:
+    """One connection, used from any thread, one at a time.
+
+    Every method may raise `StateError`: ``state.database``, or ``state.full`` when the disk is.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self.lock = threading.RLock()
+        self._connection = connection
+        self._path = path
+        self._depth = 0
+
+    @classmethod
+    def open(cls, path: Path) -> Database:
+        """Open the database, creating it when there is none."""
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        connection = None
+        try:
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            connection.row_factory = sqlite3.Row
+            database = cls(connection, path)
+            database._prepare()
+        except sqlite3.Error as error:
+            if connection is not None:
+                connection.close()
+            raise _state_error(path, error) from error
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
+        return database
+
+    def _prepare(self) -> None:
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
+            )
+        elif version != SCHEMA_VERSION:
+            raise StateError(
+                f"{self._path} has schema version {version}, this asyncsup knows {SCHEMA_VERSION}",
+                code="state.version",
+            )
+
+    def close(self) -> None:
+        with self.lock:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All changes in the block, or none of them; nested blocks belong to the outermost.
+
+        Args:
+            durable: on disk when the block ends. Otherwise the next durable write takes this one along.
+        """
+        with self.lock:
+            if self._depth:
+                yield self._connection
+                return
+            with self._translated():
+                if not durable:
+                    self._connection.execute("PRAGMA synchronous=NORMAL")
+                self._depth += 1
+                try:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    try:
+                        yield self._connection
+                        self._connection.execute("COMMIT")
+                    except BaseException:
+                        if self._connection.in_transaction:
+                            self._connection.execute("ROLLBACK")
+                        raise
+                finally:
+                    self._depth -= 1
+                    if not durable:
+                        self._connection.execute("PRAGMA synchronous=FULL")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _state_error(self._path, error) from error
+
+    def _all(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        with self.lock, self._translated():
+            return self._connection.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, *values: object) -> sqlite3.Row | None:
+        rows = self._all(sql, *values)
+        return rows[0] if rows else None
+
+    # --- meta -----------------------------------------------------------------------------------------------
+
+    def meta(self, key: str) -> str | None:
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else str(row["value"])
+
+    def set_meta(self, key: str, value: str) -> None:
+        with self.write() as sql:
+            sql.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # --- targets --------------------------------------------------------------------------------------------
+
+    def targets(self) -> list[TargetRow]:
+        return [_target(row) for row in self._all("SELECT * FROM targets ORDER BY name")]
+
+    def find_target(self, name: str) -> TargetRow | None:
+        row = self._one("SELECT * FROM targets WHERE name = ?", name)
+        return None if row is None else _target(row)
+
+    def target(self, name: str) -> TargetRow:
+        found = self.find_target(name)
+        if found is None:
+            raise TargetNotFoundError(f"there is no target {name} with a root", target=name)
+        return found
+
+    def put_target(self, row: TargetRow) -> None:
+        with self.write() as sql:
+            sql.execute(
+                "INSERT OR REPLACE INTO targets VALUES (?, ?, ?, ?, ?, ?)",
+                (row.name, str(row.root), row.layout, json.dumps(row.persist), row.confirmed, row.releasing),
+            )
+
+    def wanted(self, target: str) -> bool:
+        row = self._one("SELECT up FROM wanted WHERE target = ?", target)
+        return row is None or bool(row["up"])
+
+    def set_wanted(self, target: str, up: bool) -> None:
+        with self.write() as sql:
+            sql.execute("INSERT OR REPLACE INTO wanted VALUES (?, ?)", (target, up))
+
+    # --- generations and their files ------------------------------------------------------------------------
+
+    def add_generation(self, row: GenerationRow) -> None:
+        with self.write() as sql:
+            sql.execute(
+                "INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.target, row.number, row.parent, row.build, row.patch, row.txn, row.place, row.state,
+                    row.stamp, json.dumps(row.made), timestamp(),
+                ),
+            )  # fmt: skip
+
+    def generations(self, target: str) -> list[GenerationRow]:
+        rows = self._all("SELECT * FROM generations WHERE target = ? ORDER BY number", target)
+        return [_generation(row) for row in rows]
+
+    def find_generation(self, target: str, number: int) -> GenerationRow | None:
+        row = self._one("SELECT * FROM generations WHERE target = ? AND number = ?", target, number)
+        return None if row is None else _generation(row)
+
+    def generation(self, target: str, number: int) -> GenerationRow:
+        found = self.find_generation(target, number)
+        if found is None:
+            raise StateError(f"generation {number} of {target} is not known", code="state.generation")
+        return found
+
+    def update_generation(
+        self,
+        target: str,
+        number: int,
+        *,
+        state: str | None = None,
+        place: str | None = None,
+        build: int | None = None,
+    ) -> None:
+        """Change what is given. A generation that is dropped or pruned has no files any more."""
+        with self.write() as sql:
+            sql.execute(
+                "UPDATE generations SET state = coalesce(?, state), place = coalesce(?, place), "
+                "build = coalesce(?, build) WHERE target = ? AND number = ?",
+                (state, place, build, target, number),
+            )
+            if state in {"dropped", "pruned"}:
+                sql.execute("DELETE FROM files WHERE target = ? AND generation = ?", (target, number))
+
+    def files(self, target: str, generation: int) -> dict[str, FileRow]:
+        rows = self._all(
+            "SELECT path, sha256, size, mode, origin, identity FROM files "
+            "WHERE target = ? AND generation = ?",
+            target,
+            generation,
+        )
+        return {row["path"]: FileRow(**row) for row in rows}
+
+    def add_files(self, target: str, generation: int, rows: Iterable[FileRow]) -> None:
+        with self.write() as sql:
+            sql.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [(target, generation, r.path, r.sha256, r.size, r.mode, r.origin, r.identity) for r in rows],
+            )
+
+    # --- transactions ---------------------------------------------------------------------------------------
+
+    def add_transaction(
+        self, *, action: str, facts: Mapping[str, Any], asked_by: str, sources: Mapping[str, int]
+    ) -> int:
+        """A new transaction over the targets in `sources` (which generation each has now)."""
+        with self.write() as sql:
+            cursor = sql.execute(
+                "INSERT INTO transactions "
+                "(action, patch, name, version, build, kind, phase, state, asked_by, started) VALUES "
+                "(:action, :patch, :name, :version, :build, :kind, :phase, :phase, :asked_by, :started)",
+                {
+                    "patch": None, "name": None, "version": None, "build": None, "kind": None, **facts,
+                    "action": action, "phase": Phase.BEGUN.value, "asked_by": asked_by,
+                    "started": time.time(),
+                },
+            )  # fmt: skip
+            txn = cursor.lastrowid
+            assert txn is not None
+            sql.executemany(
+                "INSERT INTO parts (txn, target, source) VALUES (?, ?, ?)",
+                [(txn, target, source) for target, source in sources.items()],
+            )
+        return txn
+
+    def transaction(self, txn: int) -> TransactionRow:
+        row = self._one("SELECT * FROM transactions WHERE txn = ?", txn)
+        if row is None:
+            raise PatchNotFoundError(f"there is no transaction {txn}", txn=txn)
+        return _transaction(row)
+
+    def open_transactions(self, target: str | None = None) -> list[TransactionRow]:
+        """Those that hold targets; of one target at most one."""
+        marks = ", ".join("?" * len(OPEN_PHASES))
+        only = "" if target is None else "AND txn IN (SELECT txn FROM parts WHERE target = ?)"
+        values: tuple[object, ...] = (*OPEN_PHASES, *(() if target is None else (target,)))
+        rows = self._all(
+            f"SELECT * FROM transactions WHERE phase IN ({marks}) {only} ORDER BY txn",
+            *values,
+        )
+        return [_transaction(row) for row in rows]
+
+    def unfinished_transactions(self) -> list[TransactionRow]:
+        """Those that recovery has to look at: open ones, and committed ones with things left to tidy."""
+        rows = self._all(
+            "SELECT * FROM transactions WHERE phase != ? AND NOT (phase = ? AND cleaned) OR ended IS NULL "
+            "ORDER BY txn",
+            Phase.ABORTED,
+            Phase.COMMITTED,
+        )
+        return [_transaction(row) for row in rows]
+
+    def untidy_transactions(self, target: str) -> list[TransactionRow]:
+        """Confirmed ones of a target that have left things behind."""
+        rows = self._all(
+            "SELECT * FROM transactions WHERE phase = ? AND NOT cleaned "
+            "AND txn IN (SELECT txn FROM parts WHERE target = ?) ORDER BY txn",
+            Phase.COMMITTED,
+            target,
+        )
+        return [_transaction(row) for row in rows]
+
+    def transactions(self, target: str | None, limit: int) -> list[TransactionRow]:
+        """The newest ones, newest first."""
+        if target is None:
+            rows = self._all("SELECT * FROM transactions ORDER BY txn DESC LIMIT ?", limit)
+        else:
+            rows = self._all(
+                "SELECT * FROM transactions WHERE txn IN (SELECT txn FROM parts WHERE target = ?) "
+                "ORDER BY txn DESC LIMIT ?",
+                target,
+                limit,
+            )
+        return [_transaction(row) for row in rows]
+
+    def transactions_of_patch(self, prefix: str) -> list[TransactionRow]:
+        """Those of patches whose id begins with `prefix` (hex digits), newest first."""
+        rows = self._all(
+            "SELECT * FROM transactions WHERE patch >= ? AND patch < ? ORDER BY txn DESC",
+            prefix,
+            prefix + "g",
+        )
+        return [_transaction(row) for row in rows]
+
+    def update_transaction(
+        self,
+        txn: int,
+        *,
+        phase: Phase | None = None,
+        state: str | None = None,
+        verdict: str | None = None,
+        error: str | None = None,
+        code: str | None = None,
+        ended: bool = False,
+        cleaned: bool = False,
+    ) -> None:
+        """Change what is given; the first `ended` sets the time."""
+        with self.write() as sql:
+            sql.execute(
+                "UPDATE transactions SET phase = coalesce(:phase, phase), "
+                "state = coalesce(:state, :phase, state), verdict = coalesce(:verdict, verdict), "
+                "error = coalesce(:error, error), code = coalesce(:code, code), "
+                "cleaned = max(cleaned, :cleaned), "
+                "ended = CASE WHEN :ended AND ended IS NULL THEN :now ELSE ended END WHERE txn = :txn",
+                {
+                    "phase": phase, "state": state, "verdict": verdict, "error": error, "code": code,
+                    "cleaned": cleaned, "ended": ended, "now": time.time(), "txn": txn,
+                },
+            )  # fmt: skip
+
+    def parts(self, txn: int) -> list[PartRow]:
+        rows = self._all("SELECT * FROM parts WHERE txn = ? ORDER BY target", txn)
+        return [
+            PartRow(
+                txn=row["txn"],
+                target=row["target"],
+                source=row["source"],
+                destination=row["destination"],
+                staged=bool(row["staged"]),
+            )
+            for row in rows
+        ]
+
+    def part(self, txn: int, target: str) -> PartRow:
+        for row in self.parts(txn):
+            if row.target == target:
+                return row
+        raise TargetNotFoundError(f"transaction {txn} has no part in {target}", target=target, txn=txn)
+
+    def plan_part(self, part: PartRow, destination: int, changes: Sequence[ChangeRow]) -> None:
+        """What is about to be done for one target; before anything is done, so that it can be undone."""
+        with self.write() as sql:
+            sql.execute(
+                "UPDATE parts SET destination = ? WHERE txn = ? AND target = ?",
+                (destination, part.txn, part.target),
+            )
+            sql.executemany(
+                "INSERT OR REPLACE INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (part.txn, part.target, c.position, c.path, c.op, c.note, c.adopts, c.seen)
+                    for c in changes
+                ],
+            )
+
+    def mark_staged(self, txn: int, target: str, seen: Mapping[int, str] | None = None) -> None:
+        """The part is ready to be switched to; `seen`: identities that adoption has found anew."""
+        with self.write() as sql:
+            sql.execute("UPDATE parts SET staged = 1 WHERE txn = ? AND target = ?", (txn, target))
+            sql.executemany(
+                "UPDATE changes SET seen = ? WHERE txn = ? AND target = ? AND position = ?",
+                [(identity, txn, target, position) for position, identity in (seen or {}).items()],
+            )
+
+    def changes(self, txn: int, target: str) -> list[ChangeRow]:
+        rows = self._all(
+            "SELECT position, path, op, note, adopts, seen FROM changes WHERE txn = ? AND target = ? "
+            "ORDER BY position",
+            txn,
+            target,
+        )
+        return [ChangeRow(**{**dict(row), "adopts": bool(row["adopts"])}) for row in rows]
+
+    # --- steps, held patches --------------------------------------------------------------------------------
+
+    def add_step(
+        self,
+        txn: int,
+        step: str,
+        *,
+        target: str | None = None,
+        instance: str | None = None,
+        detail: str = "",
+        took: float | None = None,
+        at: str | None = None,
+    ) -> dict[str, Any]:
+        at = timestamp() if at is None else at
+        with self.write(durable=False) as sql:
+            cursor = sql.execute(
+                "INSERT INTO steps (txn, at, step, target, instance, detail, took) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (txn, at, step, target, instance, detail, took),
+            )
+        return {
+            "seq": cursor.lastrowid, "at": at, "step": step, "target": target, "instance": instance,
+            "detail": detail, "took": took,
+        }  # fmt: skip
+
+    def steps(self, txn: int) -> list[dict[str, Any]]:
+        rows = self._all(
+            "SELECT seq, at, step, target, instance, detail, took FROM steps WHERE txn = ? ORDER BY seq", txn
+        )
+        return [dict(row) for row in rows]
+
+    def hold(self, patch: str, reason: str) -> None:
+        with self.write() as sql:
+            sql.execute("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", (patch, reason, timestamp()))
+
+    def held(self, patch: str) -> str | None:
+        row = self._one("SELECT reason FROM held WHERE patch = ?", patch)
+        return None if row is None else str(row["reason"])
+
+    def unhold(self, patch: str) -> None:
+        with self.write() as sql:
+            sql.execute("DELETE FROM held WHERE patch = ?", (patch,))
+
+
+def _state_error(path: Path, error: sqlite3.Error) -> StateError:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_FULL:
+        return StateError(f"{path}: {os.strerror(errno.ENOSPC)}", code="state.full")
+    return StateError(f"{path}: {error}", code="state.database")
+
+
+def _target(row: sqlite3.Row) -> TargetRow:
+    return TargetRow(
+        name=row["name"],
+        root=Path(row["root"]),
+        layout=row["layout"],
+        persist=tuple(json.loads(row["persist"])),
+        confirmed=row["confirmed"],
+        releasing=bool(row["releasing"]),
+    )
+
+
+def _generation(row: sqlite3.Row) -> GenerationRow:
+    return GenerationRow(
+        target=row["target"],
+        number=row["number"],
+        parent=row["parent"],
+        build=row["build"],
+        patch=row["patch"],
+        txn=row["txn"],
+        place=row["place"],
+        state=row["state"],
+        stamp=row["stamp"],
+        made=tuple(json.loads(row["made"])),
+    )
+
+
+def _transaction(row: sqlite3.Row) -> TransactionRow:
+    values = dict(row)
+    return TransactionRow(**{**values, "phase": Phase(values["phase"]), "cleaned": bool(values["cleaned"])})

@@ -1,0 +1,351 @@
+"""Overlay layout: the root stays an ordinary folder, and the names patches have touched are links in it.
+
+Each managed name is a *leaf link*: ``ROOT/rules/eu.json -> STATE/current/TARGET/rules/eu.json``. The links
+are made before the pointer moves and removed after it has moved for good, so that at any instant a name shows
+what the pointer says: a link to what is not in the current generation dangles, which reads as "no such file".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from asyncsup.errors import PatchRefusedError
+from asyncsup.failpoints import failpoint
+from asyncsup.patch import fs
+from asyncsup.patch.database import FileRow
+from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, identity, presence_of, regular, split
+from asyncsup.patch.plan import Found, Presence
+
+ADOPTION_ATTEMPTS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """A generation that an adopted file belongs into.
+
+    Attributes:
+        fd: its folder.
+        taken: the names it has a file of its own for.
+    """
+
+    fd: int
+    taken: Set[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Linked:
+    """An ordinary file that has been given its name in the generations, before the swap."""
+
+    status: os.stat_result
+    same_file: bool
+
+    def is_it(self, status: os.stat_result) -> bool:
+        if not os.path.samestat(self.status, status):
+            return False
+        # A copy is only good as long as nobody has written to the original since.
+        return self.same_file or identity(self.status) == identity(status)
+
+
+class OverlayRoot:
+    """The root of one overlay target, open.
+
+    Args:
+        current: ``STATE/current/TARGET``, what leaf links go through.
+        fd: the root folder; stays the caller's.
+    """
+
+    def __init__(self, target: str, current: Path, fd: int) -> None:
+        self.target = target
+        self.fd = fd
+        self._current = current
+
+    def text(self, path: str) -> str:
+        """The text of the leaf link for `path`."""
+        return f"{self._current}/{path}"
+
+    def look(self, path: str, row: FileRow | None, generation: int, *, hashed: bool) -> Found:
+        """What stands at `path`; `row` and `generation` are of the current generation."""
+        folders, name = split(path)
+        managed = row is not None and row.sha256 is not None
+        try:
+            with fs.below(self.fd, folders) as folder:
+                status = fs.lstat(name, folder)
+                if status is not None and fs.link_text(name, folder) == self.text(path):
+                    if not managed:
+                        return Found(presence=Presence.ABSENT)  # A link left over; it dangles.
+                    with fs.below(generation, folders) as inner:
+                        return regular(name, inner, row, hashed=hashed)
+                if status is not None and presence_of(status) is Presence.ORDINARY and not managed:
+                    return regular(name, folder, None, hashed=hashed)
+        except FileNotFoundError:
+            status = None
+        except fs.BlockedPathError as error:
+            return Found(presence=Presence.ABSENT, problem=blocked(error))
+        if status is None:
+            return Found(presence=Presence.REMOVED if managed else Presence.ABSENT)
+        presence = presence_of(status)
+        return Found(presence=Presence.DETACHED if managed and presence is Presence.ORDINARY else presence)
+
+    def has_link(self, path: str) -> bool:
+        """Whether `path` is our leaf link."""
+        folders, name = split(path)
+        try:
+            with fs.below(self.fd, folders) as folder:
+                return fs.link_text(name, folder) == self.text(path)
+        except (FileNotFoundError, fs.BlockedPathError):
+            return False
+
+    # --- adoption -------------------------------------------------------------------------------------------
+
+    def adopt(
+        self, paths: Mapping[str, str], homes: Sequence[Home], durability: fs.Durability
+    ) -> dict[str, os.stat_result]:
+        """Turn ordinary files into leaf links whose current target is the very same file.
+
+        The file gets a second name in the current generation and in every other that is kept, then trades
+        places with the link in one step. Whatever the program saves in that very moment is found in what
+        came out of the swap, put back, and adopted in its turn.
+
+        Args:
+            paths: each path to adopt, with the temporary name to use beside it.
+            homes: the generations to link into, the current one first.
+        Returns:
+            What was adopted, by path.
+        Raises:
+            PatchRefusedError: a file vanished, or is rewritten all the time.
+        """
+        adopted: dict[str, os.stat_result] = {}
+        pending = dict(paths)
+        for _ in range(ADOPTION_ATTEMPTS):
+            linked = {path: self._give_second_name(path, homes, durability) for path in pending}
+            failpoint("store.adopt.linked")
+            for path, temporary in pending.items():
+                with self._folder_of(path) as (folder, _name):
+                    fs.unlink_quietly(temporary, folder)
+                    os.symlink(self.text(path), temporary, dir_fd=folder)
+                    durability.directory(folder)
+            # From the swap on, only the generation holds the file under its name: it must be there for good.
+            durability.barrier()
+            failpoint("store.adopt.prepared")
+            for path, temporary in list(pending.items()):
+                before = linked[path]
+                with self._folder_of(path) as (folder, name):
+                    if before is not None and _put(name, temporary, folder, before.is_it):
+                        adopted[path] = before.status
+                        del pending[path]
+                    fs.unlink_quietly(temporary, folder)
+                    durability.directory(folder)
+            failpoint("store.adopt.tidied")
+            if not pending:
+                return adopted
+        raise PatchRefusedError(
+            f"{self.target}: the program rewrites {next(iter(pending))} faster than it can be taken over",
+            code="gate.drift",
+            target=self.target,
+        )
+
+    def _give_second_name(
+        self, path: str, homes: Sequence[Home], durability: fs.Durability
+    ) -> _Linked | None:
+        """Link the file into every home; None when it was replaced meanwhile: look at it again."""
+        folders, _ = split(path)
+        with self._folder_of(path) as (folder, name):
+            try:
+                fd = os.open(name, fs.READ, dir_fd=folder)
+            except FileNotFoundError:
+                raise self._vanished(path) from None
+            try:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise self._vanished(path)
+                durability.file(fd)
+            finally:
+                os.close(fd)
+            same_file = True
+            for home in homes:
+                if path in home.taken:
+                    continue
+                inner = fs.make_below(home.fd, folders, durability, like=self.fd)
+                try:
+                    fs.unlink_quietly(name, inner)
+                    try:
+                        same = fs.link_or_copy(name, folder, name, inner, durability)
+                    except FileNotFoundError:
+                        return None
+                    there = fs.lstat(name, inner)
+                    if there is None or (same and not os.path.samestat(there, status)):
+                        return None
+                    same_file = same_file and same
+                    durability.directory(inner)
+                finally:
+                    os.close(inner)
+        return _Linked(status=status, same_file=same_file)
+
+    def settle(self, path: str, temporary: str, generation: int) -> None:
+        """After a crash in the middle of a swap: the program's last save goes under its name."""
+        folders, name = split(path)
+        with (
+            contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
+            self._folder_of(path) as (folder, _),
+        ):
+            while True:
+                aside = fs.lstat(temporary, folder)
+                if (
+                    aside is None
+                    or not stat.S_ISREG(aside.st_mode)
+                    or _is_in(generation, folders, name, aside)
+                ):
+                    break
+                here = fs.lstat(name, folder)
+                ours = fs.link_text(name, folder) == self.text(path)
+                if here is None or (not ours and here.st_mtime_ns >= aside.st_mtime_ns):
+                    break
+                fs.exchange(temporary, name, first_dir=folder, second_dir=folder)
+            fs.unlink_quietly(temporary, folder)
+
+    # --- leaf links -----------------------------------------------------------------------------------------
+
+    def link(self, path: str, durability: fs.Durability) -> None:
+        """Make the leaf link for a name that the current generation does not have (yet).
+
+        Raises:
+            PatchRefusedError: something stands there by now.
+        """
+        folders, name = split(path)
+        folder = fs.make_below(self.fd, folders, durability)
+        try:
+            os.symlink(self.text(path), name, dir_fd=folder)
+            durability.directory(folder)
+        except FileExistsError:
+            if fs.link_text(name, folder) != self.text(path):
+                raise PatchRefusedError(
+                    f"{self.target}: {path} has come into being while the patch was staged",
+                    code="gate.conflict",
+                    target=self.target,
+                ) from None
+        finally:
+            os.close(folder)
+
+    def unlink(self, path: str, durability: fs.Durability) -> None:
+        """Remove a leaf link, if it is ours; anything else under the name is the program's."""
+        with (
+            contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
+            self._folder_of(path) as (folder, name),
+        ):
+            if fs.link_text(name, folder) == self.text(path):
+                os.unlink(name, dir_fd=folder)
+                durability.directory(folder)
+
+    def remove_folders(self, paths: Sequence[str]) -> None:
+        """Remove folders that were made for a patch and are empty (again)."""
+        for path in sorted(paths, key=lambda path: path.count("/"), reverse=True):
+            with (
+                contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
+                self._folder_of(path) as (folder, name),
+            ):
+                try:
+                    os.rmdir(name, dir_fd=folder)
+                except OSError as error:
+                    if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR}:
+                        raise
+
+    def make_ordinary(
+        self, path: str, temporary: str, generation: int, mode: int, durability: fs.Durability
+    ) -> bool:
+        """Put a copy of the generation's file in place of its leaf link.
+
+        Returns whether it was done; not if something else stands there, which is then the program's own.
+        """
+        folders, _ = split(path)
+        self.settle(path, temporary, generation)
+        with self._folder_of(path) as (folder, name), fs.below(generation, folders) as inner:
+            link = fs.lstat(name, folder)
+            if link is None or fs.link_text(name, folder) != self.text(path):
+                return False
+            source = os.open(name, fs.READ, dir_fd=inner)
+            try:
+                fs.copy_regular(source, temporary, folder, durability, mode=mode)
+            finally:
+                os.close(source)
+            done = _put(name, temporary, folder, lambda status: os.path.samestat(status, link))
+            fs.unlink_quietly(temporary, folder)
+            durability.directory(folder)
+            return done
+
+    def bring_home(self, path: str, generation: int, durability: fs.Durability) -> bool:
+        """A file the program has created through a link that dangled: move it to where it meant to put it."""
+        folders, name = split(path)
+        try:
+            with fs.below(generation, folders) as inner, self._folder_of(path) as (folder, _):
+                if fs.lstat(name, inner) is None or fs.link_text(name, folder) != self.text(path):
+                    return False
+                try:
+                    os.rename(name, name, src_dir_fd=inner, dst_dir_fd=folder)
+                except OSError as error:
+                    if error.errno != fs.CROSS_DEVICE:
+                        raise
+                    temporary = f"{TEMPORARY_PREFIX}home"
+                    fs.unlink_quietly(temporary, folder)
+                    fs.copy(name, inner, temporary, folder, durability)
+                    os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                    os.unlink(name, dir_fd=inner)
+                durability.directory(folder)
+        except (FileNotFoundError, fs.BlockedPathError):
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _folder_of(self, path: str) -> Iterator[tuple[int, str]]:
+        folders, name = split(path)
+        with fs.below(self.fd, folders) as folder:
+            yield folder, name
+
+    def _vanished(self, path: str) -> PatchRefusedError:
+        return PatchRefusedError(
+            f"{self.target}: {path} was removed or replaced while the patch was staged",
+            code="gate.drift",
+            target=self.target,
+        )
+
+
+def _put(name: str, temporary: str, folder: int, expected: Callable[[os.stat_result], bool]) -> bool:
+    """Swap `temporary` and `name`, provided that what stands under `name` is what is `expected`.
+
+    Swapping first and looking afterwards is the only order without a gap. What comes out unexpectedly was put
+    there a moment ago and goes back at once; should something newer have taken its place by then, that comes
+    out in its turn and goes back, and so on: in the end the newest stands under `name`.
+
+    Returns whether ours stands there. What is left under `temporary` is not needed any more.
+    """
+    placed = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+    ours = True
+    while True:
+        try:
+            fs.exchange(temporary, name, first_dir=folder, second_dir=folder)
+        except FileNotFoundError:
+            return False  # The program has removed it: so be it.
+        failpoint("store.adopt.swapped")
+        out = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+        if expected(out):
+            return ours
+        expected, placed, ours = _same_as(placed), out, False
+
+
+def _same_as(status: os.stat_result) -> Callable[[os.stat_result], bool]:
+    return lambda other: os.path.samestat(other, status)
+
+
+def _is_in(generation: int, folders: Sequence[str], name: str, status: os.stat_result) -> bool:
+    try:
+        with fs.below(generation, folders) as inner:
+            there = fs.lstat(name, inner)
+    except (FileNotFoundError, fs.BlockedPathError):
+        return False
+    return there is not None and os.path.samestat(there, status)

@@ -1,0 +1,247 @@
+"""The state directory: who owns it, where things are in it, and which generation each target has.
+
+::
+
+    lock                     held by one supervisor
+    state.db                 see database.py
+    current -> sets/43       see pointer.py
+    sets/43/TARGET -> ../../generations/TARGET/17    or, of a tree that was never patched, -> its root
+    generations/TARGET/17/
+    persist/TARGET/          what a tree keeps outside of its generations
+    staging/                 not visible to anybody, not worth keeping
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from asyncsup.errors import StateError, StateLockedError, UsageError
+from asyncsup.patch import fs
+from asyncsup.patch.database import Database, TargetRow
+from asyncsup.patch.overlay import OverlayRoot
+from asyncsup.patch.pointer import CURRENT, SETS, Pointer
+from asyncsup.patch.tree import TreeRoot
+
+GENERATIONS: Final = "generations"
+PERSIST: Final = "persist"
+STAGING: Final = "staging"
+OVERLAY: Final = "overlay"
+TREE: Final = "tree"
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_ENTRY = re.compile(r"\.\./\.\./generations/[^/]+/(\d+)")
+
+
+class StateDirectory:
+    """One state directory, locked and open.
+
+    Attributes:
+        path: absolute; the links in the roots of targets spell it out.
+        fd: its descriptor.
+    """
+
+    def __init__(self, path: Path, fd: int, lock: int, database: Database) -> None:
+        self.path = path
+        self.fd = fd
+        self.database = database
+        self.pointer = Pointer(path, fd)
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path) -> StateDirectory:
+        """Take the lock, create what is missing, open the database.
+
+        Raises:
+            StateLockedError: another process has it.
+            StateError: it is damaged, was moved, or is of another version.
+        """
+        path = Path(os.path.realpath(path))
+        with contextlib.ExitStack() as undo:
+            _make_folder(path, 0o711)
+            lock = _take_lock(path / "lock")
+            undo.callback(os.close, lock)
+            # Programs of other users read through these; listing them is nobody's business.
+            for name, mode in ((GENERATIONS, 0o711), (SETS, 0o711), (PERSIST, 0o711), (STAGING, 0o700)):
+                _make_folder(path / name, mode)
+            fd = os.open(path, fs.DIRECTORY)
+            undo.callback(os.close, fd)
+            database = Database.open(path / "state.db")
+            undo.callback(database.close)
+            os.fsync(fd)
+            state = cls(path, fd, lock, database)
+            state._check_identity()
+            undo.pop_all()
+        return state
+
+    def _check_identity(self) -> None:
+        if not self.database.targets() and fs.lstat(CURRENT, self.fd) is not None:
+            raise StateError(
+                f"{self.path} has generations, yet its state.db knows of no target; was it lost? Put it "
+                "back, or choose another state directory",
+                code="state.database_missing",
+            )
+        known = self.database.meta("path")
+        if known == str(self.path):
+            return
+        if known is None or not self.database.targets():
+            self.database.set_meta("path", str(self.path))
+        elif os.path.realpath(known) == str(self.path):
+            self.path = Path(known)  # A link now, but links in roots spell it so.
+            self.pointer = Pointer(self.path, self.fd)
+        else:
+            raise StateError(
+                f"this state directory was {known} and is now {self.path}, but links in the targets' roots "
+                f"still lead to {known}; move it back, or make {known} a symbolic link to it",
+                code="state.moved",
+            )
+
+    def close(self) -> None:
+        """Let go of everything; the lock last."""
+        self.database.close()
+        os.close(self.fd)
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
+    # --- places ---------------------------------------------------------------------------------------------
+
+    def generations(self, target: str) -> Path:
+        return self.path / GENERATIONS / target
+
+    def generation(self, target: str, number: int) -> Path:
+        return self.generations(target) / str(number)
+
+    def current(self, target: str) -> Path:
+        return self.path / CURRENT / target
+
+    @property
+    def staging(self) -> Path:
+        return self.path / STAGING
+
+    def content(self, row: TargetRow) -> Path:
+        """The folder that holds the current files: of a tree that is not converted, the root itself."""
+        number = self.number(row.name)
+        return row.root if self.is_in_root(row.name) else self.generation(row.name, number)
+
+    def overlay(self, row: TargetRow, fd: int) -> OverlayRoot:
+        return OverlayRoot(row.name, self.current(row.name), fd)
+
+    def tree(self, row: TargetRow) -> TreeRoot:
+        return TreeRoot(
+            row.name,
+            root=row.root,
+            current=self.current(row.name),
+            generations=self.generations(row.name),
+            persisted=self.path / PERSIST / row.name,
+        )
+
+    def make_target_folders(self, target: str) -> None:
+        """Create the folders a target's files go into.
+
+        Raises:
+            UsageError: its name cannot be a folder's.
+        """
+        if not _NAME.fullmatch(target):
+            raise UsageError(f"{target!r} cannot be the name of a target with a root", target=target)
+        _make_folder(self.generations(target), 0o711)
+        _make_folder(self.path / PERSIST / target, 0o711)
+
+    # --- what the pointer says ------------------------------------------------------------------------------
+
+    @staticmethod
+    def entry(target: str, number: int) -> str:
+        """The text of a set's link to a generation."""
+        return f"../../{GENERATIONS}/{target}/{number}"
+
+    def number(self, target: str) -> int:
+        """The generation that `target` has now."""
+        with self.database.lock:
+            text = self.pointer.entries().get(target)
+            if text is None:
+                raise StateError(f"the current set has no link for {target}", code="state.pointer")
+            return self.number_in(target, text)
+
+    def number_in(self, target: str, text: str) -> int:
+        """Which generation a set's link means."""
+        match = _ENTRY.fullmatch(text)
+        if match is not None:
+            return int(match[1])
+        in_root = [row.number for row in self.database.generations(target) if row.place == "root"]
+        if not in_root:
+            raise StateError(f"the current set's link for {target} says {text!r}", code="state.pointer")
+        return max(in_root)
+
+    def is_in_root(self, target: str) -> bool:
+        """Whether the current files are in the root itself, and not in the store."""
+        with self.database.lock:
+            return not self.pointer.entries().get(target, "").startswith("../")
+
+    def exists(self, target: str, number: int) -> bool:
+        return self.generation(target, number).is_dir()
+
+    # --- removing generations -------------------------------------------------------------------------------
+
+    def discard(self, target: str, number: int) -> bool:
+        """Remove a generation, unless a reader holds it (a shared ``flock`` on its folder).
+
+        It leaves its place in one step, so that nobody finds half of it. Returns whether it is gone.
+        """
+        try:
+            fd = os.open(self.generation(target, number), fs.DIRECTORY_NOFOLLOW)
+        except FileNotFoundError:
+            return True
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            trash = f"{target}-{number}.gone"
+            with fs.opened(self.staging) as staging, fs.opened(self.generations(target)) as home:
+                fs.remove_tree(trash, staging)
+                os.rename(str(number), trash, src_dir_fd=home, dst_dir_fd=staging)
+                os.fsync(home)
+                fs.remove_tree(trash, staging)
+        finally:
+            os.close(fd)
+        return True
+
+    def sweep_staging(self) -> None:
+        """Remove what a process that died has left in the staging area."""
+        with fs.opened(self.staging) as fd:
+            for name in fs.names(fd):
+                fs.remove_tree(name, fd)
+
+
+def _make_folder(path: Path, mode: int) -> None:
+    """Create a folder, durably; one that exists keeps its mode."""
+    if path.is_dir():
+        return
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True)
+    path.chmod(mode)
+    fs.sync_directory(path.parent)
+
+
+def _take_lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise StateLockedError(
+            f"{path.parent} is in use by another supervisor (process {holder or 'unknown'})",
+            pid=int(holder) if holder.isdecimal() else None,
+            state_dir=str(path.parent),
+        ) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd

@@ -1,0 +1,1016 @@
+"""The store: generations of targets' files, and the one pointer that says which of them are current.
+
+What it promises, at every instant and after any crash or power cut: the files of a target are wholly those of
+one generation, and all targets of one patch change in the same instant. The life of a patch::
+
+    begin    a transaction has its targets to itself from here on
+    stage    per target: the next generation is built beside the current one; nobody sees it
+    carry    per tree target, while it is stopped: what the program wrote meanwhile
+    switch   THE commit point: one rename, for all targets
+    commit   confirmed; until then `switch_back` undoes everything
+    finish   what became of it, for the history
+
+Every undo is harmless when its step never ran, and may be repeated. All methods block, and may be called from
+any thread. A long `stage` of one target holds up neither another target nor anybody who asks for a state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from asyncsup.errors import (
+    AsyncsupError,
+    PatchError,
+    PatchNotFoundError,
+    PatchRefusedError,
+    StateError,
+    TargetBusyError,
+    UsageError,
+)
+from asyncsup.failpoints import failpoint
+from asyncsup.patch import fs
+from asyncsup.patch.database import (
+    OPEN_PHASES,
+    GenerationRow,
+    PartRow,
+    Phase,
+    TargetRow,
+    TransactionRow,
+    timestamp,
+)
+from asyncsup.patch.look import identity
+from asyncsup.patch.manifest import Manifest
+from asyncsup.patch.overlay_files import OverlayFiles
+from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.statedir import StateDirectory
+from asyncsup.patch.target_files import PatchSource, Progress, TargetFiles, present
+from asyncsup.patch.tree_files import TreeFiles
+
+__all__ = [
+    "FilePlan",
+    "Layout",
+    "PatchInfo",
+    "PatchSource",
+    "Recovered",
+    "RollbackPlan",
+    "StagedTarget",
+    "Store",
+    "TargetRoot",
+    "TargetState",
+]
+
+log = logging.getLogger("asyncsup.patch.store")
+
+Action = Literal["apply", "rollback"]
+
+MIN_PREFIX: Final = 4
+"""Hex digits it takes to name a patch."""
+
+
+class Layout(StrEnum):
+    """How a target's root and its generations belong together."""
+
+    OVERLAY = "overlay"
+    TREE = "tree"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRoot:
+    """A target as configured.
+
+    Attributes:
+        persist: paths below the root that stay outside of generations (tree layout).
+        build: counts until the first patch; afterwards the store knows better.
+    """
+
+    name: str
+    root: Path
+    layout: Layout
+    persist: tuple[str, ...] = ()
+    build: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetState:
+    """What a target has now; `patch` is the id of the patch its generation came from."""
+
+    name: str
+    build: int
+    generation: int
+    patch: str | None
+    root: Path
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchInfo:
+    """The patch of a transaction, for the history."""
+
+    id: str
+    name: str
+    version: str
+    build: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedTarget:
+    """A generation that is ready to be switched to."""
+
+    target: str
+    source: int
+    destination: int
+    build_before: int
+    build_after: int
+    files: tuple[FilePlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackPlan:
+    """What going back would do; `kind` is cold as soon as one of the patches undone was."""
+
+    generation: int
+    build: int
+    kind: str
+    files: list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What recovery did about one transaction.
+
+    Attributes:
+        action: ``dropped`` (it had not switched), ``switched_back``, ``completed`` (it was confirmed; only
+            tidying was left), ``lost`` (confirmed, yet the pointer says otherwise: the disk lied; the files
+            are wholly those of the generation before), ``released`` (a release, finished).
+    """
+
+    txn: int | None
+    action: Literal["dropped", "switched_back", "completed", "lost", "released"]
+    targets: tuple[str, ...]
+    patch: str | None
+
+
+class Store:
+    """The store in one state directory. Made by `Store.open`."""
+
+    def __init__(self, state: StateDirectory) -> None:
+        self._state = state
+        self._database = state.database
+        self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+        self._carried: set[tuple[int, str]] = set()
+
+    @classmethod
+    def open(cls, state_dir: Path) -> Store:
+        """Take the state directory's lock, create what is missing, sweep what was left half done.
+
+        Raises:
+            StateLockedError: another supervisor has it; the message says which process.
+            StateError: it is damaged, was moved, or belongs to another version.
+        """
+        state = StateDirectory.open(state_dir)
+        store = cls(state)
+        try:
+            state.sweep_staging()
+            state.pointer.sweep()
+            store._check_pointer()
+        except BaseException:
+            state.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close the database and give up the lock."""
+        self._state.close()
+
+    def _check_pointer(self) -> None:
+        """A pointer that is lost is set again to what was last confirmed, if that is still whole."""
+        try:
+            never_set = self._state.pointer.number() is None and self._state.pointer.is_new()
+            if never_set or self._state.pointer.number() is not None:
+                return
+            log.warning("the pointer %s is missing", self._state.path / "current")
+        except StateError as error:
+            log.warning("%s", error.message)
+        rows = self._database.targets()
+        for row in rows:
+            place = self._database.generation(row.name, row.confirmed).place
+            if place == "store" and not self._is_whole(row.name, row.confirmed):
+                raise StateError(
+                    f"the pointer {self._state.path / 'current'} is lost, and generation {row.confirmed} of "
+                    f"{row.name}, the last that was confirmed, is damaged",
+                    code="state.pointer",
+                )
+        log.warning("the pointer is set to the generations that were last confirmed")
+        self._state.pointer.replace({row.name: self._entry(row) for row in rows}, point="store.repair")
+
+    def _is_whole(self, target: str, number: int) -> bool:
+        if not self._state.exists(target, number):
+            return False
+        with fs.opened(self._state.generation(target, number)) as folder:
+            for path, row in self._database.files(target, number).items():
+                if row.sha256 is None or row.origin is None:
+                    continue
+                *folders, name = path.split("/")
+                try:
+                    with fs.below(folder, folders) as inner:
+                        status = os.stat(name, dir_fd=inner, follow_symlinks=False)
+                        if identity(status) != row.identity and fs.sha256_of(name, inner) != row.sha256:
+                            return False
+                except (FileNotFoundError, fs.BlockedPathError):
+                    return False
+        return True
+
+    # --- targets --------------------------------------------------------------------------------------------
+
+    def register(self, targets: Sequence[TargetRoot]) -> None:
+        """Make the targets known, so that ``STATE/current/TARGET`` leads to a folder for each.
+
+        A target that is not configured any more keeps its files.
+
+        Raises:
+            StateError: root or layout of a target changed while patches are applied to it.
+            UsageError: a name that cannot be used.
+        """
+        with self._database.lock:
+            rows = [self._register(target) for target in targets]
+            failpoint("store.register.recorded")
+            current = self._state.pointer.entries()
+            moved = {row.name: self._entry(row) for row in rows if not self._is_settled(row, current)}
+            if moved:
+                self._state.pointer.flip(moved, point="store.register")
+
+    def _register(self, target: TargetRoot) -> TargetRow:
+        self._state.make_target_folders(target.name)
+        known = self._database.find_target(target.name)
+        row = TargetRow(
+            name=target.name,
+            root=self._real_root(target.root),
+            layout=target.layout.value,
+            persist=target.persist,
+            confirmed=0 if known is None else known.confirmed,
+            releasing=known is not None and known.releasing,
+        )
+        if known is not None and (known.root, known.layout) != (row.root, row.layout):
+            self._check_move(known, row)
+        if known is None or known.layout != row.layout:
+            row = self._begin_anew(row, target.build)
+        elif self._never_patched(row.name):
+            self._database.update_generation(row.name, row.confirmed, build=target.build)
+        if row != known:
+            self._database.put_target(row)
+        return row
+
+    def _begin_anew(self, row: TargetRow, build: int) -> TargetRow:
+        """A generation in which nothing is managed yet, for a target that is new or has another layout."""
+        number = max((old.number for old in self._database.generations(row.name)), default=-1) + 1
+        overlay = row.layout == Layout.OVERLAY.value
+        if overlay:
+            OverlayFiles(self._state, row).create_empty(number)
+        row = replace(row, confirmed=number)
+        with self._database.write():
+            self._database.add_generation(
+                GenerationRow(
+                    target=row.name,
+                    number=number,
+                    parent=None,
+                    build=build,
+                    patch=None,
+                    txn=None,
+                    place="store" if overlay else "root",
+                    state="live",
+                    stamp=0,
+                    made=(),
+                )
+            )
+            self._database.put_target(row)
+        return row
+
+    def _entry(self, row: TargetRow) -> str:
+        """What the pointer's set should say about a target in which nothing is under way."""
+        if self._database.generation(row.name, row.confirmed).place == "root":
+            return str(row.root)
+        return self._state.entry(row.name, row.confirmed)
+
+    def _is_settled(self, row: TargetRow, current: Mapping[str, str]) -> bool:
+        """Whether the pointer needs no change for a target, or it is `recover` that has to decide."""
+        entry = current.get(row.name)
+        if entry is None:
+            return False
+        if row.releasing or any(
+            row.name == part.target
+            for transaction in self._database.unfinished_transactions()
+            for part in self._database.parts(transaction.txn)
+        ):
+            return True
+        if not entry.startswith("../"):
+            return entry == self._entry(row)
+        # Numbers, not texts: a conversion that was cut off has moved the pointer before saying so.
+        return self._state.number_in(row.name, entry) == row.confirmed
+
+    def _never_patched(self, target: str) -> bool:
+        return all(
+            (row.txn is None and row.patch is None) or row.state == "dropped"
+            for row in self._database.generations(target)
+        )
+
+    def _check_move(self, known: TargetRow, row: TargetRow) -> None:
+        """Root or layout are not what they were. Fine as long as nothing is managed, or if the root was
+        moved with all that is in it."""
+        number = (
+            self._state.number(row.name) if row.name in self._state.pointer.entries() else known.confirmed
+        )
+        managed = present(self._database.files(row.name, number))
+        in_store = known.layout == Layout.TREE.value and not self._state.is_in_root(row.name)
+        if known.layout == row.layout and not known.root.exists() and row.root.is_dir():
+            if row.layout == Layout.TREE.value:
+                if not in_store or os.path.realpath(row.root) == os.path.realpath(
+                    self._state.current(row.name)
+                ):
+                    return
+            else:
+                with fs.opened(row.root) as fd:
+                    overlay = self._state.overlay(row, fd)
+                    if all(overlay.has_link(path) for path in managed):
+                        return
+        if managed or in_store:
+            what = "layout" if known.root == row.root else "root"
+            raise StateError(
+                f"the {what} of {row.name} was {known.root} ({known.layout}) and is now {row.root} "
+                f"({row.layout}), but files of it are managed; `asyncsup target release {row.name}` with the "
+                "old configuration makes them ordinary files first",
+                code=f"state.{what}_changed",
+                target=row.name,
+            )
+
+    def _real_root(self, root: Path) -> Path:
+        """The root without links on the way, except for the one that the tree layout puts in its place."""
+        path = root if root.is_absolute() else Path.cwd() / root
+        for _ in range(40):
+            path = Path(os.path.realpath(path.parent)) / path.name
+            try:
+                text = path.parent / path.readlink()
+            except OSError:
+                return path
+            if self._state.path in Path(os.path.normpath(text)).parents:
+                return path
+            path = text
+        raise StateError(f"{root}: too many symbolic links", code="state.root")
+
+    def _files(self, target: str) -> TargetFiles:
+        row = self._database.target(target)
+        return (OverlayFiles if row.layout == Layout.OVERLAY.value else TreeFiles)(self._state, row)
+
+    def state(self, target: str) -> TargetState:
+        """What a target has now.
+
+        Raises:
+            TargetNotFoundError: it has no root, or does not exist.
+        """
+        with self._database.lock:
+            row = self._database.target(target)
+            generation = self._database.generation(target, self._state.number(target))
+        return TargetState(
+            name=target,
+            build=generation.build,
+            generation=generation.number,
+            patch=generation.patch,
+            root=row.root,
+            layout=Layout(row.layout),
+        )
+
+    def current_link(self, target: str) -> Path:
+        """``STATE/current/TARGET``: always a folder, always the current generation."""
+        return self._state.current(target)
+
+    def wanted(self, target: str) -> bool:
+        """Whether an operator last wanted the target up; True when nobody has said."""
+        return self._database.wanted(target)
+
+    def set_wanted(self, target: str, up: bool) -> None:
+        """Remember it beyond this supervisor's life."""
+        self._database.set_wanted(target, up)
+
+    # --- looking --------------------------------------------------------------------------------------------
+
+    def content_matches(self, target: str, manifest: Manifest) -> bool:
+        """Whether the target's files already are what the patch would make them."""
+        with self._reporting(target):
+            return self._files(target).matches(manifest.files)
+
+    def plan(self, target: str, manifest: Manifest) -> list[FilePlan]:
+        """What the patch would do to each file, in the manifest's order; what stands in the way is in
+        `FilePlan.error`. Files it does not name follow where there is something to say about them.
+
+        Raises:
+            PatchRefusedError: the target has no root folder.
+        """
+        files = self._files(target)
+        with self._reporting(target):
+            plans = [item.plan for item in files.plan(manifest.files)]
+            return plans + files.oddities(frozenset(change.path for change in manifest.files))
+
+    def rollback_target(self, target: str) -> int | None:
+        """The generation a rollback leads to: the one the current one was made from, while it is kept."""
+        with self._database.lock:
+            generation = self._database.generation(target, self._state.number(target))
+        if generation.parent is None or not self._state.exists(target, generation.parent):
+            return None
+        return generation.parent
+
+    def describe_rollback(self, target: str, generation: int) -> RollbackPlan:
+        """What `stage_rollback` to `generation` would do.
+
+        Raises:
+            StateError: there is no such generation.
+        """
+        now = self._state.number(target)
+        rows = {row.number: row for row in self._database.generations(target)}
+        goal = self._database.generation(target, generation)
+        kinds, number = set(), now
+        while number != generation:
+            row = rows[number]
+            if row.txn is not None:
+                kinds.add(self._database.transaction(row.txn).kind)
+            if row.parent is None:
+                break
+            number = row.parent
+        return RollbackPlan(
+            generation=generation,
+            build=goal.build,
+            kind="warm" if kinds == {"warm"} else "cold",
+            files=[
+                {"path": plan.path, "op": plan.op, "note": plan.note}
+                for plan in self._files(target).differences(now, generation)
+            ],
+        )
+
+    # --- transactions ---------------------------------------------------------------------------------------
+
+    def begin(self, *, action: Action, patch: PatchInfo | None, targets: Sequence[str], asked_by: str) -> int:
+        """Open a transaction over `targets`, durably; returns its number.
+
+        A rollback without `patch` is recorded as one of the patch that is current.
+
+        Raises:
+            TargetBusyError: another transaction has one of them.
+            TargetNotFoundError, UsageError: a target is not known, or none or one twice is named.
+        """
+        if not targets or len(set(targets)) != len(targets):
+            raise UsageError(f"a transaction needs distinct targets, got {list(targets)}")
+        for target in targets:
+            for untidy in self._database.untidy_transactions(target):
+                # Its dangling links must be gone before their names can mean something else.
+                with self._holding(untidy.txn) as parts, self._reporting(target):
+                    self._tidy(untidy.txn, parts)
+        with self._database.write():
+            sources = {}
+            for target in targets:
+                for other in self._database.open_transactions(target):
+                    raise TargetBusyError(
+                        f"{target} is being changed by transaction {other.txn} ({other.action})",
+                        target=target,
+                        txn=other.txn,
+                    )
+                sources[target] = self.state(target).generation
+            facts = self._current_patch(targets[0]) if patch is None else _facts(patch)
+            txn = self._database.add_transaction(
+                action=action, facts=facts, asked_by=asked_by, sources=sources
+            )
+        failpoint("store.begin.recorded")
+        return txn
+
+    def _current_patch(self, target: str) -> dict[str, Any]:
+        generation = self._database.generation(target, self._state.number(target))
+        if generation.txn is None:
+            return {"patch": generation.patch}
+        row = self._database.transaction(generation.txn)
+        return {
+            "patch": row.patch,
+            "name": row.name,
+            "version": row.version,
+            "build": row.build,
+            "kind": row.kind,
+        }
+
+    def stage(
+        self, txn: int, target: str, package: PatchSource, progress: Progress | None = None
+    ) -> StagedTarget:
+        """Build the next generation of a target, ready to be switched to.
+
+        Args:
+            progress: called with the number of bytes written since the last call.
+        Raises:
+            PatchRefusedError: ``gate.drift``, ``gate.base``, ``gate.conflict``, ``gate.detached``,
+                ``gate.path``, ``gate.space``, ``gate.root``, ``gate.filesystem``.
+            PatchMalformedError: the package's content is not what it says.
+            PatchError: ``patch.io_failed``.
+            In every case nothing is left of it, and the root's files are what they were.
+        """
+        with self._locks[target]:
+            files, part = self._files(target), self._part_to_stage(txn, target)
+            size = sum(change.size or 0 for change in package.manifest.files)
+            with self._reporting(target, size), self._undoing(files, part):
+                planned = files.plan(package.manifest.files)
+                part = files.stage(part, package, planned, progress)
+            return self._staged(part, tuple(item.plan for item in planned))
+
+    def stage_rollback(self, txn: int, target: str, generation: int) -> StagedTarget:
+        """Prepare a target for going back to a generation that is kept.
+
+        Raises:
+            PatchNotFoundError: it is not kept any more.
+            PatchRefusedError: the root is in the way; nothing is left of it.
+        """
+        with self._locks[target]:
+            files, part = self._files(target), self._part_to_stage(txn, target)
+            if generation == part.source:
+                raise UsageError(f"{target} is at generation {generation} already", target=target)
+            with self._reporting(target), self._undoing(files, part):
+                part = files.stage_rollback(part, generation)
+            plans = files.differences(part.source, generation)
+            return self._staged(part, tuple(plans))
+
+    def _part_to_stage(self, txn: int, target: str) -> PartRow:
+        row, part = self._database.transaction(txn), self._database.part(txn, target)
+        if row.phase is not Phase.BEGUN or part.destination is not None:
+            raise StateError(
+                f"transaction {txn} is {row.phase.value}, {target} cannot be staged in it (again)",
+                code="state.order",
+            )
+        return part
+
+    def _staged(self, part: PartRow, plans: tuple[FilePlan, ...]) -> StagedTarget:
+        assert part.destination is not None
+        return StagedTarget(
+            target=part.target,
+            source=part.source,
+            destination=part.destination,
+            build_before=self._database.generation(part.target, part.source).build,
+            build_after=self._database.generation(part.target, part.destination).build,
+            files=plans,
+        )
+
+    def carry(self, txn: int, target: str) -> list[str]:
+        """Right before the switch, while a tree target is stopped: what the program has created, changed or
+        removed since staging is brought to the next generation. Returns the paths.
+
+        `switch` does it for whoever was not asked; so a call is only needed for the report.
+        """
+        with self._locks[target], self._reporting(target):
+            carried = self._files(target).carry(self._database.part(txn, target))
+            self._carried.add((txn, target))
+            return carried
+
+    def switch(self, txn: int) -> None:
+        """Move all targets of the transaction to their staged generations, in one rename.
+
+        Raises:
+            PatchRefusedError: a root is not as it was when it was staged; nothing has moved.
+            PatchError: ``patch.io_failed``. The pointer may have moved: `switch_back` is needed.
+        """
+        with self._holding(txn) as parts:
+            row = self._database.transaction(txn)
+            unstaged = [part.target for part in parts if not part.staged]
+            if row.phase is not Phase.BEGUN or unstaged:
+                raise StateError(
+                    f"transaction {txn} is {row.phase.value} and cannot switch"
+                    + (f"; not staged: {', '.join(unstaged)}" if unstaged else ""),
+                    code="state.order",
+                )
+            for part in parts:
+                with self._reporting(part.target):
+                    if (txn, part.target) not in self._carried:
+                        self.carry(txn, part.target)
+                    self._files(part.target).verify(part)
+            with self._reporting(", ".join(part.target for part in parts)), self._database.lock:
+                # From the set that is current now: other transactions may have switched in between.
+                self._state.pointer.flip(
+                    {part.target: self._state.entry(part.target, _destination(part)) for part in parts},
+                    point="store.switch",
+                )
+                self._database.update_transaction(txn, phase=Phase.SWITCHED)
+                failpoint("store.switch.recorded")
+
+    def switch_back(self, txn: int) -> None:
+        """Move this transaction's targets, and no others, back to where they were; harmless if it never
+        switched.
+
+        Raises:
+            StateError: it is confirmed; a rollback is a transaction of its own.
+        """
+        with self._holding(txn) as parts:
+            row = self._database.transaction(txn)
+            if row.phase is Phase.COMMITTED:
+                raise StateError(f"transaction {txn} is confirmed and cannot be undone", code="state.order")
+            if row.phase is Phase.ABORTED:
+                return
+            with self._reporting(", ".join(part.target for part in parts)):
+                switched = self._is_switched(parts)
+                if switched:
+                    self._carry_back(parts)
+                    with self._database.lock:
+                        self._state.pointer.flip(
+                            {part.target: self._state.entry(part.target, part.source) for part in parts},
+                            point="store.switch_back",
+                        )
+                if switched or row.phase is Phase.SWITCHED:
+                    self._database.update_transaction(txn, phase=Phase.SWITCHED_BACK)
+                    failpoint("store.switch_back.recorded")
+                for part in parts:
+                    self._files(part.target).remove_names(part)
+                    failpoint("store.switch_back.unlinked")
+
+    def _carry_back(self, parts: Sequence[PartRow]) -> None:
+        for part in parts:
+            try:
+                carried = self._files(part.target).carry_back(part)
+            except (OSError, AsyncsupError) as error:
+                # Going back must not depend on it; what could not be brought along is said, and kept.
+                log.exception("%s: what the program wrote could not be carried back", part.target)
+                self.record(part.txn, "carry back", target=part.target, detail=f"failed: {error}")
+                continue
+            if carried:
+                self.record(part.txn, "carry back", target=part.target, detail=f"{len(carried)} files")
+
+    def commit(self, txn: int) -> None:
+        """Confirm the transaction, durably: from here on nothing undoes it but a rollback.
+
+        Raises:
+            StateError: it has not switched, or the confirmation could not be written and does not count.
+        """
+        with self._holding(txn) as parts:
+            row = self._database.transaction(txn)
+            if row.phase is not Phase.SWITCHED:
+                raise StateError(
+                    f"transaction {txn} is {row.phase.value} and cannot be confirmed", code="state.order"
+                )
+            failpoint("store.commit.begun")
+            self._confirm(txn, parts)
+            try:
+                failpoint("store.commit.recorded")
+                self._tidy(txn, parts)
+            except (OSError, AsyncsupError) as error:
+                # It is committed whatever becomes of the dangling links; the next start tries again.
+                log.warning("transaction %d is committed, but tidying up failed: %s", txn, error)
+                self.record(txn, "tidy", detail=f"failed: {error}")
+
+    def _confirm(self, txn: int, parts: Sequence[PartRow]) -> None:
+        with self._database.write() as sql:
+            self._database.update_transaction(txn, phase=Phase.COMMITTED, verdict="committed", ended=True)
+            for part in parts:
+                sql.execute(
+                    "UPDATE targets SET confirmed = ? WHERE name = ?", (_destination(part), part.target)
+                )
+
+    def _tidy(self, txn: int, parts: Sequence[PartRow]) -> None:
+        for part in parts:
+            self._files(part.target).tidy(part)
+            failpoint("store.commit.tidied")
+            self._carried.discard((txn, part.target))
+        self._database.update_transaction(txn, cleaned=True)
+
+    def abort(self, txn: int, reason: str | None = None) -> None:
+        """Remove everything the transaction has staged (switching back first if need be), and end it.
+
+        Harmless when there is nothing to remove, or when it has ended already.
+
+        Raises:
+            StateError: it is confirmed.
+        """
+        with self._holding(txn) as parts:
+            self.switch_back(txn)
+            if self._database.transaction(txn).phase is Phase.ABORTED:
+                return
+            for part in parts:
+                with self._reporting(part.target):
+                    self._files(part.target).undo(part)
+                self._carried.discard((txn, part.target))
+            failpoint("store.abort.undone")
+            self._database.update_transaction(txn, phase=Phase.ABORTED, error=reason, ended=True)
+
+    def finish(
+        self,
+        txn: int,
+        *,
+        verdict: str,
+        state: str | None = None,
+        error: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        """Write down what became of a transaction. One that is neither confirmed nor aborted is aborted.
+
+        Args:
+            state: how it ended, where that is not what happened on disk.
+            error, code: why it was not committed.
+        """
+        if self._database.transaction(txn).phase in OPEN_PHASES:
+            self.abort(txn, error)
+        self._database.update_transaction(
+            txn, state=state, verdict=verdict, error=error, code=code, ended=True
+        )
+
+    # --- recovery -------------------------------------------------------------------------------------------
+
+    def recover(self) -> list[Recovered]:
+        """After a crash, before any target is started: make every transaction either done or undone.
+
+        The pointer is the truth. What had not switched is dropped, what had switched without being confirmed
+        is switched back. May itself be killed at any point and run again.
+        """
+        recovered = []
+        for row in self._database.unfinished_transactions():
+            recovered.append(self._recover(row))
+            failpoint("store.recover.one")
+        for target in self._database.targets():
+            if target.releasing:
+                self.release(target.name)
+                recovered.append(Recovered(txn=None, action="released", targets=(target.name,), patch=None))
+            else:
+                self._files(target.name).resume()
+                failpoint("store.recover.resumed")
+            self._sweep_generations(target.name)
+        return recovered
+
+    def _recover(self, row: TransactionRow) -> Recovered:
+        parts = self._database.parts(row.txn)
+        targets = tuple(part.target for part in parts)
+
+        def did(action: Literal["dropped", "switched_back", "completed", "lost"]) -> Recovered:
+            log.warning("transaction %d on %s: %s", row.txn, ", ".join(targets), action)
+            self.record(row.txn, "recover", detail=action.replace("_", " "))
+            return Recovered(txn=row.txn, action=action, targets=targets, patch=row.patch)
+
+        try:
+            if row.phase is Phase.COMMITTED and not self._is_at(parts, [part.source for part in parts]):
+                self._tidy(row.txn, parts)
+                return did("completed")
+            if row.phase is Phase.COMMITTED:
+                # Only a disk that lied about a sync can bring this about.
+                self._database.update_transaction(row.txn, phase=Phase.SWITCHED_BACK)
+                why = "it was confirmed, but the disk had not kept the switch"
+                self.finish(row.txn, verdict="rolled_back", error=why, code="state.lost")
+                return did("lost")
+            switched = row.phase is not Phase.BEGUN or self._is_switched(parts)
+            why = "the supervisor ended " + ("before it was confirmed" if switched else "before the switch")
+            self.finish(row.txn, verdict="rolled_back", error=why, code="patch.interrupted")
+        except (OSError, AsyncsupError) as error:
+            if row.phase is not Phase.COMMITTED and self._is_switched(parts):
+                raise  # The files are those of a patch nobody has confirmed.
+            # The files are right; what is left over keeps the targets from being patched, no more.
+            log.exception("transaction %d: could not be tidied up", row.txn)
+            self.record(row.txn, "recover", detail=f"could not be tidied up: {error}")
+            return did("completed" if row.phase is Phase.COMMITTED else "dropped")
+        return did("switched_back" if switched else "dropped")
+
+    def _is_switched(self, parts: Sequence[PartRow]) -> bool:
+        """What the pointer says. All targets of a transaction move together."""
+        return self._is_at(parts, [part.destination for part in parts])
+
+    def _is_at(self, parts: Sequence[PartRow], numbers: Sequence[int | None]) -> bool:
+        return [self._state.number(part.target) for part in parts] == list(numbers)
+
+    def _sweep_generations(self, target: str) -> None:
+        """Remove generations that were dropped while a reader held them, and folders nobody knows of."""
+        live = {row.number for row in self._database.generations(target) if row.state == "live"}
+        with fs.opened(self._state.generations(target)) as folder:
+            found = {int(name) for name in fs.names(folder) if name.isdecimal()}
+        for number in found - live:
+            self._state.discard(target, number)
+
+    # --- patches on hold ------------------------------------------------------------------------------------
+
+    def hold(self, patch_id: str, reason: str) -> None:
+        """Remember that a patch was undone, and why, so that it is not tried again by itself."""
+        self._database.hold(patch_id, reason)
+
+    def held(self, patch_id: str) -> str | None:
+        """Why a patch is on hold; None when it is not."""
+        return self._database.held(patch_id)
+
+    def unhold(self, patch_id: str) -> None:
+        """It may be tried again."""
+        self._database.unhold(patch_id)
+
+    # --- keeping and letting go -----------------------------------------------------------------------------
+
+    def prune(self, target: str, keep: int) -> list[int]:
+        """Remove old generations, but for `keep` on the way back from the current one.
+
+        Never one that is in use: the current one, those of an open transaction, those that a reader holds by
+        a shared ``flock`` on the folder. Returns what was removed.
+        """
+        with self._locks[target], self._reporting(target):
+            with self._database.lock:
+                rows = {row.number: row for row in self._database.generations(target)}
+                kept = {self._state.number(target)}
+            (number,) = kept
+            for _ in range(max(keep, 0)):
+                parent = rows[number].parent
+                if parent is None or parent not in rows:
+                    break
+                kept.add(parent)
+                number = parent
+            for row in self._database.open_transactions(target):
+                part = self._database.part(row.txn, target)
+                kept |= {part.source} | ({part.destination} if part.destination is not None else set())
+            pruned = []
+            for number in rows.keys() - kept:
+                there = self._state.exists(target, number)
+                if not self._state.discard(target, number):
+                    continue
+                failpoint("store.prune.discarded")
+                if rows[number].state == "live" and rows[number].place == "store":
+                    self._database.update_generation(target, number, state="pruned")
+                if there:
+                    pruned.append(number)
+            return sorted(pruned)
+
+    def release(self, target: str) -> list[str]:
+        """Make all managed files ordinary files of the root again; returns their paths.
+
+        Generations are not gone back to afterwards. At every instant a reader finds the same content.
+
+        Raises:
+            TargetBusyError: a transaction has the target.
+        """
+        with self._locks[target]:
+            for row in self._database.open_transactions(target):
+                raise TargetBusyError(
+                    f"{target} is being changed by transaction {row.txn} ({row.action})",
+                    target=target,
+                    txn=row.txn,
+                )
+            self._set_releasing(target, True)
+            failpoint("store.release.begun")
+            with self._reporting(target):
+                released = self._files(target).release()
+            failpoint("store.release.done")
+            self._set_releasing(target, False)
+            return released
+
+    def _set_releasing(self, target: str, releasing: bool) -> None:
+        with self._database.write() as sql:
+            sql.execute(
+                "UPDATE targets SET releasing = ?, confirmed = ? WHERE name = ?",
+                (releasing, self._state.number(target), target),
+            )
+
+    # --- history --------------------------------------------------------------------------------------------
+
+    def record(
+        self,
+        txn: int,
+        step: str,
+        *,
+        target: str | None = None,
+        instance: str | None = None,
+        detail: str = "",
+        took: float | None = None,
+        at: str | None = None,
+    ) -> dict[str, Any]:
+        """Add a step to a transaction; returns it as `transaction` lists it. ``took`` in seconds.
+
+        On disk with the next thing that has to be.
+        """
+        return self._database.add_step(
+            txn, step, target=target, instance=instance, detail=detail, took=took, at=at
+        )
+
+    def history(self, target: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
+        """The newest transactions, newest first."""
+        return [self._describe(row) for row in self._database.transactions(target, limit)]
+
+    def transaction(self, txn: int) -> dict[str, Any]:
+        """One transaction, with ``steps`` and ``files``.
+
+        Raises:
+            PatchNotFoundError: there is none of that number.
+        """
+        row = self._database.transaction(txn)
+        files = [
+            {"target": part.target, "path": change.path, "op": change.op, "note": change.note}
+            for part in self._database.parts(txn)
+            for change in self._database.changes(txn, part.target)
+        ]
+        return {**self._describe(row), "steps": self._database.steps(txn), "files": files}
+
+    def find_transaction(self, reference: str) -> dict[str, Any]:
+        """A transaction by its number, or the newest of a patch by the beginning of its id.
+
+        Raises:
+            PatchNotFoundError: there is none.
+            UsageError: the beginning fits several patches.
+        """
+        reference = reference.strip().lower()
+        if reference.isdecimal() and len(reference) < MIN_PREFIX * 3:
+            with contextlib.suppress(PatchNotFoundError):
+                return self.transaction(int(reference))
+        if len(reference) < MIN_PREFIX or not set(reference) <= set("0123456789abcdef"):
+            raise PatchNotFoundError(
+                f"{reference!r} is neither the number of a transaction nor the beginning ({MIN_PREFIX} hex "
+                "digits or more) of a patch id",
+                reference=reference,
+            )
+        found = self._database.transactions_of_patch(reference)
+        if not found:
+            raise PatchNotFoundError(f"no patch {reference} was ever applied here", reference=reference)
+        patches = sorted({row.patch or "" for row in found})
+        if len(patches) > 1:
+            raise UsageError(
+                f"{reference} fits {len(patches)} patches: {', '.join(patch[:16] for patch in patches)}",
+                patches=patches,
+            )
+        return self.transaction(found[0].txn)
+
+    def _describe(self, row: TransactionRow) -> dict[str, Any]:
+        return {
+            "txn": row.txn,
+            "action": row.action,
+            "patch": row.patch,
+            "name": row.name,
+            "version": row.version,
+            "build": row.build,
+            "kind": row.kind,
+            "targets": [part.target for part in self._database.parts(row.txn)],
+            "state": row.state,
+            "verdict": row.verdict,
+            "started": timestamp(row.started),
+            "took": None if row.ended is None else round(max(0.0, row.ended - row.started), 6),
+            "asked_by": row.asked_by,
+            "error": row.error,
+            "code": row.code,
+        }
+
+    # --- helpers --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _holding(self, txn: int) -> Iterator[list[PartRow]]:
+        """The parts of a transaction, their targets locked (always in the same order)."""
+        parts = self._database.parts(txn)
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(self._locks[part.target])
+            yield self._database.parts(txn)
+
+    @contextlib.contextmanager
+    def _undoing(self, files: TargetFiles, part: PartRow) -> Iterator[None]:
+        """Whatever goes wrong in the block, nothing of the part is left."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                files.undo(self._database.part(part.txn, part.target))
+            except (OSError, AsyncsupError) as second:
+                # `abort` will try again, and so will recovery.
+                error.add_note(f"and removing what was staged failed: {second}")
+                log.warning("%s: removing what was staged failed: %s", part.target, second)
+            raise
+
+    @contextlib.contextmanager
+    def _reporting(self, target: str, size: int = 0) -> Iterator[None]:
+        """Turn what the system says into errors with a code."""
+        try:
+            yield
+        except fs.BlockedPathError as error:
+            raise PatchRefusedError(
+                f"{target}: {error}, and only real folders are followed", code="gate.path", target=target
+            ) from error
+        except OSError as error:
+            if error.errno in fs.NO_SPACE:
+                raise self._no_space(target, size) from error
+            where = f" ({error.filename})" if error.filename else ""
+            raise PatchError(
+                f"{target}: {error.strerror or error}{where}", code="patch.io_failed", target=target
+            ) from error
+        except StateError as error:
+            if error.error_code == "state.full":
+                raise self._no_space(target, size) from error
+            raise
+
+    def _no_space(self, target: str, size: int) -> PatchRefusedError:
+        return self._files(target.partition(",")[0]).no_space(size)
+
+
+def _destination(part: PartRow) -> int:
+    assert part.destination is not None
+    return part.destination
+
+
+def _facts(patch: PatchInfo) -> dict[str, Any]:
+    return {
+        "patch": patch.id,
+        "name": patch.name,
+        "version": patch.version,
+        "build": patch.build,
+        "kind": patch.kind,
+    }
