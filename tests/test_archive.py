@@ -128,6 +128,7 @@ def zeros(size: int) -> Part:
     return Part(name="files/zeros", data=b"\0" * size)
 
 
+NOISE = random.Random(1).randbytes(1 << 20)
 MODES = {
     "symlink": stat.S_IFLNK | 0o777,
     "fifo": stat.S_IFIFO | 0o644,
@@ -201,6 +202,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         "zip.mode",
     ),
     "24 folder with data": (lambda: beside(folder("files/d/", data=b"x")), "zip.file_type"),
+    "24 folder with a checksum": (lambda: beside(folder("files/d/", both={"crc": 5})), "zip.file_type"),
     "24 folder with hidden data": (
         lambda: beside(Part(name="files/d/", payload=b"\x01\x00", attributes=0o40755 << 16)),
         "zip.file_type",
@@ -319,10 +321,15 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "43 truncated in the end record": (lambda: VALID[:-1], "zip.truncated"),
     "43 truncated in the directory": (lambda: VALID[: DIRECTORY_OFFSET + 20], "zip.truncated"),
     "43 truncated in the content": (lambda: VALID[:60], "zip.truncated"),
+    "43 truncated in a comment": (lambda: forge(MANIFEST, *FILES, comment=b"hello")[:-2], "zip.truncated"),
     "43 empty file": (lambda: b"", "zip.truncated"),
     "43 three bytes": (lambda: VALID[:3], "zip.truncated"),
     "43 something else": (lambda: b"\x1f\x8b" + bytes(200), "zip.not_a_zip"),
     "44 zeros 1000 to 1": (lambda: native(zeros(64 << 20)), "zip.ratio"),
+    "44 bomb in a large package": (
+        lambda: native(zeros(4 << 20), Part(name="files/noise", data=NOISE, method=0)),
+        "zip.ratio",
+    ),
     "44 many small bombs": (
         lambda: native(*(replace(zeros(1 << 20), name=f"files/zeros{n}") for n in range(4))),
         "zip.ratio",
@@ -370,6 +377,14 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "53 comment on a record": (lambda: instead(replace(JOB, comment=b"hello")), "zip.comment"),
     "54 version needed": (lambda: instead(replace(JOB, both={"version": 51})), "zip.version"),
     "54 ZIP64's version without ZIP64": (lambda: instead(replace(JOB, both={"version": 45})), "zip.version"),
+    "record is longer than the directory": (
+        lambda: VALID[: VALID.rindex(b"PK\1\2") + 32] + b"\xff\xff" + VALID[VALID.rindex(b"PK\1\2") + 34 :],
+        "zip.framing",
+    ),
+    "record points behind the directory": (
+        lambda: forge(MANIFEST, JOB, replace(NOTE, central={"offset": 1 << 30})),
+        "zip.gap",
+    ),
     "record points at no header": (
         lambda: instead(replace(JOB, local={"version": 20}, local_extra=b"", before=b"")).replace(
             b"PK\3\4", b"PK\3\5"
@@ -406,6 +421,36 @@ def test_structure_is_refused_before_anything_is_inflated(fault: str) -> None:
         with pytest.raises(PatchMalformedError) as caught:
             scan(file.fileno(), len(data))
         assert caught.value.error_code == code
+
+
+def test_no_more_is_ever_handed_over_than_was_declared() -> None:
+    data = native(Part(name="files/x", data=b"0123456789", payload=zip_forge.deflate(bytes(64 << 20))))
+    with opened(data) as package, tempfile.TemporaryFile(buffering=0) as out:
+        with pytest.raises(PatchMalformedError):
+            package.extract(package.manifest.files[0], out.fileno())
+        assert out.tell() <= 10
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_content_that_is_cut_off_while_it_streams_is_noticed(part: Part) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(VALID)
+        file.flush()
+        entries = {entry.name: entry for entry in scan(file.fileno(), len(VALID))}
+        entry = entries[part.raw_name.decode()]
+        os.truncate(file.fileno(), entry.data_offset + 3)
+        with pytest.raises(PatchMalformedError) as caught:
+            list(archive.stream(file.fileno(), entry))
+        assert caught.value.error_code == "zip.changed"
+
+
+def test_file_that_became_shorter_than_it_was_is_noticed() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(VALID)
+        file.flush()
+        with pytest.raises(PatchMalformedError) as caught:
+            scan(file.fileno(), len(VALID) + 10)
+        assert caught.value.error_code == "zip.changed"
 
 
 def test_error_names_file_and_entry() -> None:
@@ -446,7 +491,7 @@ def test_path_depth_limit_counts_components_below_the_root() -> None:
 
 def test_small_file_may_compress_well() -> None:
     part = zeros(1 << 20)
-    noise = Part(name="files/noise", data=random.Random(1).randbytes(8 << 10), method=0)
+    noise = Part(name="files/noise", data=NOISE[: 8 << 10], method=0)
     assert len(part.data) // len(part.content) > archive.DEFAULT_LIMITS.ratio
     assert accept(native(part, noise))["zeros"] == part.data
 
@@ -629,17 +674,38 @@ def test_directory_may_list_entries_in_another_order() -> None:
 # --- ZIP64, where it is demanded ----------------------------------------------------------------------------
 
 
-def test_zip64_end_record_of_many_entries_is_accepted() -> None:
+def many_entries(content: bytes) -> bytes:
+    """An archive that needs ZIP64 for the number of its entries, the first of which holds `content`."""
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w") as writer:
-        for index in range(65_536):
+        writer.writestr(zipfile.ZipInfo("first"), content)
+        for index in range(65_535):
             writer.writestr(zipfile.ZipInfo(f"f{index}"), b"")
-    data = sink.getvalue()
-    assert b"PK\6\7" in data[-50:]
+    return sink.getvalue()
+
+
+def test_zip64_locator_must_point_at_the_record_that_precedes_it() -> None:
+    """CVE-2025-8291 at its best: what it points at is a perfect record, hidden in a file's content."""
+    size = 56
+    record = many_entries(bytes(size))[-98:-42]
+    data = many_entries(record)
+    assert data[-98:-42] == record
+    hidden = data.index(record)
+    assert hidden < 100
+    pointing_there = data[:-34] + struct.pack("<Q", hidden) + data[-26:]
+    without_signature = data[:-98] + b"PK\6\5" + data[-94:]
+    limits = Limits(files=70_000)
     with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        assert len(scan(file.fileno(), len(data), Limits(files=70_000))) == 65_536
+        for variant in (data, pointing_there, without_signature):
+            file.seek(0)
+            file.write(variant)
+            file.flush()
+            if variant is data:
+                assert len(scan(file.fileno(), len(data), limits)) == 65_536
+                continue
+            with pytest.raises(PatchMalformedError) as caught:
+                scan(file.fileno(), len(data), limits)
+            assert caught.value.error_code == "zip.zip64"
 
 
 HUGE = Limits(package_bytes=1 << 40, file_bytes=1 << 40, total_bytes=1 << 41)
@@ -728,7 +794,7 @@ def mutate(data: bytes, mutations: list[Mutation]) -> bytes:
 
 @given(seed=st.sampled_from(SEEDS), mutations=MUTATIONS)
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-def test_mutated_package_is_refused_or_means_the_same_to_zipfile(
+def test_mutated_package_is_refused_or_means_the_same_to_other_readers(
     seed: bytes, mutations: list[Mutation]
 ) -> None:
     data = mutate(seed, mutations)
@@ -740,17 +806,34 @@ def test_mutated_package_is_refused_or_means_the_same_to_zipfile(
         assert error.error_code.split(".")[0] in {"zip", "manifest", "digest"}
         return
     with zipfile.ZipFile(io.BytesIO(data)) as reader:
-        theirs = {
-            info.filename: reader.read(info)
-            for info in reader.infolist()
-            if not info.is_dir() and not info.filename.startswith("signatures/")
-        }
+        theirs = {info.filename: reader.read(info) for info in reader.infolist() if not info.is_dir()}
+    if data != seed:
+        assert unzip(data) == theirs
     if prototype:
         del theirs["patch/manifest.json"]
         assert sorted(contents.values()) == sorted(theirs.values())
     else:
         del theirs["manifest.json"]
         assert {f"files/{path}": content for path, content in contents.items()} == theirs
+
+
+def unzip(data: bytes) -> dict[str, bytes]:
+    """What Info-ZIP makes of it."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "patch.zip").write_bytes(data)
+        command = ["unzip", "-q", "patch.zip", "-d", "out"]
+        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+        subprocess.run(command, cwd=name, env=environment, check=True, stdin=subprocess.DEVNULL)
+        out = Path(name) / "out"
+        for parent, folders, files in os.walk(out):
+            for folder_name in folders:
+                (Path(parent) / folder_name).chmod(0o700)
+            for file_name in files:
+                file = Path(parent) / file_name
+                file.chmod(0o600)  # a mutant may have taken every permission away
+                found[str(file.relative_to(out))] = file.read_bytes()
+    return found
 
 
 @given(data=st.binary(max_size=400))

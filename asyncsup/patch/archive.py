@@ -264,8 +264,6 @@ def _inflated(fd: int, entry: Entry) -> Iterator[memoryview]:
 
 def _read_end(fd: int, size: int) -> tuple[int, int, int]:
     """Entries, offset and size of the central directory."""
-    if size == 0:
-        _refuse("zip.truncated", "the file is empty; it may still be on its way")
     end_offset = size - END.size
     tail = read_exactly(fd, END.size, end_offset) if end_offset >= 0 else b""
     if tail[:4] != END_SIGNATURE or tail[-2:] != b"\0\0":

@@ -182,7 +182,7 @@ def load_json(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode(), object_pairs_hook=_unique_object)
     except ValueError as error:
-        # Beyond what orjson refuses: an integer with thousands of digits.
+        # Nothing is known that only one of the two takes; should there be something, it is no manifest.
         _refuse_json(f"the manifest is not valid JSON: {error}")
 
 
