@@ -38,6 +38,9 @@ DIGEST_TRIES: Final = 3
 COMPLETION_SECONDS: Final = 2.0
 """How old the names may be that completion offers."""
 
+SHOWN_TARGETS: Final = 6
+"""In the banner."""
+
 HISTORY_FILE: Final = "console_history"
 
 Ask = Callable[[str], str | None]
@@ -158,7 +161,10 @@ class Console:
         except AsyncsupError as error:
             out.error(error)
             return
-        names = ", ".join(_target_word(target) for target in status["targets"])
+        targets = status["targets"]
+        names = ", ".join(_target_word(target) for target in targets[:SHOWN_TARGETS])
+        if len(targets) > SHOWN_TARGETS:
+            names += f" and {len(targets) - SHOWN_TARGETS} more"
         lines = [
             f"supervisor  asyncsup {render.clean(info['version'])}, pid {info['pid']}, "
             f"up {render.duration(info['uptime'])}",

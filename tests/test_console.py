@@ -145,6 +145,13 @@ def test_the_banner_says_who_is_there_and_what_lies_in_the_inbox(
     assert "TRUST" not in out
 
 
+def test_the_banner_stays_short_however_many_targets_there_are(
+    console: Type, supervisor: FakeSupervisor
+) -> None:
+    supervisor.handlers["status"] = lambda _: status(*(target(f"t{n}") for n in range(1000)))
+    assert "t5 (build 200, running) and 994 more\n" in console().out
+
+
 def test_trust_none_is_loud(console: Type, supervisor: FakeSupervisor) -> None:
     supervisor.info["trust"] = "none"
     assert "!!  TRUST IS NONE: patches are applied WITHOUT ANY VERIFICATION  !!" in console().out
