@@ -238,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.clear_bar()
         return EXIT_INTERRUPTED
     except SystemExit as stop:  # argparse, after --help
+        out.flush()
         return stop.code if isinstance(stop.code, int) else 0
 
 

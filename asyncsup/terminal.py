@@ -119,6 +119,10 @@ class Output:
             self._put("\r\x1b[K")
         self._bar_drawn = 0.0
 
+    def flush(self) -> None:
+        """Have what others wrote to stdout (argparse its help) leave now, quietly when nobody reads it."""
+        self._put("")
+
     def _write(self, text: str) -> None:
         self.clear_bar()
         self._put(text)

@@ -883,6 +883,18 @@ def test_a_reader_that_goes_away_ends_a_follower_quietly(supervisor: FakeSupervi
         assert child.stderr.read() == b""
 
 
+def test_help_that_nobody_reads_is_no_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*ASYNCSUP, "--help"], stdout=writer, stderr=subprocess.PIPE, timeout=WAIT_SECONDS, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def on_terminal(*argv: str | Path, **environ: str) -> str:
     """What a command writes to a terminal."""
     ours, theirs = pty.openpty()
