@@ -371,6 +371,15 @@ def test_manifest_that_would_be_refused_is_not_written(new: Path, output: Path, 
     refuse("build.manifest", old=None, new=new, output=output, **keys)
 
 
+def test_package_that_readers_would_refuse_is_not_written(
+    new: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PUBLISHED_LIMITS", Limits(files=3))
+    error = refuse("build.limits", old=None, new=new, output=output)
+    assert "5 entries, the limit is 3" in error.message
+    assert ".part" not in error.message
+
+
 def test_package_inside_the_folder_it_is_made_of_is_refused(old: Path, new: Path) -> None:
     for folder in (old, new):
         with pytest.raises(PatchBuildError) as caught:

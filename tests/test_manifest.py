@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os.path
+import time
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
@@ -385,6 +386,29 @@ def test_list_of_problems_is_bounded() -> None:
     assert error.details["problem_count"] == 500
     assert len(error.details["problems"]) == 100
     assert len(error.message) < 1000
+
+
+HOSTILE_SIZES = {
+    "a million unknown keys": lambda: b"{" + b",".join(b'"k%d":0' % n for n in range(1_000_000)) + b"}",
+    "a huge unknown key": lambda: b'{"' + b"build" * 3_000_000 + b'":0}',
+    "the last of many keys twice": lambda: (
+        b"{" + b",".join(b'"x-%d":0' % (n % 999_999) for n in range(1_000_000)) + b"}"
+    ),
+    "a million files that are none": lambda: raw(files=[]).replace(b"[]", b"[" + b"0," * 1_000_000 + b"0]"),
+    "a huge path": lambda: raw_file(path="a/" * 5_000_000),
+    "a huge value": lambda: raw(kind=["x" * 10_000_000]),
+}
+
+
+@pytest.mark.parametrize("size", HOSTILE_SIZES)
+def test_hostile_manifest_of_the_largest_size_is_refused_quickly(size: str) -> None:
+    """All these are below the limit of 16 MiB. CPU time, because machines are shared."""
+    data = HOSTILE_SIZES[size]()
+    before = time.process_time()
+    error = refuse(data)
+    assert time.process_time() - before < 10
+    assert len(error.message) < 1000
+    assert len(error.details["problems"]) <= 100
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import BinaryIO, Final, NoReturn
 
 from asyncsup.errors import PatchBuildError, PatchMalformedError
 from asyncsup.patch import archive, paths
-from asyncsup.patch.archive import CHUNK, DEFAULT_LIMITS, DEFLATED, MAX16, MAX32, STORED, Limits
+from asyncsup.patch.archive import CHUNK, DEFAULT_LIMITS, DEFLATED, MAX16, MAX32, STORED
 from asyncsup.patch.manifest import (
     DEFAULT_MODE,
     FileChange,
@@ -46,9 +46,8 @@ ENV_CREATED: Final = "SOURCE_DATE_EPOCH"
 _COMPRESSION_LEVEL: Final = 6
 _DATE_1980: Final = 1 << 5 | 1
 _VERSION: Final = 20
-_UNLIMITED: Final = Limits(
-    package_bytes=1 << 62, files=1 << 31, file_bytes=1 << 62, total_bytes=1 << 62, manifest_bytes=1 << 40
-)
+PUBLISHED_LIMITS: Final = replace(DEFAULT_LIMITS, package_bytes=1 << 62)
+"""What is built keeps the limits of its readers, but for the one that operators can raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +131,7 @@ def build_patch(
                 _add_change(writer, change, contents[change.path], progress)
         writer.finish()
         file.flush()
-        # What is published opens: the rules of the two sides cannot drift apart unnoticed.
-        open_package(temporary, limits=_UNLIMITED).close()
+        _check_package(temporary, "build.limits")
     return manifest
 
 
@@ -184,10 +182,7 @@ def build_prototype_patch(
             writer.add(name, len(content), lambda content=content: iter([memoryview(content)]))  # type: ignore[misc]
         writer.finish()
         file.flush()
-        try:
-            open_package(temporary, limits=_UNLIMITED).close()
-        except PatchMalformedError as error:
-            raise PatchBuildError(error.message, code="build.manifest", **error.details) from error
+        _check_package(temporary, "build.manifest")
         return zlib.crc32(temporary.read_bytes())
 
 
@@ -357,6 +352,15 @@ def _check_manifest(manifest: Manifest) -> tuple[bytes, Manifest]:
         raise PatchBuildError(f"the manifest cannot be written: {error}", code="build.manifest") from error
 
 
+def _check_package(path: Path, code: str) -> None:
+    """What is published opens: the rules of the two sides cannot drift apart unnoticed."""
+    try:
+        open_package(path, limits=PUBLISHED_LIMITS).close()
+    except PatchMalformedError as error:
+        message = error.message.removeprefix(f"{path.name}: ")
+        raise PatchBuildError(f"the package would be refused: {message}", code=code) from error
+
+
 def _time_from_environment() -> datetime | None:
     text = os.environ.get(ENV_CREATED)
     if not text:
@@ -376,7 +380,7 @@ def _time_from_environment() -> datetime | None:
 def _written_atomically(output: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A temporary file beside `output` that takes its place, on disk, if the block ends without an error."""
     # Not called .zip: an inbox must not take it for a package.
-    temporary = output.with_name(f".{output.name[:200]}.{secrets.token_hex(8)}.part")
+    temporary = output.with_name(f".patch-{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as file:
             yield file, temporary

@@ -144,8 +144,7 @@ def parse_manifest(raw: bytes) -> Manifest:
     """
     reader = Reader()
     manifest = _read_manifest(load_object(raw), reader)
-    if reader.problems:
-        raise malformed(reader.problems)
+    reader.finish()
     return manifest
 
 
@@ -202,8 +201,9 @@ def load_object(raw: bytes) -> dict[str, Any]:
 def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        # `add` gives None: the first key that is in there already.
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         _refuse_json(
             f"the manifest has the key {shorten(twice)} twice in one object, and readers disagree on it"
         )
@@ -229,14 +229,19 @@ def _refuse_json(message: str) -> NoReturn:
     raise malformed([Problem(code="manifest.json", where="", message=message)])
 
 
-def malformed(problems: Sequence[Problem]) -> PatchMalformedError:
-    """One error for all of `problems`, of which there is at least one."""
-    if len(problems) == 1:
+def malformed(problems: Sequence[Problem], count: int | None = None) -> PatchMalformedError:
+    """One error for all of `problems`, of which there is at least one.
+
+    Args:
+        count: how many there are, if `problems` are only the first of them.
+    """
+    count = len(problems) if count is None else count
+    if count == 1:
         message = f"manifest: {problems[0]}" if problems[0].where else problems[0].message
     else:
         listed = "; ".join(str(problem) for problem in problems[:3])
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        message = f"the manifest has {len(problems)} problems: {listed}{more}"
+        more = f"; and {count - 3} more" if count > 3 else ""
+        message = f"the manifest has {count} problems: {listed}{more}"
     return PatchMalformedError(
         message,
         code=problems[0].code,
@@ -244,7 +249,7 @@ def malformed(problems: Sequence[Problem]) -> PatchMalformedError:
             {"path": item.where, "code": item.code, "message": item.message}
             for item in problems[:MAX_PROBLEMS]
         ],
-        problem_count=len(problems),
+        problem_count=count,
     )
 
 
@@ -263,10 +268,19 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self.problems: list[Problem] = []
+        self._problems: list[Problem] = []
+        self.count = 0
+        """How many problems there are; only the first `MAX_PROBLEMS` are kept."""
 
     def problem(self, where: str, message: str, code: str = "manifest.schema") -> None:
-        self.problems.append(Problem(code=code, where=where, message=message))
+        self.count += 1
+        if self.count <= MAX_PROBLEMS:
+            self._problems.append(Problem(code=code, where=where, message=message))
+
+    def finish(self) -> None:
+        """Raise one error for all problems, if there are any."""
+        if self.count:
+            raise malformed(self._problems, self.count)
 
     def object(self, value: Any, where: str) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -280,7 +294,9 @@ class Reader:
         for key in value:
             if key in known or key.startswith("x-"):
                 continue
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            # Looking for similar words is slow, and a hostile manifest may have a million keys or a huge one.
+            similar = len(key) <= 80 and self.count < MAX_PROBLEMS
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0) if similar else []
             hint = f", did you mean {near[0]!r}?" if near else ""
             self.problem(
                 join(where, key if key.isidentifier() and len(key) <= 80 else shorten(key)),

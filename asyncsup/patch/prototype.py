@@ -29,7 +29,6 @@ from asyncsup.patch.manifest import (
     Reader,
     json_type,
     load_object,
-    malformed,
     read_path,
     report_collisions,
     shorten,
@@ -106,11 +105,10 @@ def parse_prototype(raw: bytes) -> Prototype:
         kind=Kind.WARM if warm else Kind.COLD,
         files=tuple(files),
     )
-    if not reader.problems and not files:
+    if not reader.count and not files:
         reader.problem("", "the manifest lists no file at all; a patch changes at least one")
     report_collisions(named, reader)
-    if reader.problems:
-        raise malformed(reader.problems)
+    reader.finish()
     return prototype
 
 
@@ -168,8 +166,7 @@ def with_root_name(manifest: Manifest, root_name: str) -> Manifest:
     files = tuple(replace(change, path=change.path.removeprefix(prefix)) for change in manifest.files)
     reader = Reader()
     report_collisions([("", change.path) for change in files], reader)
-    if reader.problems:
-        raise malformed(reader.problems)
+    reader.finish()
     return replace(manifest, files=files)
 
 
@@ -207,14 +204,14 @@ def _list(value: Any, where: str, reader: Reader) -> list[Any]:
 
 
 def _read_file(value: Any, where: str, op: Op, reader: Reader) -> PrototypeFile | None:
-    found = len(reader.problems)
+    before = reader.count
     entry = reader.object(value, where)
     if not isinstance(value, dict):
         return None
     reader.known(entry, ("name", "path"), where)
     name = reader.required(entry, "name", where, reader.string, "")
     folder = reader.required(entry, "path", where, reader.string, "")
-    if len(reader.problems) > found:
+    if reader.count > before:
         return None
     if "/" in name:
         reader.problem(
