@@ -949,8 +949,7 @@ def _build_native(args: argparse.Namespace, old: Any, new: Any, output: Any, out
     missing = [
         option
         for option, given in (
-            ("--name", args.name), ("--version", args.version),
-            ("-t/--target", args.targets), ("-r/--region", args.regions),
+            ("--name", args.name), ("-t/--target", args.targets), ("-r/--region", args.regions),
         )
         if not given
     ]  # fmt: skip
@@ -978,7 +977,7 @@ def _build_native(args: argparse.Namespace, old: Any, new: Any, output: Any, out
         new=new,
         output=output,
         name=args.name,
-        version=args.version,
+        version=args.version or str(args.build),
         build=args.build,
         kind=Kind(args.kind),
         targets=args.targets,
@@ -1046,7 +1045,7 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("-o", "--output", required=True, metavar="OUT.zip", help="the package to write")
     add("--name", metavar="NAME", help="of the patch")
-    add("--version", metavar="VERSION", help="of the patch, for people")
+    add("--version", metavar="VERSION", help="of the patch, for people (default: the build)")
     add("--build", type=int, required=True, metavar="N", help="the release counter it brings targets to")
     add("-t", "--target", dest="targets", action="append", default=[], metavar="NAME", help="may be repeated")
     add("-r", "--region", dest="regions", action="append", default=[], metavar="NAME", help="may be repeated")

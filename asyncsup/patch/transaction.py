@@ -31,6 +31,7 @@ from asyncsup.errors import (
     StartFailedError,
 )
 from asyncsup.events import EventStream, timestamp
+from asyncsup.failpoints import failpoint
 from asyncsup.instance import Instance
 from asyncsup.lifecycle import State
 from asyncsup.patch.manifest import Kind
@@ -124,6 +125,7 @@ class Undo:
         while self._steps:
             name, step = self._steps.pop()
             try:
+                failpoint(f"undo.{name}")
                 await step()
             except AsyncsupError as error:
                 log.error("undo of %s failed: %s", name, error.message)  # noqa: TRY400 - foreseen
@@ -487,6 +489,7 @@ class Transaction:
         """Time a step and note it when it has ended, well or not; yields a dict for its detail."""
         began = time.monotonic()
         record = {"detail": ""}
+        failpoint(f"transaction.{name.replace(' ', '_')}")
         try:
             yield record
         except AsyncsupError as error:
