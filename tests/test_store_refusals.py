@@ -1,0 +1,341 @@
+"""What the store refuses to do, and that nothing is left of the attempt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_kit import (
+    FILES,
+    Bench,
+    Meddling,
+    apply,
+    begin,
+    benches,
+    change,
+    leftovers,
+    names_in,
+    refused_at_staging,
+    roll_back,
+    seen,
+    staged,
+    write_tree,
+)
+
+from asyncsup.errors import (
+    PatchMalformedError,
+    PatchRefusedError,
+)
+from asyncsup.patch.manifest import FileChange, Op
+from asyncsup.patch.package import Package
+from asyncsup.patch.store import FilePlan, Layout
+
+both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
+
+
+@pytest.fixture
+def bench() -> Iterator[Callable[..., Bench]]:
+    with benches() as make:
+        yield make
+
+
+def one_plan(b: Bench, patch: Package) -> FilePlan:
+    (plan,) = [plan for plan in b.store.plan("web", patch.manifest) if plan.op != "keep"]
+    return plan
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What stands in the way of which changes, and what is said about it."""
+
+    name: str
+    changes: dict[str, Any]
+    code: str
+    words: str
+    prepare: Callable[[Path], object] = lambda root: None
+
+
+OBSTACLES = [
+    Obstacle("new-exists", {"new": {"app.json": b"2"}}, "gate.conflict", "exists already"),
+    Obstacle("modified-absent", {"modified": {"no.json": b"2"}}, "gate.conflict", "does not exist"),
+    Obstacle("deleted-absent", {"deleted": ["no.json"]}, "gate.conflict", "does not exist"),
+    Obstacle("folder", {"modified": {"rules": b"2"}}, "gate.conflict", "a folder"),
+    Obstacle("file-as-folder", {"new": {"app.json/x": b"2"}}, "gate.path", "app.json is not a folder"),
+    Obstacle(
+        "link",
+        {"modified": {"link.json": b"2"}},
+        "gate.conflict",
+        "a symbolic link",
+        lambda root: (root / "link.json").symlink_to("app.json"),
+    ),
+    Obstacle(
+        "linked-parent",
+        {"modified": {"dir/eu.json": b"2"}},
+        "gate.path",
+        "dir is a symbolic link",
+        lambda root: (root / "dir").symlink_to("rules"),
+    ),
+    Obstacle(
+        "escape",
+        {"new": {"up/cron.d/x": b"2"}},
+        "gate.path",
+        "up is a symbolic link",
+        lambda root: (root / "up").symlink_to("/etc"),
+    ),
+    Obstacle(
+        "base",
+        {"modified": {"app.json": b"2"}, "options": {"app.json": {"base_sha256": "0" * 64}}},
+        "gate.base",
+        "not the file the patch was made for",
+    ),
+    Obstacle(
+        "fifo",
+        {"deleted": ["fifo"]},
+        "gate.conflict",
+        "not a regular file",
+        lambda root: os.mkfifo(root / "fifo"),
+    ),
+]
+
+
+@both_layouts
+@pytest.mark.parametrize("obstacle", [pytest.param(each, id=each.name) for each in OBSTACLES])
+def test_what_stands_in_the_way_is_planned_and_refused(
+    layout: Layout, obstacle: Obstacle, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    obstacle.prepare(b.root)
+    patch = b.patch(300, **obstacle.changes)
+    plan = one_plan(b, patch)
+    assert plan.code == obstacle.code
+    assert obstacle.words in plan.note
+    assert plan.error is not None
+    assert plan.error.message == plan.note
+    error = refused_at_staging(b, patch)
+    assert error.error_code == obstacle.code
+    assert obstacle.words in error.message
+    assert error.details["files"] == [{"path": plan.path, "code": obstacle.code, "message": plan.note}]
+
+
+@both_layouts
+def test_paths_that_lead_out_are_refused_whatever_the_manifest_reader_let_through(
+    layout: Layout, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    for path in ("../out", "/etc/passwd", "a//b", "a/../b", ".", "", "x\0y", ".asyncsup~1-1"):
+        manifest = replace(
+            b.patch(300, modified={"app.json": b"2"}).manifest, files=(change(path, Op.NEW, b"x"),)
+        )
+        (plan,) = b.store.plan("web", manifest)
+        assert plan.code == "gate.path", path
+
+
+@both_layouts
+def test_leniency_that_the_manifest_asks_for_is_given(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+    patch = b.patch(
+        300,
+        new={"app.json": b"over"},
+        modified={"made.json": b"made"},
+        deleted=["gone.json"],
+        options={
+            "app.json": {"replace": True},
+            "made.json": {"missing_ok": True},
+            "gone.json": {"missing_ok": True},
+        },
+    )
+    notes = {plan.path: plan.note for plan in b.store.plan("web", patch.manifest)}
+    assert "replaces the file that is there" in notes["app.json"]
+    assert notes["made.json"] == "not there, created"
+    assert notes["gone.json"] == "not there, nothing to delete"
+    apply(b.store, patch)
+    assert seen(b.root) == {**FILES, "app.json": b"over", "made.json": b"made"}
+    assert b.store.content_matches("web", patch.manifest)
+    roll_back(b.store)
+    assert seen(b.root) == FILES
+
+
+@both_layouts
+def test_a_delivered_file_changed_in_place_is_drift(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+    apply(b.store, b.patch(300, modified={"app.json": b"two", "rules/eu.json": b"x"}))
+    (b.root / "app.json").resolve().chmod(0o644)
+    b.put("app.json", b"changed behind our back")
+    patch = b.patch(301, modified={"app.json": b"three"})
+    assert refused_at_staging(b, patch).error_code == "gate.drift"
+    other = b.patch(302, modified={"rules/eu.json": b"y"})
+    (kept,) = [plan for plan in b.store.plan("web", other.manifest) if plan.op == "keep"]
+    assert kept.path == "app.json"
+    assert kept.error is None
+    apply(b.store, other)  # Somebody else's file is no reason not to deliver this one.
+    assert seen(b.root)["app.json"] == b"changed behind our back"
+
+
+def test_a_touched_file_with_the_same_content_is_not_drift(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    apply(b.store, b.patch(300, modified={"app.json": b"two"}))
+    os.utime(b.root / "app.json", (1, 1))
+    apply(b.store, b.patch(301, modified={"app.json": b"three"}))
+    assert seen(b.root)["app.json"] == b"three"
+
+
+def test_a_leaf_the_program_has_replaced_is_detached(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    apply(b.store, b.patch(300, modified={"app.json": b"two"}))
+    b.put("app.json.tmp", b"saved by the program")
+    (b.root / "app.json.tmp").replace(b.root / "app.json")
+    patch = b.patch(301, modified={"app.json": b"three"})
+    assert refused_at_staging(b, patch).error_code == "gate.detached"
+    b.store.release("web")
+    assert seen(b.root)["app.json"] == b"saved by the program"
+    apply(b.store, patch)
+    assert seen(b.root)["app.json"] == b"three"
+
+
+@both_layouts
+def test_a_delivered_file_the_program_has_removed_is_detached(
+    layout: Layout, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    apply(b.store, b.patch(300, modified={"app.json": b"two"}))
+    (b.root / "app.json").unlink()
+    patch = b.patch(301, modified={"app.json": b"three"})
+    assert refused_at_staging(b, patch).error_code == "gate.detached"
+
+
+@both_layouts
+def test_an_adopted_file_is_still_the_programs_to_write(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+    b.store.abort(staged(b.store, b.patch(300, modified={"app.json": b"two"})))
+    b.put("app.json", b"written in place, patch or no patch")
+    apply(b.store, b.patch(301, modified={"app.json": b"three"}))
+    roll_back(b.store)
+    assert seen(b.root)["app.json"] == b"written in place, patch or no patch"
+
+
+@both_layouts
+@pytest.mark.parametrize(
+    ("meddle", "code"),
+    [
+        (lambda root: (root / "app.json").write_bytes(b"changed!"), "gate.drift"),
+        (lambda root: (root / "n.json").write_bytes(b"appeared"), "gate.conflict"),
+    ],
+    ids=["changed", "appeared"],
+)
+def test_what_the_program_does_between_staging_and_switch_is_noticed(
+    layout: Layout, meddle: Callable[[Path], object], code: str, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    txn = staged(b.store, b.patch(300, new={"n.json": b"n"}, modified={"app.json": b"two"}))
+    meddle(b.root)
+    wanted = seen(b.root)
+    with pytest.raises(PatchRefusedError) as caught:
+        b.store.switch(txn)
+    assert caught.value.error_code == code
+    b.store.abort(txn)
+    assert seen(b.root) == wanted
+    assert leftovers(b.root) == []
+
+
+def test_a_leaf_replaced_between_staging_and_switch_is_noticed(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    txn = staged(b.store, b.patch(300, modified={"app.json": b"two"}))
+    b.put("new", b"saved meanwhile")
+    (b.root / "new").replace(b.root / "app.json")
+    with pytest.raises(PatchRefusedError) as caught:
+        b.store.switch(txn)
+    assert caught.value.error_code == "gate.detached"
+    b.store.abort(txn)
+    assert seen(b.root) == {**FILES, "app.json": b"saved meanwhile"}
+
+
+def test_a_file_created_through_a_dangling_link_ends_up_where_it_was_meant(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench(Layout.OVERLAY)
+    txn = staged(b.store, b.patch(300, modified={"rules/eu.json": b"x"}, deleted=["rules/us.json"]))
+    b.store.switch(txn)
+    b.put("rules/us.json", b"made again by the program")
+    b.store.commit(txn)
+    assert seen(b.root)["rules/us.json"] == b"made again by the program"
+    assert not (b.root / "rules/us.json").is_symlink()
+
+
+@both_layouts
+@pytest.mark.parametrize("folder", ["rules", "fresh"])
+def test_a_folder_swapped_for_a_link_during_staging_leads_nowhere(
+    layout: Layout, folder: str, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    outside = b.base / "outside"
+    write_tree(outside, {"eu.json": b"precious", "sub/x": b"precious"})
+    (b.root / "fresh").mkdir()
+    plain = b.patch(300, modified={"rules/eu.json": b"2"}, new={"fresh/sub/n.json": b"n"})
+
+    def swap() -> None:
+        (b.root / folder).rename(b.base / "moved-away")
+        (b.root / folder).symlink_to(outside)
+
+    before = seen(outside)
+    txn = begin(b.store, plain)
+    with pytest.raises(PatchRefusedError) as caught:
+        b.store.stage(txn, "web", Meddling(plain, swap))
+        b.store.switch(txn)
+    assert caught.value.error_code in {"gate.path", "gate.drift", "gate.conflict"}
+    b.store.abort(txn)
+    assert seen(outside) == before
+    assert not any(path.is_symlink() for path in outside.rglob("*"))
+    assert str((b.root / folder).readlink()) == str(outside)
+
+
+@both_layouts
+def test_content_that_is_not_what_the_manifest_says_leaves_nothing(
+    layout: Layout, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    patch = b.patch(300, modified={"app.json": b"two"}, new={"n.json": b"n"})
+
+    class Lying(Meddling):
+        def extract(self, change: FileChange, fd: int, progress: Callable[[int], None] | None = None) -> None:
+            os.write(fd, b"half of ")
+            raise PatchMalformedError("wrong digest", code="digest.file")
+
+    txn = begin(b.store, patch)
+    with pytest.raises(PatchMalformedError):
+        b.store.stage(txn, "web", Lying(patch, lambda: None))
+    b.store.finish(txn, verdict="refused")
+    assert seen(b.root) == FILES
+    assert leftovers(b.root) == []
+    assert names_in(b.base / "state/staging") == []
+
+
+@both_layouts
+def test_a_missing_root_is_a_refusal(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+    b.root.rename(b.base / "away")
+    patch = b.patch(300, modified={"app.json": b"two"})
+    with pytest.raises(PatchRefusedError) as caught:
+        b.store.plan("web", patch.manifest)
+    assert caught.value.error_code == "gate.root"
+    b.reopen()  # And no reason not to start.
+
+
+@both_layouts
+def test_content_matches_only_what_the_patch_would_make(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+
+    def matches(**changes: Any) -> bool:
+        return b.store.content_matches("web", b.patch(300, **changes).manifest)
+
+    assert matches(modified={"app.json": b"one"}, new={"rules/eu.json": b"eu"}, deleted=["nope"])
+    assert not matches(modified={"app.json": b"two"})
+    assert not matches(deleted=["app.json"])
+    assert not matches(new={"nope": b""})
+    assert matches(new={"run.sh": b"#!/bin/sh\n"}, options={"run.sh": {"mode": 0o755}})
+    assert not matches(new={"run.sh": b"#!/bin/sh\n"}, options={"run.sh": {"mode": 0o644}})
+    apply(b.store, b.patch(300, modified={"app.json": b"two"}, deleted=["run.sh"]))
+    assert matches(modified={"app.json": b"two"}, deleted=["run.sh"])
