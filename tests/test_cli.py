@@ -718,7 +718,7 @@ def test_build_makes_prototype_packages_too(
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        (["--warm"], "a patch needs --name, --version, -t/--target, -r/--region"),
+        (["--warm"], "a patch needs --name, -t/--target, -r/--region"),
         ([], "one of the arguments --warm --cold is required"),
         (["--warm", "--prototype"], "exactly one region"),
         (
