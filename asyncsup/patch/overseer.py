@@ -32,8 +32,10 @@ from asyncsup.errors import (
     RequestError,
     RollbackFailedError,
     ShuttingDownError,
+    TargetBusyError,
     TargetNotFoundError,
 )
+from asyncsup.patch.checksum import checksum_file, read_checksum
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Limits, Package, open_package
@@ -61,11 +63,17 @@ log = logging.getLogger("asyncsup.patch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a package is, and what its sender says its checksum is."""
+    """Where a package is, and what its checksum should be.
+
+    Attributes:
+        sidecar: ``sha256`` is what a file beside the package says, not whoever asks.
+        in_inbox: it lies there, to be moved away once it has been dealt with.
+    """
 
     path: Path
     sha256: str | None = None
     crc32: int | None = None
+    sidecar: bool = False
     in_inbox: bool = False
 
 
@@ -150,21 +158,29 @@ class PatchOverseer:
         Raises:
             RequestError: none or several ways to name it were given, or the path is not absolute.
             PatchNotFoundError: nothing there.
+            UsageError: the checksum file beside it is of no use.
         """
         if sum(value is not None for value in (path, upload, name)) != 1:
             raise RequestError("give exactly one of path, upload and name")
         if upload is not None:
             return Source(path=self.uploads.path(upload), sha256=sha256, crc32=crc32)
         if name is not None:
-            found = self._supervisor.inbox.find(name)
-            return Source(path=found, sha256=sha256 or sidecar(found), crc32=crc32, in_inbox=True)
-        found = Path(path or "")
-        if not found.is_absolute():
-            raise RequestError("path: must be absolute, the supervisor has another working directory")
-        if not found.is_file():
-            raise PatchNotFoundError(f"{found}: no such file", path=str(found))
-        in_inbox = found.parent == self._supervisor.config.patch.inbox
-        return Source(path=found, sha256=sha256 or sidecar(found), crc32=crc32, in_inbox=in_inbox)
+            found, in_inbox = self._supervisor.inbox.find(name), True
+        else:
+            found = Path(path or "")
+            if not found.is_absolute():
+                raise RequestError("path: must be absolute, the supervisor has another working directory")
+            if not found.is_file():
+                raise PatchNotFoundError(f"{found}: no such file", path=str(found))
+            in_inbox = found.parent == self._supervisor.config.patch.inbox
+        beside = read_checksum(found) if sha256 is None else None
+        return Source(
+            path=found,
+            sha256=sha256 or beside,
+            crc32=crc32,
+            sidecar=beside is not None,
+            in_inbox=in_inbox,
+        )
 
     # --- questions ------------------------------------------------------------------------------------------
 
@@ -212,7 +228,12 @@ class PatchOverseer:
         """What lies in the inbox, and what can be read of it."""
         found = []
         for arrival in self._supervisor.inbox.arrivals():
-            entry: dict[str, Any] = {"file": arrival.path.name, "size": arrival.size, "state": "incomplete"}
+            entry: dict[str, Any] = {
+                "file": arrival.path.name,
+                "size": arrival.size,
+                "checksum": checksum_file(arrival.path).exists(),
+                "state": "incomplete",
+            }
             if arrival.complete:
                 try:
                     with await self._open(Source(path=arrival.path)) as package:
@@ -568,8 +589,7 @@ class PatchOverseer:
             return
         if not isinstance(outcome, AsyncsupError):
             self._supervisor.inbox.settle(source.path, outcome, outcome="applied")
-        elif outcome.exit_status != 8:
-            # Busy or shutting down: nothing was tried, and it may be tried again as it lies.
+        elif not _was_not_tried(source, outcome):
             self._supervisor.inbox.settle(source.path, outcome.details["report"], outcome="rejected")
 
     # --- looking at a package -------------------------------------------------------------------------------
@@ -579,18 +599,21 @@ class PatchOverseer:
         return self._supervisor.config.patch.trust
 
     async def _open(self, source: Source, *, must_be_trusted: bool = False) -> Package:
-        unchecked = source.sha256 is None and source.crc32 is None
-        if must_be_trusted and unchecked and self._trust == "digest":
+        package = await anyio.to_thread.run_sync(
+            partial(open_package, source.path, limits=self._limits, sha256=source.sha256, crc32=source.crc32)
+        )
+        # Afterwards: whatever else is wrong with it is not mended by a checksum.
+        weak = source.crc32 is not None and package.format == "prototype"
+        if must_be_trusted and source.sha256 is None and not weak and self._trust == "digest":
+            package.close()
             raise PatchMalformedError(
                 f'{source.path.name}: nothing to verify it by; trust = "digest" wants its SHA-256 '
                 f"(or the CRC-32 of a prototype package), or a file {source.path.name}.sha256 beside it",
                 code="trust.digest_missing",
             )
-        if must_be_trusted and unchecked:
+        if must_be_trusted and source.sha256 is None and source.crc32 is None:
             log.warning('%s is applied without any verification: trust = "none"', source.path.name)
-        return await anyio.to_thread.run_sync(
-            partial(open_package, source.path, limits=self._limits, sha256=source.sha256, crc32=source.crc32)
-        )
+        return package
 
     def _with_root(self) -> list[Target]:
         return [target for target in self._supervisor.targets.values() if target.config.root is not None]
@@ -682,13 +705,15 @@ class PatchOverseer:
         )
 
 
-def sidecar(path: Path) -> str | None:
-    """The SHA-256 in ``FILE.sha256`` beside a package, in the format `sha256sum` writes."""
-    try:
-        words = path.with_name(f"{path.name}.sha256").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return None
-    return words[0] if words else None
+def _was_not_tried(source: Source, error: AsyncsupError) -> bool:
+    """Whether nothing is known to be wrong with a package, so that it may be tried again as it lies: a target
+    was busy, or the checksum is missing, or was mistyped. (One beside the package that disagrees is another
+    matter.)"""
+    if error.exit_status == TargetBusyError.exit_status or error.error_code == "trust.digest_missing":
+        return True
+    opened = error.details["report"]["patch"] is not None
+    mistyped = {"digest.crc32"} if source.sidecar else {"digest.crc32", "digest.sha256"}
+    return not opened and error.error_code in mistyped
 
 
 def _resolve(job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:
