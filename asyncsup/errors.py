@@ -216,3 +216,29 @@ class PatchBuildError(PatchError):
     """
 
     code = "build.failed"
+
+
+class AllowedSignersError(AsyncsupError):
+    """The file of allowed signers cannot be used, so no signature was believed; nothing was changed.
+
+    ``details["problems"]`` has every line that is wrong.
+    """
+
+    code = "trust.allowed_signers"
+    exit_status = 5
+
+
+class TrustUnavailableError(AsyncsupError):
+    """Signatures are asked for, and the `cryptography` package that verifies them is not there."""
+
+    code = "trust.unavailable"
+    exit_status = 5
+
+
+class PatchSignError(PatchError):
+    """The package was not signed; it is as it was before.
+
+    The code names the reason: ``sign.key``, ``sign.name``, ``sign.prototype`` ...
+    """
+
+    code = "sign.failed"
