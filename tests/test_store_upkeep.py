@@ -24,6 +24,7 @@ from store_kit import (
     benches,
     info,
     leftovers,
+    memory_folder,
     names_in,
     open_store,
     package,
@@ -37,6 +38,7 @@ from store_kit import (
 from asyncsup.errors import (
     PatchError,
     PatchNotFoundError,
+    PatchRefusedError,
     StateError,
     StateLockedError,
     TargetNotFoundError,
@@ -45,6 +47,12 @@ from asyncsup.errors import (
 from asyncsup.patch.store import Layout, Store, TargetRoot
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -273,6 +281,28 @@ def test_a_relative_state_directory_survives_a_chdir(
     assert seen(b.root)["app.json"] == b"two"
 
 
+def test_roots_that_overlap_a_tree_are_refused(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    outer = TargetRoot(name="outer", root=b.base, layout=Layout.TREE)
+    with pytest.raises(StateError) as caught:
+        b.store.register([b.targets[0], outer])
+    assert caught.value.error_code == "state.roots_overlap"
+    b.store.register([b.targets[0], replace(outer, layout=Layout.OVERLAY)])
+
+
+def test_a_tree_cannot_be_moved_into_a_state_directory_inside_it(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.TREE)
+    (b.base / "app.json").write_bytes(b"one")
+    whole = TargetRoot(name="whole", root=b.base, layout=Layout.TREE)
+    b.store.register([whole])
+    patch = b.patch(300, modified={"app.json": b"two"})
+    txn = begin(b.store, patch, "whole")
+    with pytest.raises(PatchRefusedError, match="lies inside the root") as caught:
+        b.store.stage(txn, "whole", patch)
+    assert caught.value.error_code == "gate.root"
+    b.store.abort(txn)
+
+
 # --- the state directory ------------------------------------------------------------------------------------
 
 
@@ -342,6 +372,13 @@ def test_a_moved_state_directory_is_noticed(bench: Callable[..., Bench]) -> None
     assert seen(b.root)["app.json"] == b"two"
     apply(b.store, b.patch(301, modified={"app.json": b"three"}))
     assert seen(b.root)["app.json"] == b"three"
+
+
+def test_a_state_directory_that_cannot_be_used_says_so(base: Path) -> None:
+    (base / "state").write_bytes(b"a file")
+    with pytest.raises(StateError) as caught:
+        Store.open(base / "state")
+    assert caught.value.error_code == "state.unusable"
 
 
 def test_a_lost_or_broken_database_is_noticed(bench: Callable[..., Bench]) -> None:

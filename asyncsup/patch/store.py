@@ -177,15 +177,16 @@ class Store:
             StateLockedError: another supervisor has it; the message says which process.
             StateError: it is damaged, was moved, or belongs to another version.
         """
-        state = StateDirectory.open(state_dir)
-        store = cls(state)
-        try:
-            state.sweep_staging()
-            state.pointer.sweep()
-            store._check_pointer()
-        except BaseException:
-            state.close()
-            raise
+        with _state_errors():
+            state = StateDirectory.open(state_dir)
+            store = cls(state)
+            try:
+                state.sweep_staging()
+                state.pointer.sweep()
+                store._check_pointer()
+            except BaseException:
+                state.close()
+                raise
         return store
 
     def close(self) -> None:
@@ -238,11 +239,13 @@ class Store:
         A target that is not configured any more keeps its files.
 
         Raises:
-            StateError: root or layout of a target changed while patches are applied to it.
+            StateError: root or layout of a target changed while patches are applied to it, or a tree has
+                another target's root in it.
             UsageError: a name that cannot be used.
         """
-        with self._database.lock:
+        with self._database.lock, _state_errors():
             rows = [self._register(target) for target in targets]
+            _check_overlaps(rows)
             failpoint("store.register.recorded")
             current = self._state.pointer.entries()
             moved = {row.name: self._entry(row) for row in rows if not self._is_settled(row, current)}
@@ -468,6 +471,8 @@ class Store:
         if not targets or len(set(targets)) != len(targets):
             raise UsageError(f"a transaction needs distinct targets, got {list(targets)}")
         for target in targets:
+            if self._database.target(target).releasing:
+                self.release(target)  # It was cut off.
             for untidy in self._database.untidy_transactions(target):
                 # Its dangling links must be gone before their names can mean something else.
                 with self._holding(untidy.txn) as parts, self._reporting(target):
@@ -569,7 +574,8 @@ class Store:
         with self._locks[target], self._reporting(target):
             carried = self._files(target).carry(self._database.part(txn, target))
             self._carried.add((txn, target))
-            return carried
+            # A program's file names are any bytes; these are for people and for JSON.
+            return [os.fsencode(path).decode(errors="replace") for path in carried]
 
     def switch(self, txn: int) -> None:
         """Move all targets of the transaction to their staged generations, in one rename.
@@ -732,13 +738,18 @@ class Store:
             recovered.append(self._recover(row))
             failpoint("store.recover.one")
         for target in self._database.targets():
-            if target.releasing:
-                self.release(target.name)
-                recovered.append(Recovered(txn=None, action="released", targets=(target.name,), patch=None))
-            else:
-                self._files(target.name).resume()
-                failpoint("store.recover.resumed")
-            self._sweep_generations(target.name)
+            try:
+                if target.releasing:
+                    self.release(target.name)
+                    done = Recovered(txn=None, action="released", targets=(target.name,), patch=None)
+                    recovered.append(done)
+                else:
+                    self._files(target.name).resume()
+                    failpoint("store.recover.resumed")
+                self._sweep_generations(target.name)
+            except (OSError, AsyncsupError):
+                # Its files are right all the same; it is no reason for the others not to start.
+                log.exception("%s: could not be tidied up", target.name)
         return recovered
 
     def _recover(self, row: TransactionRow) -> Recovered:
@@ -1004,6 +1015,34 @@ class Store:
 def _destination(part: PartRow) -> int:
     assert part.destination is not None
     return part.destination
+
+
+def _check_overlaps(rows: Sequence[TargetRow]) -> None:
+    """A tree moves as a whole, so nobody else's root may be in it."""
+    for tree in rows:
+        if tree.layout != Layout.TREE.value:
+            continue
+        for other in rows:
+            if other is not tree and (
+                other.root.is_relative_to(tree.root) or tree.root.is_relative_to(other.root)
+            ):
+                raise StateError(
+                    f"the roots of {tree.name} ({tree.root}, layout tree) and {other.name} ({other.root}) "
+                    "overlap; a tree needs a root of its own",
+                    code="state.roots_overlap",
+                )
+
+
+@contextlib.contextmanager
+def _state_errors() -> Iterator[None]:
+    """What the system says about the state directory, as an error with a code."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise StateError(
+            f"the state directory cannot be used: {error.strerror or error}{where}", code="state.unusable"
+        ) from error
 
 
 def _facts(patch: PatchInfo) -> dict[str, Any]:

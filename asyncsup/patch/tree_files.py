@@ -106,6 +106,14 @@ class TreeFiles(TargetFiles):
         form, direct = self._tree.form()
         if form in {Form.MISSING, Form.OTHER}:
             raise self.no_root()
+        if self.state.path.is_relative_to(self.row.root):
+            raise PatchRefusedError(
+                f"{self.name}: the state directory {self.state.path} lies inside the root {self.row.root}, "
+                "which therefore cannot be moved into it; set state_dir to a folder elsewhere",
+                code="gate.root",
+                target=self.name,
+                root=str(self.row.root),
+            )
         if form is Form.FOLDER and not self.state.is_in_root(self.name):
             raise PatchRefusedError(
                 f"{self.name}: {self.row.root} has become an ordinary folder again behind asyncsup's back",
