@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 
 from asyncsup.config import describe
 from asyncsup.errors import (
@@ -258,6 +259,8 @@ class ControlServer:
         info = self.supervisor.info()
         info["counters"]["control.undeliverable"] = self._router.undeliverable
         info["counters"]["control.oversized"] = self._router.oversized
+        info["events"] = f"ipc://{info['runtime_dir']}/events.sock"
+        info["caller"] = call.asked_by
         return info
 
     @method("shutdown")
@@ -275,6 +278,7 @@ class ControlServer:
             described = supervisor.describe(selection.target)
             chosen = {instance.name for instance in selection.instances}
             described["instances"] = [i for i in described["instances"] if i["name"] in chosen]
+            described["uncommitted"] = supervisor.overseer.uncommitted(selection.target.name)
             targets.append(described)
         return {"seq": supervisor.events.seq, "targets": targets}
 
@@ -284,6 +288,7 @@ class ControlServer:
         call.finish()
         target = self._one(name)
         described = self.supervisor.describe(target)
+        described["uncommitted"] = self.supervisor.overseer.uncommitted(target.name)
         described["config"] = describe(target.config)
         described["log"] = {
             instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}
@@ -408,9 +413,9 @@ class ControlServer:
         stream = call.choice("stream", ("stdout", "stderr"), "stdout")
         lines = call.integer("lines", 100, at_most=MOST_LINES)
         call.finish()
-        (selection,) = self._named([name])[:1]
         chunks = []
-        for instance in selection.instances:
+        for instance in [instance for found in self._named([name]) for instance in found.instances]:
+            await anyio.lowlevel.checkpoint()  # reading the files of hundreds takes a while
             output = self.supervisor.stream(instance, stream)
             text, cursor = output.tail(lines)
             chunks.append(

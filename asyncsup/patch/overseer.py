@@ -244,7 +244,8 @@ class PatchOverseer:
         return {"inbox": found, "folder": str(self._supervisor.inbox.folder), "trust": self._trust}
 
     async def history(self, target: str | None, limit: int) -> list[dict[str, Any]]:
-        return await anyio.to_thread.run_sync(partial(self._store.history, target, limit=limit))
+        found = await anyio.to_thread.run_sync(partial(self._store.history, target, limit=limit))
+        return [self._up_to_now(entry) for entry in found]
 
     async def show(self, reference: str) -> dict[str, Any]:
         """A transaction by its number, or the latest of a patch by (a prefix of) its id.
@@ -252,7 +253,27 @@ class PatchOverseer:
         Raises:
             PatchNotFoundError
         """
-        return await anyio.to_thread.run_sync(self._store.find_transaction, reference)
+        return self._up_to_now(await anyio.to_thread.run_sync(self._store.find_transaction, reference))
+
+    def _up_to_now(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What the store knows of a transaction, and what is not written down before its end."""
+        for job in self._jobs:
+            if job.transaction is None or job.transaction.txn != entry["txn"]:
+                continue
+            if job.transaction.waits_for_commit:
+                entry["verdict"] = "uncommitted"
+            if "steps" in entry:
+                known = {(step["step"], step["at"]) for step in entry["steps"]}
+                entry["steps"] += [s for s in job.transaction.steps if (s["step"], s["at"]) not in known]
+        return entry
+
+    def uncommitted(self, target: str) -> int | None:
+        """The number of the patch on a target that waits for `commit` or `abort`."""
+        for job in self._jobs:
+            waits = job.transaction is not None and job.transaction.waits_for_commit
+            if waits and any(part.target.name == target for part in job.report.parts):
+                return job.report.txn
+        return None
 
     # --- doing ----------------------------------------------------------------------------------------------
 
@@ -264,6 +285,7 @@ class PatchOverseer:
             AsyncsupError: it was not applied; ``details["report"]`` is the report.
         """
         job = self._new_job("apply", wish.asked_by)
+        job.report.file = None if self.uploads.has(source.path) else source.path.name
         self._tasks.start_soon(self._apply_job, job, source, wish)
         return await self._answer(job)
 
@@ -528,7 +550,9 @@ class PatchOverseer:
         )
         with anyio.CancelScope(shield=True):
             txn = await anyio.to_thread.run_sync(begin)
-        transaction = Transaction(txn, change, self._store, self._supervisor.events)
+        transaction = Transaction(
+            txn, change, self._store, self._supervisor.events, asked_by=job.report.asked_by
+        )
         transaction.on_uncommitted = partial(self._uncommitted, job)
         transaction.cancel_reason = job.because
         job.report.txn, job.report.steps, job.transaction = txn, transaction.steps, transaction
@@ -544,7 +568,7 @@ class PatchOverseer:
                 await anyio.to_thread.run_sync(
                     partial(self._write_down, transaction, verdict, error, info, names)
                 )
-            self._supervisor.events.emit("patch.ended", txn=txn, verdict=verdict)
+            transaction.publish("patch.ended", verdict=verdict)
 
     def _uncommitted(self, job: _Job) -> None:
         if not job.answer.done():

@@ -58,6 +58,8 @@ class Report:
     asked_by: str
     trust: str
     facts: Callable[[str], RootFacts]
+    file: str | None = None
+    """The package's name, where it has one: one that was sent over has none."""
     patch: str | None = None
     manifest: Manifest | None = None
     build: int | None = None
@@ -71,6 +73,7 @@ class Report:
         manifest = self.manifest
         return {
             "txn": self.txn,
+            "file": self.file,
             "patch": self.patch,
             "name": manifest.name if manifest else None,
             "version": manifest.version if manifest else None,

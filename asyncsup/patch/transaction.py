@@ -141,9 +141,10 @@ class Transaction:
 
     Args:
         txn: the transaction's number in the store, begun there already.
+        asked_by: for whoever follows the events.
     """
 
-    def __init__(self, txn: int, change: Change, store: Store, events: EventStream) -> None:
+    def __init__(self, txn: int, change: Change, store: Store, events: EventStream, *, asked_by: str) -> None:
         self.txn = txn
         self.change = change
         self.steps: list[dict[str, Any]] = []
@@ -153,6 +154,7 @@ class Transaction:
         self.on_uncommitted: Callable[[], None] = lambda: None
         self._store = store
         self._events = events
+        self._asked_by = asked_by
         self._began = time.monotonic()
         self._staged_bytes = 0
         self._prepared: list[Instance] = []
@@ -202,7 +204,7 @@ class Transaction:
         for participant in self.change.participants:
             with self._step("stage", participant.target.name) as step:
                 await anyio.to_thread.run_sync(participant.stage, self.txn, progress)
-                step["detail"] = f"{len(participant.changed)} files for build {participant.build_after}"
+                step["detail"] = f"{_files(participant.changed)} for build {participant.build_after}"
 
     async def _prepare(self) -> None:
         """Ask every instance that can answer; all at once."""
@@ -284,7 +286,7 @@ class Transaction:
                 )
             carried = await anyio.to_thread.run_sync(self._store.carry, self.txn, participant.target.name)
             if carried:
-                self._note("carry", participant.target.name, None, f"{len(carried)} files the program wrote")
+                self._note("carry", participant.target.name, None, f"{_files(carried)} the program wrote")
 
         await together(partial(stop, participant) for participant in self.change.participants)
 
@@ -505,11 +507,17 @@ class Transaction:
             "instance": instance, "detail": detail, "took": took,
         }  # fmt: skip
         self.steps.append(record)
-        self._events.emit(
-            "patch.step", txn=self.txn, **{k: v for k, v in record.items() if k not in {"seq", "at"}}
-        )
+        self.publish("patch.step", **{k: v for k, v in record.items() if k not in {"seq", "at"}})
 
     def _publish_progress(self) -> None:
+        self.publish("patch.progress", done=self._staged_bytes, total=self.change.total_bytes)
+
+    def publish(self, kind: str, **fields: Any) -> None:
+        """An event of this transaction, as all of them begin."""
         self._events.emit(
-            "patch.progress", txn=self.txn, done=self._staged_bytes, total=self.change.total_bytes
+            kind, txn=self.txn, patch=self.change.patch or None, asked_by=self._asked_by, **fields
         )
+
+
+def _files(paths: Sequence[str]) -> str:
+    return f"{len(paths)} file{'' if len(paths) == 1 else 's'}"

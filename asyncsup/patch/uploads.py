@@ -59,5 +59,8 @@ class Uploads:
 
     def drop(self, path: Path) -> None:
         """Forget an upload that has been dealt with; any other file is left alone."""
-        if path.parent == self._folder:
+        if self.has(path):
             path.unlink(missing_ok=True)
+
+    def has(self, path: Path) -> bool:
+        return path.parent == self._folder
