@@ -153,7 +153,7 @@ def _parse_line(line: str, number: int, local_time: LocalTime) -> Signer:
     principals, rest = _split_principals(line)
     _check_principals(principals)
     options = _Options()
-    if not _begins_with_key(rest):
+    if rest and not _begins_with_key(rest):
         options, rest = _parse_options(rest, local_time)
     kind, encoded, comment, *_ = (*_WORD.split(rest, 2), "", "")
     if not encoded:

@@ -26,6 +26,7 @@ from typing import BinaryIO, Final
 from asyncsup.errors import PatchMalformedError, PatchSignError
 from asyncsup.patch import archive, fs
 from asyncsup.patch.archive import CHUNK, MAX16, MAX32, STORED
+from asyncsup.patch.checksum import checksum_file, read_checksum
 from asyncsup.patch.package import MANIFEST, SIGNATURES, Package, open_package
 from asyncsup.patch.sshsig import (
     USER_PRESENT,
@@ -82,7 +83,8 @@ def sign_package(
 
     Raises:
         PatchSignError: it was not signed; everything is as it was.
-        PatchMalformedError: it is no valid package.
+        PatchMalformedError: it is no valid package, or not the one of its checksum.
+        UsageError: the file for its checksum has none.
         OSError: reading or writing failed.
     """
     output = output or path
@@ -91,8 +93,7 @@ def sign_package(
             f"a signature cannot be called {name[:200]!r}; a name is up to 128 letters, digits and . _ @ + -",
             code="sign.name",
         )
-    sidecar = path.with_name(f"{path.name}.sha256")
-    checksum = _read_checksum(sidecar) if output == path else None
+    checksum = read_checksum(path) if output == path else None
     with open_package(path, sha256=checksum) as package:
         if package.format == "prototype":
             raise PatchSignError(
@@ -102,7 +103,8 @@ def sign_package(
             )
         armored, public = sign_manifest(package.manifest_bytes, key, notice=notice)
         name = _free_name(package, public, key, name)
-        new_id = _write(package, name, armored, output, sidecar if checksum is not None else None)
+        sidecar = None if checksum is None else checksum_file(path)
+        new_id = _write(package, name, armored, output, sidecar)
     return SignedPackage(path=output, id=new_id, name=name, key=public)
 
 
@@ -335,11 +337,3 @@ def _tail(directory: bytes, count: int, offset: int, name: bytes, content: bytes
     yield archive.END.pack(
         archive.END_SIGNATURE, 0, 0, count, count, min(length, MAX32), min(start, MAX32), 0
     )
-
-
-def _read_checksum(sidecar: Path) -> str | None:
-    try:
-        words = sidecar.read_text(encoding="utf-8", errors="replace").split()
-    except FileNotFoundError:
-        return None
-    return words[0] if words else None

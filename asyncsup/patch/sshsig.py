@@ -29,9 +29,7 @@ MAX_RSA_BITS: Final = 16384
 
 _HEADER: Final = b"-----BEGIN SSH SIGNATURE-----"
 _FOOTER: Final = b"-----END SSH SIGNATURE-----"
-_ARMOR: Final = re.compile(
-    re.escape(_HEADER) + rb"\r?\n([A-Za-z0-9+/=\r\n]+)\r?\n" + re.escape(_FOOTER) + rb"[\r\n]*"
-)
+_ARMOR: Final = re.compile(re.escape(_HEADER) + rb"\n([A-Za-z0-9+/=\n]+)\n" + re.escape(_FOOTER) + rb"\n*")
 _ARMOR_COLUMNS: Final = 70
 
 
@@ -206,11 +204,11 @@ def parse_signature(armored: bytes) -> SshSignature:
     if match is None:
         whole = armored.startswith(_HEADER) and armored.rstrip().endswith(_FOOTER)
         raise SshFormatError(
-            "has other characters than base64 in it"
+            "has something else than lines of base64 in it"
             if whole
             else "is not an armored SSH signature, or not all of one (`ssh-keygen -Y sign` writes them)"
         )
-    reader = _Reader(decode_base64(match[1].replace(b"\r", b"").replace(b"\n", b"")))
+    reader = _Reader(decode_base64(match[1].replace(b"\n", b"")))
     if reader.take(len(MAGIC)) != MAGIC:
         raise SshFormatError("is not an SSH signature inside its armor")
     version = reader.uint32()
