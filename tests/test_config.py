@@ -868,10 +868,79 @@ def test_the_first_delay_is_not_more_than_the_longest() -> None:
     assert target('restart_delay = "1s"\nrestart_max_delay = "1s"').restart_max_delay == 1.0
 
 
-def test_signatures_are_not_claimed_to_be_checked() -> None:
+def test_required_signatures_need_somebody_whose_signatures_count() -> None:
     problem = problem_of('trust = "required"', table="patch")
-    assert problem["hint"] == 'use "digest" or "none"'
-    assert parse('[patch]\ntrust = "none"\n').patch.trust == "none"
+    assert (problem["key"], problem["problem"]) == ("patch.trust", "does not say whose signatures count")
+    patch = parse('[patch]\ntrust = "required"\nallowed_signers = "signers"\nsignatures_required = 2\n').patch
+    assert (patch.allowed_signers, patch.signatures_required) == (HERE / "signers", 2)
+    for number in (0, 33):
+        assert problem_of(f"signatures_required = {number}", table="patch")["key"].endswith("_required")
+    for key in ('allowed_signers = "signers"', "signatures_required = 2"):
+        (warning,) = parse(f'[target.a]\ncommand = "x"\n[patch]\n{key}\n').warnings
+        assert 'is not used: signatures need trust = "required"' in warning
+
+
+class _Signers:
+    """A configuration that requires signatures, on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "allowed_signers"
+        self.path = folder / "asyncsup.toml"
+        key = "AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
+        self.lines = f'alice ssh-ed25519 {key}\nalice namespaces="git" ssh-ed25519 {key[:-1]}E\n'
+        self.file.write_text(self.lines)
+        self.file.chmod(0o644)
+
+    def problems(self, more: str = "") -> list[tuple[str, str]]:
+        text = f'[patch]\ntrust = "required"\nallowed_signers = "{self.file}"\n{more}'
+        try:
+            self.warnings = parse_config(text, path=self.path, machine=Machine()).warnings
+        except ConfigError as error:
+            return [(problem["key"], problem["problem"]) for problem in error.details["problems"]]
+        return []
+
+
+def test_allowed_signers_have_to_be_there_and_right(tmp_path: Path) -> None:
+    signers = _Signers(tmp_path)
+    assert signers.problems() == []
+    ((key, problem),) = signers.problems("signatures_required = 2\n")
+    assert key == "patch.allowed_signers"
+    assert "allows 1 of the 2 keys" in problem
+    signers.file.write_text(f"{signers.lines}bob cert-authority x\n\ncarol\n")
+    assert [problem.split(":", 1)[1][:2] for _, problem in signers.problems()] == ["3:", "5:"]
+    signers.file.unlink()
+    assert "No such file" in signers.problems()[0][1]
+
+
+def test_allowed_signers_that_anybody_could_change_are_warned_of(tmp_path: Path) -> None:
+    signers = _Signers(tmp_path)
+    signers.file.chmod(0o666)
+    assert signers.problems() == []
+    assert "could allow themselves" in signers.warnings[0]
+
+
+@pytest.mark.parametrize("layout", ["overlay", "tree"])
+def test_allowed_signers_are_nothing_a_patch_could_change(tmp_path: Path, layout: str) -> None:
+    signers = _Signers(tmp_path)
+    root = tmp_path.with_name(f"{tmp_path.name}-root")
+    root.mkdir()
+    more = f'[target.a]\ncommand = "true"\nroot = "{root}"\nlayout = "{layout}"\n'
+    assert signers.problems(more) == []
+    signers.file.rename(root / "signers")
+    signers.file.symlink_to(root / "signers")
+    ((key, problem),) = signers.problems(more)
+    assert key == "target.a.root"
+    assert "could change who may sign" in problem
+
+
+def test_required_signatures_without_cryptography_are_an_error_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signers = _Signers(tmp_path)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric.ec", None)
+    ((key, problem),) = signers.problems()
+    assert key == "patch.trust"
+    assert 'pip install "asyncsup[trust]"' in problem
 
 
 def test_two_targets_cannot_write_into_one_log_file() -> None:

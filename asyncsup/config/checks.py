@@ -14,6 +14,7 @@ from asyncsup.config.machine import Machine
 from asyncsup.config.problems import Report
 from asyncsup.config.settings import PatchConfig, SupervisorConfig
 from asyncsup.config.values import INSTANCE, format_duration, nearest, quoted
+from asyncsup.errors import AllowedSignersError, TrustUnavailableError
 
 if TYPE_CHECKING:
     from asyncsup.config.reader import TableRead, TargetRead
@@ -46,10 +47,48 @@ class Checks:
     def patch(self, config: PatchConfig, read: TableRead) -> None:
         self._usable_as_folder(read, "inbox", config.inbox)
         if config.trust == "required":
+            self._signatures(config, read)
+        else:
+            for key in ("allowed_signers", "signatures_required"):
+                if key in read.places and "trust" not in read.failed:
+                    self._report.warn(read.place(key), 'is not used: signatures need trust = "required"')
+
+    def _signatures(self, config: PatchConfig, read: TableRead) -> None:
+        """Everything that verifying needs is there when the supervisor starts, and not missed at a patch."""
+        if config.allowed_signers is None:
+            if "allowed_signers" not in read.failed:
+                self._report.problem(
+                    read.place("trust"),
+                    "does not say whose signatures count",
+                    "set patch.allowed_signers to a file in the format of OpenSSH's allowed_signers",
+                )
+            return
+        if self._machine is None:
+            return
+        place = read.place("allowed_signers")
+        try:
+            self._machine.require_cryptography()
+        except TrustUnavailableError as error:
+            self._report.problem(read.place("trust"), error.message)
+        try:
+            signers = self._machine.allowed_signers(config.allowed_signers)
+        except AllowedSignersError as error:
+            for line in error.message.splitlines():
+                self._report.problem(place, line)
+            return
+        from asyncsup.patch.trust import NAMESPACE, count_keys  # noqa: PLC0415 - clients never get here
+
+        keys = count_keys(signers)
+        if keys < config.signatures_required and "signatures_required" not in read.failed:
             self._report.problem(
-                read.place("trust"),
-                "signatures are not verified in this version",
-                'use "digest" or "none"',
+                place,
+                f"allows {keys} of the {config.signatures_required} keys that have to sign a patch "
+                f"(namespace {NAMESPACE}), so that none could ever be applied",
+                "add keys, or set patch.signatures_required to less",
+            )
+        if self._machine.writable_by_all(config.allowed_signers):
+            self._report.warn(
+                place, "may be changed by everybody on this machine, who could allow themselves"
             )
 
     def _socket_path(self, read: TableRead, key: str, path: Path) -> None:
@@ -168,6 +207,7 @@ class Checks:
             ("runtime_dir", "supervisor.runtime_dir", self._real(supervisor.runtime_dir)),
             ("the inbox", "patch.inbox", self._real(patch.inbox)),
         )
+        signers = None if patch.allowed_signers is None else self._real(patch.allowed_signers)
         owners: dict[Path, str] = {}
         for name, target in targets.items():
             root, place = target.config.root, target.top.place("root")
@@ -182,6 +222,12 @@ class Checks:
                     place,
                     f"is within state_dir ({supervisor.state_dir})",
                     "choose a folder of the program's own: what is in there belongs to asyncsup",
+                )
+            if signers is not None and _within(signers, real):
+                self._report.problem(
+                    place,
+                    f"a patch could change who may sign patches: patch.allowed_signers ({signers}) is in it",
+                    "keep that file elsewhere",
                 )
             if target.config.layout == "tree":
                 for what, key, folder in ours:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncsup.patch.signers import Signer
 
 
 class Machine:
@@ -44,6 +48,24 @@ class Machine:
             return (grp.getgrgid(int(name)) if _is_id(name) else grp.getgrnam(name)).gr_gid
         except KeyError:
             return None
+
+    def writable_by_all(self, path: Path) -> bool:
+        try:
+            return bool(path.stat().st_mode & 0o002)
+        except OSError:
+            return False
+
+    def allowed_signers(self, path: Path) -> tuple[Signer, ...]:
+        """Raises AllowedSignersError."""
+        from asyncsup.patch.trust import load_signers  # noqa: PLC0415 - only where signatures are required
+
+        return load_signers(path)
+
+    def require_cryptography(self) -> None:
+        """Raises TrustUnavailableError."""
+        from asyncsup.patch.trust import require_cryptography  # noqa: PLC0415 - as above
+
+        require_cryptography()
 
     def has_program(self, program: str, directory: Path, search_path: str | None) -> bool:
         """Whether something by this name can be executed, in the folder or along the search path."""

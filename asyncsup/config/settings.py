@@ -113,7 +113,11 @@ class PatchConfig(PatchConduct):
     inbox: Annotated[Path, values.PATH, Default("inbox")]
     """The folder patches are dropped into."""
     trust: Annotated[Trust, choice(Trust)] = "digest"
-    """What must be right besides the content: a digest, nothing, or a signature (not in this version)."""
+    """What must be right besides the content: a digest, nothing, or signatures."""
+    allowed_signers: Annotated[Path | None, values.PATH] = None
+    """Whose signatures count: a file in OpenSSH's format."""
+    signatures_required: Annotated[int, integer(1, 32)] = 1
+    """By how many different keys a patch has to be signed."""
     keep: Annotated[int, integer(1, 10_000)] = 3
     """How many old generations of each target stay, to go back to."""
     auto: Annotated[bool, values.BOOLEAN] = False
