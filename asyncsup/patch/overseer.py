@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import anyio.abc
 import anyio.to_thread
 
 from asyncsup.errors import (
+    AllowedSignersError,
     AsyncsupError,
     PatchError,
     PatchMalformedError,
@@ -34,6 +35,7 @@ from asyncsup.errors import (
     ShuttingDownError,
     TargetBusyError,
     TargetNotFoundError,
+    TrustUnavailableError,
 )
 from asyncsup.patch.checksum import checksum_file, read_checksum
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess
@@ -52,6 +54,7 @@ from asyncsup.patch.report import (
 )
 from asyncsup.patch.store import PatchInfo
 from asyncsup.patch.transaction import Change, Participant, Progress, Transaction
+from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
 from asyncsup.target import Target
 
@@ -187,17 +190,20 @@ class PatchOverseer:
     async def verify(self, source: Source) -> dict[str, Any]:
         """Everything about a package that can be said without a target."""
         with await self._open(source) as package:
-            return describe_package(package)
+            trust = await self._judge_signatures(package)
+            return {**describe_package(package), "signed": None if trust is None else gate_json(trust)}
 
     async def plan(self, source: Source, wish: Wish) -> dict[str, Any]:
         """What `apply` would do, without doing it. Nothing is touched and nobody is asked."""
         with await self._open(source) as package:
+            trust = await self._judge_signatures(package)
             targets = self._targets_of(package.manifest, wish.target)
-            parts = [await self._assess(package, target, wish) for target in targets]
+            parts = [await self._assess(package, target, wish, trust) for target in targets]
             refused = any(part.assessment.refused for part in parts)
             already = all(part.assessment.already for part in parts)
             return {
                 **describe_package(package),
+                "signed": None if trust is None else gate_json(trust),
                 "verdict": "refused" if refused else "already" if already else "apply",
                 "targets": [
                     {
@@ -434,9 +440,12 @@ class PatchOverseer:
 
     async def _apply_package(self, job: _Job, source: Source, wish: Wish) -> dict[str, Any]:
         with await self._open(source, must_be_trusted=True) as package:
-            job.report.patch, job.report.manifest = package.id, package.manifest
+            job.report.patch = package.id
+            # Before anything else in it is believed.
+            trust = _trust_gate(await anyio.to_thread.run_sync(self._check_signatures, package))
+            job.report.manifest = package.manifest
             targets = self._targets_of(package.manifest, wish.target)
-            return await self._carry_out(job, targets, partial(self._apply_to, package, wish), wish)
+            return await self._carry_out(job, targets, partial(self._apply_to, package, wish, trust), wish)
 
     async def _carry_out(
         self, job: _Job, targets: Sequence[Target], work: Work, wish: Wish
@@ -458,10 +467,12 @@ class PatchOverseer:
                 )
         return job.report.to_json(verdict)
 
-    async def _apply_to(self, package: Package, wish: Wish, job: _Job, targets: Sequence[Target]) -> Verdict:
+    async def _apply_to(
+        self, package: Package, wish: Wish, trust: Gate | None, job: _Job, targets: Sequence[Target]
+    ) -> Verdict:
         report, manifest = job.report, package.manifest
         for target in targets:
-            report.parts.append(await self._assess(package, target, wish))
+            report.parts.append(await self._assess(package, target, wish, trust))
         for part in report.parts:
             if part.assessment.refused is not None:
                 gate = part.assessment.refused
@@ -635,9 +646,31 @@ class PatchOverseer:
                 f"(or the CRC-32 of a prototype package), or a file {source.path.name}.sha256 beside it",
                 code="trust.digest_missing",
             )
-        if must_be_trusted and source.sha256 is None and source.crc32 is None:
+        if must_be_trusted and source.sha256 is None and source.crc32 is None and self._trust == "none":
             log.warning('%s is applied without any verification: trust = "none"', source.path.name)
         return package
+
+    def _check_signatures(self, package: Package) -> Endorsement | None:
+        """Who signed a package; None where the configuration does not ask. In a worker thread.
+
+        Raises:
+            PatchMalformedError: it is not signed as the configuration asks for.
+            AllowedSignersError, TrustUnavailableError: that cannot be told.
+        """
+        settings = self._supervisor.config.patch
+        if settings.trust != "required":
+            return None
+        assert settings.allowed_signers is not None, "the configuration was checked"
+        # Read each time: a key that is taken out of the file counts no longer.
+        signers = load_signers(settings.allowed_signers)
+        return check_package(package, signers, required=settings.signatures_required, now=datetime.now(UTC))
+
+    async def _judge_signatures(self, package: Package) -> Gate | None:
+        """As `_check_signatures`, where a refusal is an answer as well."""
+        try:
+            return _trust_gate(await anyio.to_thread.run_sync(self._check_signatures, package))
+        except PatchMalformedError as error:
+            return Gate(name="trust", ok=False, detail=error.message, code=error.error_code)
 
     def _with_root(self) -> list[Target]:
         return [target for target in self._supervisor.targets.values() if target.config.root is not None]
@@ -687,7 +720,7 @@ class PatchOverseer:
             )
         return target
 
-    async def _assess(self, package: Package, target: Target, wish: Wish) -> Part:
+    async def _assess(self, package: Package, target: Target, wish: Wish, trust: Gate | None) -> Part:
         assert target.config.root is not None
         manifest = package.manifest
         if package.format == "prototype":
@@ -704,7 +737,12 @@ class PatchOverseer:
             allow=target.config.patch.allow,
             held=None if wish.retry_held else self._store.held(package.id),
         )
-        assessment = assess(manifest, package.id, facts, now=datetime.now(UTC))
+        signed = trust is not None and trust.ok
+        assessment = assess(manifest, package.id, facts, now=datetime.now(UTC), signed=signed)
+        if trust is not None:
+            assessment = replace(
+                assessment, gates=(trust, *assessment.gates), already=assessment.already and trust.ok
+            )
         elsewhere = {hello.region for hello in known if hello.region is not None}
         elsewhere -= {target.config.region, *manifest.regions}
         if elsewhere:
@@ -731,13 +769,19 @@ class PatchOverseer:
 
 def _was_not_tried(source: Source, error: AsyncsupError) -> bool:
     """Whether nothing is known to be wrong with a package, so that it may be tried again as it lies: a target
-    was busy, or the checksum is missing, or was mistyped. (One beside the package that disagrees is another
-    matter.)"""
+    was busy, its signatures could not be judged, or the checksum is missing, or was mistyped. (One beside the
+    package that disagrees is another matter.)"""
     if error.exit_status == TargetBusyError.exit_status or error.error_code == "trust.digest_missing":
+        return True
+    if isinstance(error, AllowedSignersError | TrustUnavailableError):
         return True
     opened = error.details["report"]["patch"] is not None
     mistyped = {"digest.crc32"} if source.sidecar else {"digest.crc32", "digest.sha256"}
     return not opened and error.error_code in mistyped
+
+
+def _trust_gate(endorsement: Endorsement | None) -> Gate | None:
+    return None if endorsement is None else Gate(name="trust", ok=True, detail=str(endorsement))
 
 
 def _resolve(job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:
