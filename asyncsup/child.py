@@ -136,6 +136,8 @@ def spawn(spec: SpawnSpec) -> Child:
                 os.close(null)
         finally:
             os.fchdir(before)
+    except ValueError as error:
+        raise SpawnError(f"{spec.command[0]}: cannot be started: {error}") from None
     except OSError as error:
         where = f" (in {spec.directory})" if error.filename == str(spec.directory) else ""
         raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}{where}") from None

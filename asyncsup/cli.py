@@ -46,8 +46,8 @@ EXIT_CODES: Final = """\
 exit status:
   0 ok, 1 failed, 2 usage, 3 not running or not ready, 4 no such target, 5 invalid configuration,
   6 not allowed, 7 supervisor not reachable, 8 busy, 124 time-out, 130 interrupted;
-  patches: 20 refused by a gate, 21 malformed or checksum wrong, 22 target refused (nothing changed),
-  23 applied and rolled back, 24 rollback failed"""
+  patches: 20 refused by a gate, 21 malformed, checksum or signature wrong,
+  22 target refused (nothing changed), 23 applied and rolled back, 24 rollback failed"""
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
@@ -751,7 +751,8 @@ def _patch_apply(session: Session) -> int:
     reports = []
     for index, package in enumerate(packages):
         try:
-            report = transact(session, "patch.apply", {**package, "wait_busy": args.wait})
+            params = {**package, "wait_busy": args.wait, "retry_held": args.retry_held or None}
+            report = transact(session, "patch.apply", params)
         except AsyncsupError:
             left = [str(each["name"]) for each in packages[index + 1 :]]
             if left:
@@ -789,6 +790,9 @@ def transact(session: Session, method: str, params: Mapping[str, Any]) -> dict[s
 def _patch_apply_arguments(parser: argparse.ArgumentParser) -> None:
     _package_arguments(parser)
     _busy_options(parser)
+    parser.add_argument(
+        "--retry-held", action="store_true", help="apply it although it was rolled back before"
+    )
 
 
 def _busy_options(parser: argparse.ArgumentParser) -> None:
@@ -811,6 +815,48 @@ def _patch_rollback(session: Session) -> int:
 def _patch_rollback_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="goes back to the generation before its current one")
     _busy_options(parser)
+
+
+def _patch_settle(verb: str) -> Callable[[Session], int]:
+    """`patch commit` and `patch abort`: end what waits or is under way."""
+
+    def run(session: Session) -> int:
+        report, out = session.ask(f"patch.{verb}", id=session.args.id), session.out
+        out.result(report, lambda: render.report_lines(report, ink=out.ink))
+        return 0
+
+    return run
+
+
+def _patch_settle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="a transaction's number, or the beginning of a patch's id")
+
+
+def _patch_prune(session: Session) -> int:
+    value = session.ask("patch.prune", target=session.args.target, keep=session.args.keep)
+    session.out.result(value, lambda: render.pruned_lines(value))
+    return 0
+
+
+def _patch_prune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="only of this target")
+    parser.add_argument("--keep", type=_natural, metavar="N", help="how many stay (default: as configured)")
+
+
+def _natural(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 9999")
+    return int(text)
+
+
+def _target_release(session: Session) -> int:
+    value = session.ask("target.release", target=session.args.target)
+    session.out.result(value, lambda: render.released_lines(value))
+    return 0
+
+
+def _target_release_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="its managed files become ordinary ones again")
 
 
 def _patch_plan(session: Session) -> int:
@@ -870,6 +916,7 @@ def _patch_verify(session: Session) -> int:
     sha256 = args.sha256 if args.sha256 or args.crc32 else read_checksum_file(args.file)
     crc32 = None if args.crc32 is None else parse_crc32(args.crc32)
     with open_package(Path(args.file), sha256=sha256, crc32=crc32) as package:
+        signed = _check_signatures(package, args.allowed_signers, args.required)
         total = sum(change.size or 0 for change in package.manifest.files)
         done = 0
 
@@ -879,28 +926,87 @@ def _patch_verify(session: Session) -> int:
             out.bar(done, total)
 
         package.verify(progress)
+        checked_against = "sha256" if sha256 else "crc32" if crc32 is not None else None
         value: dict[str, Any] = {
             "id": package.id,
             "size": package.size,
             "format": package.format,
-            "checked_against": "sha256" if sha256 else "crc32" if crc32 is not None else None,
+            "checked_against": checked_against,
             "manifest": json.loads(encode_manifest(package.manifest)),
             "signatures": sorted(package.signatures),
+            "signed": signed,
             "warnings": [],
         }
-    if value["checked_against"] is None:
+    if checked_against is None and signed is None:
         value["warnings"].append(
             "checked only against itself: give --sha256, or --crc32 for a prototype package, or put the "
-            "checksum into FILE.sha256"
+            "checksum into FILE.sha256, or say with --allowed-signers whose signatures count"
         )
     out.clear_bar()
     out.result(value, lambda: render.verified_lines(value, ink=out.ink))
     return 0
 
 
+def _check_signatures(package: Any, allowed_signers: str | None, required: int | None) -> Any:
+    """Who signed the package, as JSON; None when nobody asks."""
+    from datetime import UTC, datetime
+    from pathlib import Path
+
+    if allowed_signers is None:
+        if required is not None:
+            raise UsageError("--required needs --allowed-signers FILE, which says whose signatures count")
+        return None
+    from asyncsup.patch.trust import check_package, load_signers
+
+    signers = load_signers(Path(allowed_signers))
+    endorsement = check_package(package, signers, required=required or 1, now=datetime.now(UTC))
+    return {"ok": True, "detail": str(endorsement), **endorsement.to_json()}
+
+
+def _number_of_keys(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of keys, from 1")
+    return int(text)
+
+
 def _patch_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the package")
     _digest_options(parser)
+    parser.add_argument(
+        "--allowed-signers", metavar="FILE", help="whose signatures count, in OpenSSH's format"
+    )
+    parser.add_argument(
+        "--required", type=_number_of_keys, metavar="N", help="how many different keys must have signed (1)"
+    )
+
+
+def _patch_sign(session: Session) -> int:
+    from pathlib import Path
+
+    from asyncsup.patch.signing import sign_package
+
+    args, out = session.args, session.out
+    try:
+        signed = sign_package(Path(args.file), key=Path(args.key), name=args.name, notice=out.note)
+    except OSError as error:
+        raise _file_error(error) from None
+    value = {
+        "path": str(signed.path),
+        "id": signed.id,
+        "signature": signed.name,
+        "key_type": signed.key.type.value,
+        "fingerprint": signed.key.fingerprint,
+    }
+    out.result(value, lambda: render.signed_lines(value, ink=out.ink))
+    return 0
+
+
+def _patch_sign_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the package")
+    parser.add_argument(
+        "--key", required=True, metavar="KEY", help="a private key, or the .pub of one that the agent has"
+    )
+    parser.add_argument("--name", metavar="NAME", help="of the signature (default: the key's comment)")
 
 
 def _patch_build(session: Session) -> int:
@@ -920,6 +1026,8 @@ def _patch_build(session: Session) -> int:
     try:
         if args.prototype:
             _build_prototype(args, old, new, output)
+        elif args.sign:
+            _build_signed(args, old, new, output, out)
         else:
             _build_native(args, old, new, output, out)
         with open_package(output) as package:
@@ -929,6 +1037,7 @@ def _patch_build(session: Session) -> int:
                 "size": package.size,
                 "crc32": str(binascii.crc32(output.read_bytes())) if args.prototype else None,
                 "manifest": json.loads(encode_manifest(package.manifest)),
+                "signatures": sorted(package.signatures),
             }
         if args.checksum:
             checksum = output.with_name(f"{output.name}.sha256")
@@ -984,12 +1093,31 @@ def _build_native(args: argparse.Namespace, old: Any, new: Any, output: Any, out
         regions=args.regions,
         expires=expires,
         requires=Requires(build_min=args.build_min, build_max=args.build_max),
+        build_floor=args.build_floor,
+        downgrade=args.downgrade,
         probation=args.probation,
         notes=args.notes,
         include=args.include,
         exclude=args.exclude,
         progress=progress,
     )
+
+
+def _build_signed(args: argparse.Namespace, old: Any, new: Any, output: Any, out: Output) -> None:
+    """Nothing is at `output` before it is signed: an inbox might take it for what it is not yet."""
+    import tempfile
+    from pathlib import Path
+
+    from asyncsup.patch.signing import sign_package
+
+    with tempfile.TemporaryDirectory(prefix=".asyncsup-", dir=output.parent) as folder:
+        unsigned = Path(folder, output.name)
+        _build_native(args, old, new, unsigned, out)
+        out.clear_bar()
+        *others, last = map(Path, args.sign)
+        for key in others:
+            sign_package(unsigned, key=key, notice=out.note)
+        sign_package(unsigned, key=last, output=output, notice=out.note)
 
 
 def _tree_bytes(folder: str) -> int:
@@ -1008,6 +1136,8 @@ def _build_prototype(args: argparse.Namespace, old: Any, new: Any, output: Any) 
 
     if len(args.regions) != 1:
         raise UsageError("a prototype package is for exactly one region: -r REGION")
+    if args.sign or args.downgrade or args.build_floor is not None:
+        raise UsageError("a prototype package cannot be signed, nor lower a build or set a floor for it")
     before = {} if old is None else _contents(old)
     after = _contents(new)
     build_prototype_patch(
@@ -1056,11 +1186,14 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--build-min", type=int, metavar="N", help="only for targets at this build or above")
     add("--build-max", type=int, metavar="N", help="only for targets at this build or below")
+    add("--downgrade", action="store_true", help="may lower a target's build; taken only when signed")
+    add("--build-floor", type=int, metavar="N", help="no downgrade may go below this build")
     add("--expires", metavar="TIME", help="RFC 3339; refused after it")
     add("--probation", type=seconds, metavar="TIME", help="how long it may still undo itself")
     add("--notes", default="", metavar="TEXT", help="for people")
     add("--include", action="append", default=[], metavar="GLOB", help="only these files; may be repeated")
     add("--exclude", action="append", default=[], metavar="GLOB", help="not these files; may be repeated")
+    add("--sign", action="append", default=[], metavar="KEY", help="as `patch sign --key`; may be repeated")
     add("--checksum", action="store_true", help="also write OUT.zip.sha256, as sha256sum would")
     add("--prototype", action="store_true", help="in the layout of the original prototype")
 
@@ -1086,13 +1219,20 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "config": {"check": Verb("check the configuration", _config_check_arguments, _config_check)},
     "patch": {
         "build": Verb("make a package out of two folders", _patch_build_arguments, _patch_build),
+        "sign": Verb("sign a package with an SSH key", _patch_sign_arguments, _patch_sign),
         "verify": Verb("check a package, without a supervisor", _patch_verify_arguments, _patch_verify),
         "plan": Verb("say what applying a package would do", _package_arguments, _patch_plan),
         "apply": Verb("apply a package, or all of the inbox", _patch_apply_arguments, _patch_apply),
         "list": Verb("list what lies in the inbox", _none, _patch_list),
         "history": Verb("list what was applied and rolled back", _patch_history_arguments, _patch_history),
         "show": Verb("show one transaction, step by step", _patch_show_arguments, _patch_show),
+        "commit": Verb("commit a patch that waits for it", _patch_settle_arguments, _patch_settle("commit")),
+        "abort": Verb("end a patch that is under way", _patch_settle_arguments, _patch_settle("abort")),
         "rollback": Verb("go back to the build before", _patch_rollback_arguments, _patch_rollback),
+        "prune": Verb("remove old generations nobody reads", _patch_prune_arguments, _patch_prune),
+    },
+    "target": {
+        "release": Verb("give up patching a target", _target_release_arguments, _target_release),
     },
     "console": Verb("open the Patch Overseer prompt", _none, _console),
     "init": Verb("write a commented asyncsup.toml", _init_arguments, _init),

@@ -65,6 +65,8 @@ COMMANDS: Final = (
     Command("inbox", "", "list what lies in the inbox", ("patch", "list")),
     Command("status", "[NAME]", "show what runs", ("status",), "targets"),
     Command("rollback", "TARGET", "go back to the build before", ("patch", "rollback"), "targets"),
+    Command("commit", "ID", "commit a patch that waits for it", ("patch", "commit")),
+    Command("abort", "ID", "end a patch that is under way, and put everything back", ("patch", "abort")),
     Command("history", "[TARGET]", "list what was applied and rolled back", ("patch", "history"), "targets"),
     Command("show", "ID|NAME", "show a transaction or a patch step by step, or a target",
             ("patch", "show"), "targets"),

@@ -106,7 +106,9 @@ class LastExit:
 class Instance:
     """A slot for one process, ``NAME:INDEX``. The slot lives as long as its target; processes come and go."""
 
-    def __init__(self, config: TargetConfig, index: int, runtime: Runtime) -> None:
+    def __init__(
+        self, config: TargetConfig, index: int, runtime: Runtime, on_change: Callable[[], None]
+    ) -> None:
         self.config = config
         self.index = index
         self.name = f"{config.name}:{index}"
@@ -118,6 +120,7 @@ class Instance:
         self.hello: Hello | None = None
         self.token = ""
         self._runtime = runtime
+        self._on_change = on_change
         self._policy = RestartPolicy(
             mode=config.restart,
             delay=config.restart_delay,
@@ -305,6 +308,8 @@ class Instance:
 
     def said_extend(self, seconds: float) -> None:
         """Push the running start or stop time-out further away."""
+        if self._doomed is not None:
+            return  # it is being ended for having been late
         if self._timer is not None and self.state in {State.STARTING, State.STOPPING}:
             action = self._start_timed_out if self.state is State.STARTING else self._kill
             self._arm(seconds, action)
@@ -316,8 +321,9 @@ class Instance:
         """One datagram of the sd_notify protocol."""
         if "STATUS" in fields:
             self.said_status(fields["STATUS"])
-        if fields.get("EXTEND_TIMEOUT_USEC", "").isdigit():
-            self.said_extend(int(fields["EXTEND_TIMEOUT_USEC"]) / 1e6)
+        extend = fields.get("EXTEND_TIMEOUT_USEC", "")
+        if extend.isascii() and extend.isdecimal() and len(extend) < 15:
+            self.said_extend(int(extend) / 1e6)
         if fields.get("STOPPING") == "1":
             self.said_stopping()
         if fields.get("RELOADING") == "1" and lifecycle.accepts(self.state, Event.RELOAD):
@@ -350,6 +356,8 @@ class Instance:
         for future in waiters:
             if not future.done():
                 future.set_result(None)
+        # Not here and now: whoever caused this change has not finished with it.
+        asyncio.get_running_loop().call_soon(self._on_change)
 
     def _spawn(self) -> None:
         self._ready_at = None
@@ -472,10 +480,10 @@ class Instance:
             self._send(self.config.stop_signal)
             self._send(signal.SIGCONT)  # a stopped process could not act on the signal
             return
-        pid = self._child.pid
+        child, pid = self._child, self._child.pid
 
         def ended(result: Exit) -> None:
-            if result.status != 0:
+            if result.status != 0 and self._child is child:
                 log.warning("%s: stop_command ended with %s; sending the signal", self.name, result)
                 self._send(self.config.stop_signal)
 

@@ -124,8 +124,9 @@ class RotatingFile:
         if self._fd >= 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Not O_APPEND: splice refuses such a file.
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+        # Not O_APPEND: splice refuses such a file. O_NONBLOCK: a pipe that nobody reads must not stop us.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        self._fd = os.open(self.path, flags, 0o640)
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._size = os.lseek(self._fd, 0, os.SEEK_END) if self._regular else 0
 
@@ -181,7 +182,9 @@ class OutputStream:
         self._pause: asyncio.TimerHandle | None = None
         fifo.parent.mkdir(parents=True, exist_ok=True)
         _make_fifo(fifo)
-        self._reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        # Read-write: with a writer of our own the FIFO never comes to its end, which would be "readable" for
+        # ever once the last instance has gone.
+        self._reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._loop.add_reader(self._reader, self._readable)
 
     def open_child_end(self) -> int:
@@ -195,9 +198,12 @@ class OutputStream:
         return fd
 
     def drain(self) -> None:
-        """Take everything that lies in the FIFO; called when the instance has ended."""
-        while self._move() > 0:
-            pass
+        """Take what lies in the FIFO; called when the instance has ended. At most two pipe-fulls: a child it
+        left behind may write faster than we read.
+        """
+        taken = 0
+        while taken < 2 * PIPE_BYTES and (moved := self._move()) > 0:
+            taken += moved
         if self._partial:
             self._write_lines([self._partial])
             self._partial = b""

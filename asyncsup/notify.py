@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 DATAGRAM_BYTES: Final = 4096
+BATCH: Final = 64
 _CREDENTIALS: Final = struct.Struct("iII")
 
 
@@ -48,7 +49,8 @@ class NotifySocket:
         self.path.unlink(missing_ok=True)
 
     def _readable(self) -> None:
-        while True:
+        # Level-triggered: what is left comes again, after everybody else had a turn.
+        for _ in range(BATCH):
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
                     DATAGRAM_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * 64)

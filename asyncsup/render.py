@@ -31,7 +31,12 @@ _STATE_COLOURS: Final = {
 }  # fmt: skip
 _OP_WORDS: Final = {"deleted": "deleted", "modified": "modified", "new": "inserted"}
 _OP_ORDER: Final = ("deleted", "modified", "new")
-_VERDICT_COLOURS: Final = {"committed": "green", "already": "green", "apply": "green"}
+_VERDICT_COLOURS: Final = {
+    "committed": "green",
+    "already": "green",
+    "uncommitted": "yellow",
+    "apply": "green",
+}
 # The prototype printed the number its target answered with; operators of it look for that number.
 _TARGET_STATES: Final = {"go_ahead": "GO_AHEAD (0)", "not_allowed": "NOT_ALLOWED (1)", "wait": "WAIT (2)"}
 _TOLD_BY: Final = {
@@ -672,6 +677,8 @@ def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
         "target_refused": "no go-ahead from the target; nothing was changed",
         "rolled_back": "applied and undone; everything is as it was before",
         "rollback_failed": "the files are wholly one build, but a process is not well",
+        "uncommitted": "every instance has it; it waits for `asyncsup patch commit "
+        f"{clean(report.get('txn', 'ID'))}` (or abort)",
     }.get(verdict, "unknown to this version")
     facts = []
     if report.get("took") is not None:
@@ -685,6 +692,21 @@ def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
         code = f" [{clean(report['code'])}]" if report.get("code") else ""
         lines.append(f"reason: {clean(report['reason'])}{code}")
     return lines
+
+
+def pruned_lines(value: Value) -> list[str]:
+    """Generations that were removed, by target."""
+    lines = [
+        f"{clean(name)}: removed generation {', '.join(map(str, numbers))}"
+        for name, numbers in value["pruned"].items()
+        if numbers
+    ]
+    return lines or ["nothing to remove"]
+
+
+def released_lines(value: Value) -> list[str]:
+    """Paths that are ordinary files again."""
+    return [f"ordinary again: {clean(path)}" for path in value["released"]] or ["nothing was managed"]
 
 
 def plan_lines(plan: Value, *, ink: Ink = PLAIN) -> list[str]:
@@ -840,6 +862,7 @@ def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
             ("requires", ", ".join(f"{clean(k)} {clean(v)}" for k, v in requires.items() if v is not None)),
             ("probation", duration(manifest["probation"]) if manifest.get("probation") is not None else ""),
             ("signatures", _listed(value.get("signatures"))),
+            ("signed", _signed_text(value.get("signed"), ink)),
             ("trust", trust_text(value.get("trust"), ink=ink)),
             ("notes", clean(manifest.get("notes") or "")),
         ]
@@ -848,6 +871,25 @@ def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
     lines += [line.removeprefix("  ") for line in _file_lines([_with_size(file) for file in files], ink)]
     lines += [f"{ink('yellow', 'warning')}: {clean(warning)}" for warning in value.get("warnings") or ()]
     return lines
+
+
+def _signed_text(signed: Value | None, ink: Ink) -> str:
+    if not signed:
+        return ""
+    return (
+        clean(signed.get("detail", "")) if signed.get("ok") else ink("red", clean(signed.get("detail", "")))
+    )
+
+
+def signed_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """What `patch sign` did."""
+    key = f"{clean(value.get('fingerprint', ''))} ({clean(value.get('key_type', ''))})"
+    return [
+        f"signed {ink('bold', clean(value.get('path', '')))}",
+        *_pairs(
+            [("signature", clean(value.get("signature", ""))), ("key", key), ("sha256", clean(value["id"]))]
+        ),
+    ]
 
 
 def _with_size(file: Value) -> Value:
@@ -867,6 +909,7 @@ def built_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
             ("size", size(value.get("size"))),
             ("sha256", clean(value.get("id") or "")),
             ("crc32", clean(value.get("crc32") or "")),
+            ("signatures", _listed(value.get("signatures"))),
         ]
     )
     files: Sequence[Value] = (value.get("manifest") or {}).get("files") or ()

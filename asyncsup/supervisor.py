@@ -145,6 +145,8 @@ class Supervisor:
             )
         for target in self.targets.values():
             target.dependencies = [self.targets[name] for name in target.config.depends_on]
+        for target in self.targets.values():
+            target.dependents = [other for other in self.targets.values() if target in other.dependencies]
         self._cleanup.callback(self._close_instances)
 
     def _lock_runtime_dir(self, runtime_dir: Path) -> None:
@@ -280,8 +282,16 @@ class Supervisor:
         if self.config.targets[name].restart == "unless-stopped":
             self.store.set_wanted(name, wanted)
 
+    def end_if_essential_is_down(self, target: Target) -> None:
+        """A patch has let go of a target: what its transaction had to see to is ours again."""
+        for instance in target.instances:
+            if target.config.essential and instance.state in {State.EXITED, State.FAILED}:
+                self._essential_ended(instance)
+
     def _essential_ended(self, instance: Instance) -> None:
         """An `essential` target has ended: the supervisor ends with its exit status."""
+        if self.targets[instance.config.name].busy in {"patch", "rollback"}:
+            return  # the transaction sees it, and brings it up again on the old files
         status = instance.last_exit.exit_status if instance.last_exit is not None else 1
         self._exit_status = status
         self.shutdown(f"essential {instance.name} has ended")

@@ -78,7 +78,10 @@ class Target:
         self.wanted = False
         """Whether an operator (or autostart) wants it up."""
         self.dependencies: Sequence[Target] = ()
-        self.instances = [Instance(config, index, runtime) for index in range(config.instances)]
+        self.dependents: Sequence[Target] = ()
+        self.instances = [
+            Instance(config, index, runtime, self._changed) for index in range(config.instances)
+        ]
         self._runtime = runtime
         self._spawn_gate = spawn_gate
         self._on_wanted = on_wanted
@@ -118,6 +121,20 @@ class Target:
         return [
             {"operation": op.name, "asked_by": op.asked_by, "since": now - op.began} for op in self._queue
         ]
+
+    def _changed(self) -> None:
+        """An instance has changed its state: whoever was waiting for this target may start."""
+        for target in self.dependents if self.satisfied else ():
+            target.start_waiting()
+
+    def start_waiting(self) -> None:
+        """Start the instances that wait for dependencies, once all of those are satisfied. It needs no
+        operation: a client that gave up has not taken its wish back.
+        """
+        if all(target.satisfied for target in self.dependencies):
+            for instance in self.instances:
+                if instance.state is State.WAITING:
+                    instance.start("what it depends on is ready")
 
     # --- the queue ------------------------------------------------------------------------------------------
 
@@ -177,10 +194,11 @@ class Target:
                 operation.cancel("its client gave up")
 
     def _preempt(self, because: str) -> None:
-        for operation in self._queue:
+        given_up = [operation for operation in self._queue if operation.name != "stop"]
+        for operation in given_up:
             operation.cancel(because)
             _fail(operation.future, CancelledByRequestError(f"{operation.name} of {self.name}: {because}"))
-        self._queue.clear()
+            self._queue.remove(operation)
         if self._current is not None and self._current.name != "stop":
             self._current.cancel(because)
 
@@ -240,10 +258,13 @@ class Target:
 
         async def work() -> None:
             await self.spawn_instances(chosen, f"start by {asked_by}")
-            if wait:
+            if wait and not any(instance.state is State.WAITING for instance in chosen):
                 await self.wait_settled(chosen)
 
         await self._perform("start", asked_by, work)
+        if wait:
+            # Waiting for a dependency must not keep the queue: its own patch may want both targets.
+            await self.wait_settled(chosen)
 
     async def stop(self, chosen: Sequence[Instance], *, asked_by: str) -> None:
         """Stop instances, whatever else was going on, and wait until their process groups are empty.
@@ -282,10 +303,12 @@ class Target:
                         await self.stop_instances(chosen, reason)
                         await self.spawn_instances(chosen, reason)
                 raise
-            if wait:
+            if wait and not any(instance.state is State.WAITING for instance in chosen):
                 await self.wait_settled(chosen)
 
         await self._perform("restart", asked_by, work)
+        if wait:
+            await self.wait_settled(chosen)
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.
@@ -317,14 +340,21 @@ class Target:
 
     # --- steps, for operations and for the transaction that holds the target --------------------------------
 
-    async def spawn_instances(self, chosen: Sequence[Instance], reason: str) -> None:
-        blocked = [target for target in self.dependencies if not target.satisfied]
-        if blocked:
-            for instance in chosen:
-                instance.wait_for_dependencies(", ".join(target.name for target in blocked))
-            for target in blocked:
-                await target.wait_satisfied()
+    async def spawn_instances(
+        self, chosen: Sequence[Instance], reason: str, *, whatever_it_depends_on: bool = False
+    ) -> None:
+        """Start instances, or leave them waiting for dependencies (see `start_waiting`).
+
+        Args:
+            whatever_it_depends_on: do not wait: they ran a moment ago as well.
+        """
+        blocked = [target.name for target in self.dependencies if not target.satisfied]
         for instance in chosen:
+            # A stop that was given up still has its process; the next one comes after it.
+            await instance.wait_until(lambda i: i.state is not State.STOPPING)
+            if blocked and not whatever_it_depends_on:
+                instance.wait_for_dependencies(", ".join(blocked))
+                continue
             async with self._spawn_gate:
                 instance.start(reason)
                 await anyio.lowlevel.checkpoint()
@@ -370,10 +400,6 @@ class Target:
         deadline = self.config.patch.ack_timeout if patch is not None else self.config.reload_timeout
         outcomes = await asyncio.gather(*(i.reload(request, deadline=deadline) for i in chosen))
         return [(instance.name, outcome) for instance, outcome in zip(chosen, outcomes, strict=True)]
-
-    async def wait_satisfied(self) -> None:
-        for instance in self.instances:
-            await instance.wait_until(lambda i: i.ready or i.state is State.EXITED)
 
     def _want(self, wanted: bool) -> None:
         if self.wanted != wanted:

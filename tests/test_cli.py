@@ -112,7 +112,7 @@ def test_every_verb_has_help(words: list[str], capsys: pytest.CaptureFixture[str
     [
         ([], "a verb is missing"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["patch"], "a verb is missing; there are build, verify"),
+        (["patch"], "a verb is missing; there are build, sign, verify"),
         (["statsu"], "'statsu' is not a verb of asyncsup; did you mean 'status'?"),
         (["patch", "aply"], "did you mean 'apply'?"),
         (["start"], "the following arguments are required: NAME"),

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -657,6 +658,29 @@ def test_old_generations_are_pruned_and_a_target_is_released(field: Field) -> No
     field.client.call("stop", names=["web"])
     assert field.client.call("target.release", target="web")["released"]
     assert field.content("web") == before
+    assert not (field.folder / "web").is_symlink()
+
+
+def test_the_command_line_commits_aborts_prunes_and_releases(field: Field) -> None:
+    field.start("web", patch='commit = "manual"\nkeep = 9\n')
+
+    def asyncsup(*words: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "asyncsup", "-c", str(field.serve.config), *words],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    package = str(field.package("web"))
+    assert "waits for `asyncsup patch commit 1`" in asyncsup("patch", "apply", package)
+    assert "everything is as it was before" in asyncsup("patch", "abort", "1")
+    # An abort is nobody's fault: the same package may be tried again.
+    asyncsup("patch", "apply", package)
+    assert "COMMITTED" in asyncsup("patch", "commit", "2")
+    assert "web: removed generation 0" in asyncsup("patch", "prune", "web", "--keep", "0")
+    asyncsup("stop", "web")
+    assert "ordinary again" in asyncsup("target", "release", "web")
     assert not (field.folder / "web").is_symlink()
 
 

@@ -12,6 +12,7 @@ from asyncsup.errors import TargetNotFoundError
 from target_sdk.protocol import (
     Abort,
     Hello,
+    Message,
     Notification,
     Prepare,
     PrepareAnswer,
@@ -32,7 +33,7 @@ PREPARE = Prepare(
 )
 RELOAD = Reload(patch="9c56", build=300, root="/srv/web", changed=["work/job.json"])
 
-CODE = {
+CODE: dict[str, Message] = {
     "request": Request(id=1, method="status", params={"names": ["web"]}),
     "result": Result(id=1, result={"seq": 7, "targets": []}),
     "failure": failure_of(

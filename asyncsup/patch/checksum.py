@@ -24,6 +24,8 @@ def read_checksum(package: Path) -> str | None:
         UsageError: there is one, and it cannot be read, or has no checksum for this package.
     """
     listed = checksum_file(package)
+    if listed.exists() and not listed.is_file():
+        raise UsageError(f"{listed} is not a file", code="usage.sha256")
     try:
         lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,8 @@ class Inbox:
             task_status.started()
             self._arrived.set()
             async for event in inotify:
-                name = str(event.name or "")
+                # A name need not be text: whoever reads of it is given what can be shown.
+                name = os.fsencode(str(event.name or "")).decode("utf-8", "replace")
                 if name.startswith(".") or not name.endswith((".zip", ".zip.sha256")):
                     continue
                 # A checksum that comes after its package is what the package was waiting for.
@@ -118,12 +120,22 @@ class Inbox:
 
     def _state_of(self, name: str) -> str:
         path = self.folder / name
+        if not is_regular(path):
+            return "gone" if not os.path.lexists(path) else "not a file"
         try:
             return "complete" if looks_complete(path) else "incomplete"
         except FileNotFoundError:
             return "gone"
         except OSError:
             return "unreadable"
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is an ordinary file; opening a pipe, for one, would wait for its writer."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def looks_complete(path: Path) -> bool:

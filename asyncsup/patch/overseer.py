@@ -69,6 +69,7 @@ class Source:
     """Where a package is, and what its checksum should be.
 
     Attributes:
+        identity: device and inode of the file, to know it again.
         sidecar: ``sha256`` is what a file beside the package says, not whoever asks.
         in_inbox: it lies there, to be moved away once it has been dealt with.
     """
@@ -77,6 +78,7 @@ class Source:
     sha256: str | None = None
     crc32: int | None = None
     sidecar: bool = False
+    identity: tuple[int, int] | None = None
     in_inbox: bool = False
 
 
@@ -183,6 +185,7 @@ class PatchOverseer:
             crc32=crc32,
             sidecar=beside is not None,
             in_inbox=in_inbox,
+            identity=identity_of(found),
         )
 
     # --- questions ------------------------------------------------------------------------------------------
@@ -454,6 +457,8 @@ class PatchOverseer:
         label = "rollback" if job.report.action == "rollback" else "patch"
         verdict: Verdict = "refused"
         async with AsyncExitStack() as holds:
+            for target in targets:
+                holds.callback(self._supervisor.end_if_essential_is_down, target)
             with job.scope:
                 # In one order everywhere: two patches that share targets cannot wait for each other.
                 for target in sorted(targets, key=lambda target: target.name):
@@ -620,8 +625,8 @@ class PatchOverseer:
 
     def _settle(self, source: Source, outcome: dict[str, Any] | AsyncsupError) -> None:
         """Move a zip out of the inbox, with its report, once it has been dealt with."""
-        if not source.in_inbox or not source.path.exists():
-            return
+        if not source.in_inbox or identity_of(source.path) != source.identity:
+            return  # it has gone, or is another one by now that came under the same name
         if not isinstance(outcome, AsyncsupError):
             self._supervisor.inbox.settle(source.path, outcome, outcome="applied")
         elif not _was_not_tried(source, outcome):
@@ -782,6 +787,15 @@ def _was_not_tried(source: Source, error: AsyncsupError) -> bool:
 
 def _trust_gate(endorsement: Endorsement | None) -> Gate | None:
     return None if endorsement is None else Gate(name="trust", ok=True, detail=str(endorsement))
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Device and inode; None when there is nothing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _resolve(job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:

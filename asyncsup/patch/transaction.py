@@ -86,8 +86,10 @@ class Participant:
 
     def enlist(self) -> None:
         """Take down who is concerned, as things stand when the transaction has the target to itself."""
-        down = {State.STOPPED, State.EXITED}
-        self.instances = [i for i in self.target.instances if i.state not in down and self.target.wanted]
+        up = {State.STARTING, State.RUNNING, State.RELOADING}
+        if self.target.wanted:
+            up |= {State.BACKOFF, State.WAITING, State.FAILED}
+        self.instances = [instance for instance in self.target.instances if instance.state in up]
         self.records = {
             i.name: InstanceRecord(name=i.name, told_by=i.told_by, pid_before=i.pid)
             for i in self.target.instances
@@ -158,7 +160,10 @@ class Transaction:
         self._began = time.monotonic()
         self._staged_bytes = 0
         self._prepared: list[Instance] = []
-        self._told: list[tuple[Instance, int | None]] = []
+        self._told: set[str] = set()
+        self._standing: list[tuple[Instance, int | None]] = []
+        """Who took the change up, and with which process: they must stay until the commit."""
+        self._switched = False
 
     async def run(self) -> None:
         """Carry the change out, or leave everything as it was, processes included.
@@ -177,7 +182,8 @@ class Transaction:
                 undo.push("stopping", self._start_again)
                 undo.touched = bool(self._concerned)
                 await self._stop()
-            undo.push("reloading", self._reload_back)
+            if self.change.kind is Kind.WARM:
+                undo.push("reloading", self._reload_back)
             undo.push("switching", self._switch_back)
             undo.touched = True
             await self._switch()
@@ -292,6 +298,7 @@ class Transaction:
 
     async def _switch(self) -> None:
         with self._step("switch") as step:
+            self._switched = True
             await anyio.to_thread.run_sync(self._store.switch, self.txn)
             names = ", ".join(participant.target.name for participant in self.change.participants)
             step["detail"] = f"one rename for {names}"
@@ -306,7 +313,8 @@ class Transaction:
             # has finished starting, and ends by itself if it never does.
             await instance.wait_until(lambda i: i.state is not State.STARTING)
         chosen = [instance for instance in participant.instances if instance.ready]
-        self._told += [(instance, instance.pid) for instance in chosen]
+        self._told.update(instance.name for instance in chosen)
+        self._standing += [(instance, instance.pid) for instance in chosen]
         outcomes = await target.reload_instances(
             chosen, patch=self.change.patch, build=participant.build_after, changed=participant.changed,
             rollback=self.change.action == "rollback",
@@ -339,6 +347,9 @@ class Transaction:
                 record = participant.records[instance.name]
                 record.told_by, record.reload = "restart", "ok"
                 record.reload_took = time.monotonic() - began
+            self._standing += [
+                (instance, instance.pid) for instance in participant.instances if instance.ready
+            ]
 
         await together(partial(start, participant) for participant in self.change.participants)
 
@@ -346,16 +357,14 @@ class Transaction:
         """Nobody may end, or stop being ready, for a while after the change."""
         with self._step("probation") as step:
             step["detail"] = f"{self.change.probation:g} s"
-            watched = [(instance, instance.pid) for instance in self._concerned if instance.ready]
             with anyio.move_on_after(self.change.probation):
-                await together(partial(self._fall, instance, pid) for instance, pid in watched)
-            for instance, pid in watched:
+                await together(partial(self._fall, instance, pid) for instance, pid in self._standing)
+            for instance, pid in self._standing:
                 self._check_standing(instance, pid)
 
     async def _await_commit(self) -> None:
         """Stay on probation until an operator says that it is good."""
         with self._step("await commit"):
-            watched = [(instance, instance.pid) for instance in self._concerned if instance.ready]
             self.waits_for_commit = True
             self.on_uncommitted()
             with anyio.CancelScope() as waiting:
@@ -364,7 +373,7 @@ class Transaction:
                     await self.commit_requested.wait()
                     waiting.cancel()
 
-                await together([committed, *(partial(self._fall, i, pid) for i, pid in watched)])
+                await together([committed, *(partial(self._fall, i, pid) for i, pid in self._standing)])
             self.waits_for_commit = False
 
     async def _fall(self, instance: Instance, pid: int | None) -> None:
@@ -425,12 +434,11 @@ class Transaction:
         await anyio.to_thread.run_sync(self._store.abort, self.txn)
 
     async def _abort_prepared(self) -> None:
-        told = {instance.name for instance, _ in self._told}
         limit = max((p.target.config.patch.ack_timeout for p in self.change.participants), default=0.0)
         await together(
             partial(instance.abort, self.change.patch, deadline=limit)
             for instance in self._prepared
-            if instance.ready and instance.name not in told
+            if instance.ready and instance.name not in self._told
         )
 
     async def _start_again(self) -> None:
@@ -445,11 +453,16 @@ class Transaction:
         await anyio.to_thread.run_sync(self._store.switch_back, self.txn)
 
     async def _reload_back(self) -> None:
-        """Tell those that were told. Whoever has ended meanwhile starts on the old files by itself."""
+        """Tell all of them: those that were told of the change, and those that crashed after the switch and
+        were started again on the new files. Whoever is not running starts on the old ones by itself.
+        """
+        if not self._switched:
+            return
 
         async def tell(participant: Participant) -> None:
-            told = {instance.name for instance, pid in self._told if instance.pid == pid}
-            chosen = [i for i in participant.instances if i.name in told and i.ready]
+            for instance in participant.instances:
+                await instance.wait_until(lambda i: i.state is not State.STARTING)
+            chosen = [instance for instance in participant.instances if instance.ready]
             outcomes = await participant.target.reload_instances(
                 chosen, patch=self.change.patch, build=participant.build_before, changed=participant.changed,
                 rollback=True,
@@ -480,7 +493,9 @@ class Transaction:
         return [instance for p in self.change.participants for instance in p.instances]
 
     async def _bring_up(self, participant: Participant) -> None:
-        await participant.target.spawn_instances(participant.instances, f"patch {self.change.patch[:12]}")
+        await participant.target.spawn_instances(
+            participant.instances, f"patch {self.change.patch[:12]}", whatever_it_depends_on=True
+        )
         try:
             await participant.target.wait_settled(participant.instances)
         except StartFailedError as error:

@@ -236,7 +236,7 @@ def _not_enough(
     }
     if counted:
         return PatchMalformedError(
-            f"is signed by {', '.join(map(str, counted))}, and {_count(required)} required"
+            f"is signed by {', '.join(map(str, counted))}, but {_count(required)} required"
             + (f": {reasons}" if reasons else ""),
             code="trust.threshold",
             **details,
