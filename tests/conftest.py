@@ -51,7 +51,13 @@ def wait_for(condition: Condition, what: str, timeout: float = 20.0) -> Any:
 
 
 class Serve:
-    """A real `asyncsup serve` in a folder of its own."""
+    """A real `asyncsup serve` in a folder of its own.
+
+    Attributes:
+        process: what was started: ``asyncsup serve``.
+        alone: nobody starts it again when it is killed; for tests that want to see one death, at a failpoint
+            for example. Otherwise it has a keeper, as it has for users.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,6 +65,12 @@ class Serve:
         self.stderr = folder / "serve.err"
         self.process: subprocess.Popen[bytes] | None = None
         self.environ: dict[str, str] = {}
+        self.alone = False
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line; whoever starts `serve` without `start` takes it from here."""
+        alone = ["--no-keeper"] if self.alone else []
+        return [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve", *alone, *arguments]
 
     @property
     def endpoint(self) -> str:
@@ -77,7 +89,7 @@ class Serve:
             self.write(text)
         with self.stderr.open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve"],
+                self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
@@ -102,6 +114,13 @@ class Serve:
 
     def errors(self) -> str:
         return self.stderr.read_text(errors="replace") if self.stderr.exists() else ""
+
+    def kill(self) -> None:
+        """End it as a crash or the OOM killer would, with its keeper, so that nobody starts it again. Its
+        targets run on."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
 
     def stop(self, *, timeout: float = 30.0) -> int:
         assert self.process is not None

@@ -325,7 +325,7 @@ def test_a_second_term_does_not_wait(serve: Serve) -> None:
 def test_a_second_supervisor_is_refused_and_told_who_is_there(serve: Serve) -> None:
     client = serve.start(f"[target.web]\n{SLEEPER}")
     second = subprocess.run(
-        [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "serve"],
+        serve.command(),
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert second.returncode == 8
