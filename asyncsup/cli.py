@@ -296,6 +296,16 @@ def _config_check(session: Session) -> int:
     return 0
 
 
+def _config_schema(session: Session) -> int:
+    import json
+
+    from asyncsup.config.schema import config_schema
+
+    schema = config_schema()
+    session.out.result(schema, json.dumps(schema, indent=2).splitlines)
+    return 0
+
+
 def _config_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE", help="instead of -c FILE or the usual places")
 
@@ -1222,7 +1232,10 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "events": Verb("follow what happens", _events_arguments, _events),
     "wait": Verb("wait until targets are ready, running or stopped", _wait_arguments, _wait),
     "shutdown": Verb("stop all targets and the supervisor", _shutdown_arguments, _shutdown),
-    "config": {"check": Verb("check the configuration", _config_check_arguments, _config_check)},
+    "config": {
+        "check": Verb("check the configuration", _config_check_arguments, _config_check),
+        "schema": Verb("print the JSON Schema of asyncsup.toml, for editors", _none, _config_schema),
+    },
     "patch": {
         "build": Verb("make a package out of two folders", _patch_build_arguments, _patch_build),
         "sign": Verb("sign a package with an SSH key", _patch_sign_arguments, _patch_sign),

@@ -404,7 +404,7 @@ def test_what_crashes_during_a_reload_elsewhere_fails_the_patch(serve: Serve, fi
 
 def test_who_respawned_on_the_new_files_is_told_of_the_way_back(field: Field) -> None:
     """An instance that crashed after the switch has started on the new files; it is left on them."""
-    field.start("web", "slow", defaults='min_uptime = "10ms"\n[defaults.patch]\nack_timeout = "3s"')
+    field.start("web", "slow", defaults='min_uptime = "10ms"\n[defaults.patch]\nack_timeout = "1m"')
     field.behave("slow", reload="never")
     with field.applying(field.package("web", "slow")) as outcome:
         before = field.said("web", "build=300 a.txt=new-a")
@@ -416,6 +416,8 @@ def test_who_respawned_on_the_new_files_is_told_of_the_way_back(field: Field) ->
             ),
             "web on the new files again",
         )
+        # It is this one's missing answer that ends the patch.
+        os.kill(field.instance("slow")["pid"], signal.SIGKILL)
     assert isinstance(outcome[0], AsyncsupError)
     assert field.content("web")["a.txt"] == "old-a"
     assert "a.txt=old-a" in field.instance("web")["status_text"]

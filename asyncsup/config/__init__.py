@@ -5,6 +5,7 @@ settings.py    the settings, one dataclass for each table; what there is and its
 values.py      how each type of value is written: durations, sizes, commands, signals ...
 reader.py      files to settings: merging, unknown keys, names; nothing is read from disk
 checks.py      what has to hold between settings, and between them and the machine
+schema.py      the same as a JSON Schema, for editors
 problems.py    what is wrong and where; toml_lines.py finds the line of a key
 files.py       finding and loading the files: the only part that reads them
 machine.py     what the checks ask of the machine

@@ -254,21 +254,35 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return by_folded[found[0]] if found else None
 
 
+Schema = Mapping[str, Any]
+"""A JSON Schema; what it cannot say (a signal's name, a program that exists) is left to `ValueType.read`."""
+
+_STRING: Final[Schema] = MappingProxyType({"type": "string", "minLength": 1})
+_STRING_ARRAY: Final[Schema] = MappingProxyType({"type": "array", "items": _STRING, "uniqueItems": True})
+
+
 class ValueType(Generic[T]):
     """How values of one type are written in TOML: their name in the reference, read from it, shown in it.
 
     Args:
         read: takes the TOML value and where it stands; raises `BadValueError`.
+        schema: for editors; it must accept whatever ``read`` does.
     """
 
-    __slots__ = ("name", "read", "show")
+    __slots__ = ("name", "read", "schema", "show")
 
     def __init__(
-        self, name: str, read: Callable[[Any, Scope], T], show: Callable[[Any], str] = toml_text
+        self,
+        name: str,
+        read: Callable[[Any, Scope], T],
+        show: Callable[[Any], str] = toml_text,
+        *,
+        schema: Schema = _STRING,
     ) -> None:
         self.name = name
         self.read = read
         self.show = show
+        self.schema = schema
 
 
 def integer(low: int, high: int | None = None) -> ValueType[int]:
@@ -286,7 +300,8 @@ def integer(low: int, high: int | None = None) -> ValueType[int]:
             raise BadValueError(f"must be from {low} to {top}")
         return value
 
-    return ValueType(f"integer from {low}" if high is None else f"integer {low} to {high}", read)
+    name = f"integer from {low}" if high is None else f"integer {low} to {high}"
+    return ValueType(name, read, schema={"type": "integer", "minimum": low, "maximum": top})
 
 
 def choice(alternatives: Any) -> ValueType[Any]:
@@ -303,7 +318,9 @@ def choice(alternatives: Any) -> ValueType[Any]:
         return text
 
     *others, last = map(quoted, names)
-    return ValueType(f"{', '.join(others)} or {last}", read)
+    # A string with a variable in it may become any of them.
+    schema = {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": r"\$\{"}]}
+    return ValueType(f"{', '.join(others)} or {last}", read, schema=schema)
 
 
 def _read_boolean(value: Any, scope: Scope) -> bool:
@@ -411,7 +428,7 @@ def _signal_except(purpose: str, *refused: signal.Signals) -> ValueType[signal.S
             raise BadValueError(f"{found.name} cannot {purpose} a process")
         return found
 
-    return ValueType("signal", read)
+    return ValueType("signal", read, schema={"type": ["string", "integer"]})
 
 
 def _read_umask(value: Any, scope: Scope) -> int:
@@ -518,33 +535,68 @@ def _show_size(value: Any) -> str:
     return quoted(format_size(value))
 
 
-BOOLEAN: Final = ValueType("boolean", _read_boolean)
+_NUMBER_OR_TEXT: Final[Schema] = MappingProxyType({
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^ ?[0-9]|\$\{"}]
+})  # fmt: skip
+_LIMIT: Final[Schema] = MappingProxyType({"anyOf": [_NUMBER_OR_TEXT, {"const": "unlimited"}]})
+
+BOOLEAN: Final = ValueType("boolean", _read_boolean, schema={"type": "boolean"})
 TEXT: Final = ValueType("string", _read_text)
-DURATION: Final = ValueType("duration", _read_duration, _show_duration)
-TIMEOUT: Final = ValueType("duration above 0", _read_timeout, _show_duration)
-SIZE: Final = ValueType("size above 0", _read_size, _show_size)
+DURATION: Final = ValueType("duration", _read_duration, _show_duration, schema=_NUMBER_OR_TEXT)
+TIMEOUT: Final = ValueType("duration above 0", _read_timeout, _show_duration, schema=_NUMBER_OR_TEXT)
+SIZE: Final = ValueType("size above 0", _read_size, _show_size, schema=_NUMBER_OR_TEXT)
 PATH: Final = ValueType("path", lambda value, scope: scope.path(value))
 PATHS: Final = ValueType(
-    "array of paths", lambda value, scope: tuple(scope.path(item) for item in _array(value, "paths"))
+    "array of paths",
+    lambda value, scope: tuple(scope.path(item) for item in _array(value, "paths")),
+    schema={"type": "array", "items": _STRING},
 )
 LOG_PATH: Final = ValueType("path", lambda value, scope: scope.path(value, per_instance=True))
 LOG_STDERR: Final = ValueType('path, "stdout" or "separate"', _read_stderr, _show_stderr)
-STRINGS: Final = ValueType("array of strings", _read_strings)
-COMMAND: Final = ValueType("command", _read_command)
+STRINGS: Final = ValueType("array of strings", _read_strings, schema=_STRING_ARRAY)
+COMMAND: Final = ValueType(
+    "command",
+    _read_command,
+    schema={"anyOf": [_STRING, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
+)
 STOP_SIGNAL: Final = _signal_except("end", signal.SIGSTOP, signal.SIGTSTP, signal.SIGCONT)
 RELOAD_SIGNAL: Final = _signal_except("reload", signal.SIGKILL, signal.SIGSTOP)
-UMASK: Final = ValueType("octal string", _read_umask, lambda value: f'"{value:03o}"')
-EXIT_CODES: Final = ValueType("array of integers 0 to 255", _read_exit_codes)
-PERSIST: Final = ValueType("array of paths below root", _read_persist)
-ALLOW: Final = ValueType('array of "warm", "cold"', _read_allow)
-INHERIT: Final = ValueType("boolean or array of variable names", _read_inherit)
+UMASK: Final = ValueType(
+    "octal string",
+    _read_umask,
+    lambda value: f'"{value:03o}"',
+    schema={"type": "string", "pattern": r"^0?[0-7]{1,3}$|\$\{"},
+)
+EXIT_CODES: Final = ValueType(
+    "array of integers 0 to 255",
+    _read_exit_codes,
+    schema={"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
+)
+PERSIST: Final = ValueType("array of paths below root", _read_persist, schema=_STRING_ARRAY)
+ALLOW: Final = ValueType('array of "warm", "cold"', _read_allow, schema=_STRING_ARRAY)
+INHERIT: Final = ValueType(
+    "boolean or array of variable names",
+    _read_inherit,
+    schema={"anyOf": [{"type": "boolean"}, _STRING_ARRAY]},
+)
 ENDPOINT: Final = ValueType('"ipc://PATH"', _read_endpoint)
-ENV_VALUE: Final = ValueType("string", lambda value, scope: scope.text(value, per_instance=True))
+ENV_VALUE: Final = ValueType(
+    "string", lambda value, scope: scope.text(value, per_instance=True), schema={"type": "string"}
+)
 
-LIMIT_COUNT: Final = ValueType('integer from 0 or "unlimited"', _read_limit(integer(0).read))
-_LIMIT_SIZE: Final = ValueType('size or "unlimited"', _read_limit(_read_limit_size), _show_limit(format_size))
+LIMIT_COUNT: Final = ValueType(
+    'integer from 0 or "unlimited"',
+    _read_limit(integer(0).read),
+    schema={"anyOf": [{"type": "integer", "minimum": 0}, {"const": "unlimited"}]},
+)
+_LIMIT_SIZE: Final = ValueType(
+    'size or "unlimited"', _read_limit(_read_limit_size), _show_limit(format_size), schema=_LIMIT
+)
 _LIMIT_CPU: Final = ValueType(
-    'duration in whole seconds or "unlimited"', _read_limit(_read_cpu_seconds), _show_limit(_show_duration)
+    'duration in whole seconds or "unlimited"',
+    _read_limit(_read_cpu_seconds),
+    _show_limit(_show_duration),
+    schema=_LIMIT,
 )
 LIMITS: Final[Mapping[str, ValueType[int]]] = MappingProxyType({
     "nofile": LIMIT_COUNT, "nproc": LIMIT_COUNT, "cpu": _LIMIT_CPU,
