@@ -28,6 +28,7 @@ from asyncsup.errors import SpawnError, TargetNotRunningError
 from asyncsup.events import EventStream, timestamp
 from asyncsup.lifecycle import Event, State
 from asyncsup.logs import OutputStream, RotatingFile
+from asyncsup.patch.statedir import PYCACHE
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from target_sdk import protocol
 from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswer
@@ -425,7 +426,7 @@ class Instance:
             own[protocol.ENV_ROOT] = str(config.root)
             own[protocol.ENV_CURRENT] = str(facts.current)
             # Source of equal size and equal mtime second would run the bytecode of the build before.
-            cache = self._runtime.state_dir / "pycache" / config.name / str(facts.generation)
+            cache = self._runtime.state_dir / PYCACHE / config.name / str(facts.generation)
             own["PYTHONPYCACHEPREFIX"] = str(cache)
         if config.protocol == "notify":
             own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)

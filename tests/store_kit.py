@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -236,6 +237,19 @@ def benches() -> Iterator[Callable[..., Bench]]:
     """What the `bench` fixtures of the tests are: ``bench(layout, *names, **options of the targets)``."""
     with memory_folder() as base, ExitStack() as stack:
         yield lambda layout, *names, **options: Bench(base, stack, layout, *names, **options)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system of its own at `folder`."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def names_in(folder: Path) -> list[str]:

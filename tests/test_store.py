@@ -20,6 +20,7 @@ from store_kit import (
     begin,
     benches,
     leftovers,
+    mounted,
     names_in,
     open_store,
     package,
@@ -303,6 +304,11 @@ def test_every_delivered_file_gets_an_mtime_second_of_its_generation(
         assert times[0] < times[1]
         assert times[0] // 10**9 not in seconds
         seconds.add(times[0] // 10**9)
+    # Also the same patch once more, after it was taken back.
+    roll_back(b.store)
+    assert int((b.root / "app.json").stat().st_mtime) in seconds
+    apply(b.store, b.patch(302, modified={"app.json": b"302", "rules/eu.json": b"302"}))
+    assert int((b.root / "app.json").stat().st_mtime) not in seconds
 
 
 def test_python_runs_the_new_source_though_size_and_second_are_the_same(bench: Callable[..., Bench]) -> None:
@@ -321,6 +327,8 @@ def test_python_runs_the_new_source_though_size_and_second_are_the_same(bench: C
     assert run() == "3"
     roll_back(b.store)
     assert run() == "2"
+    apply(b.store, b.patch(302, modified={"lib.py": b"X = 4\n"}))
+    assert run() == "4"
 
 
 # --- the program's own files in a tree ----------------------------------------------------------------------
@@ -459,7 +467,7 @@ def test_a_root_on_another_file_system_is_copied(layout: Layout, tmp_path: Path,
 def test_a_mount_inside_a_tree_is_refused(bench: Callable[..., Bench], stack: ExitStack) -> None:
     b = bench(Layout.TREE)
     (b.root / "mnt").mkdir()
-    with mounted(b.root / "mnt", "64k"):
+    with mounted(b.root / "mnt", "size=64k"):
         patch = b.patch(300, modified={"app.json": b"two"})
         txn = begin(b.store, patch)
         with pytest.raises(PatchRefusedError, match="another file system is mounted at mnt") as caught:
@@ -469,25 +477,13 @@ def test_a_mount_inside_a_tree_is_refused(bench: Callable[..., Bench], stack: Ex
         assert seen(b.root) == FILES
 
 
-@contextmanager
-def mounted(folder: Path, size: str) -> Iterator[None]:
-    """A small file system of its own at `folder`."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @both_layouts
 def test_a_disk_too_small_for_the_patch_is_noticed_before_and_while_staging(
     layout: Layout, tmp_path: Path, stack: ExitStack
 ) -> None:
     state = tmp_path / "state"
     state.mkdir()
-    stack.enter_context(mounted(state, "4m"))
+    stack.enter_context(mounted(state, "size=4m"))
     where = target(tmp_path, layout)
     write_tree(where.root, FILES)
     store = open_store(tmp_path, where)

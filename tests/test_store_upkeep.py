@@ -171,6 +171,23 @@ def test_after_a_release_writing_in_place_changes_no_generation(
     assert seen(b.root)["app.json"] == b"edited"
 
 
+@both_layouts
+def test_bytecode_goes_with_its_generation(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+    for build in (301, 302):
+        apply(b.store, b.patch(build, modified={"app.json": b"%d" % build}))
+    home = b.base / "state/pycache/web"
+    for number in (0, 1, 2, 77):
+        write_tree(home, {f"{number}/srv/app.cpython-311.pyc": b"code"})
+    assert b.store.prune("web", 1) == [0]
+    assert names_in(home) == ["1", "2", "77"]
+    b.reopen()  # What came into being after its generation had gone is swept at the start.
+    assert names_in(home) == ["1", "2"]
+    roll_back(b.store)
+    b.store.prune("web", 1)
+    assert names_in(home) == ["1"]
+
+
 # --- what is configured -------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,11 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
+
+from asyncsup.patch.space import MARGIN_BYTES, MARGIN_INODES, Need, Room
 
 DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 DIRECTORY_NOFOLLOW: Final = DIRECTORY | os.O_NOFOLLOW
@@ -315,6 +317,27 @@ def _loosen(name: str, directory: int) -> None:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 _loosen(entry.name, fd)
+
+
+def rooms(needs: Iterable[Need]) -> list[Room]:
+    """What is needed of every file system concerned, and what is free there."""
+    by_device: dict[int, list[Need]] = {}
+    for need in needs:
+        by_device.setdefault(need.place.stat().st_dev, []).append(need)
+    return [_room(each) for each in by_device.values()]
+
+
+def _room(needs: Sequence[Need]) -> Room:
+    place = needs[0].place
+    volume = os.statvfs(place)
+    return Room(
+        place=place,
+        needed=MARGIN_BYTES + sum(need.size for need in needs),
+        free=volume.f_bavail * volume.f_frsize,
+        needed_inodes=MARGIN_INODES + sum(need.inodes for need in needs),
+        # Some file systems make inodes as they need them, and say 0.
+        free_inodes=volume.f_favail if volume.f_files else None,
+    )
 
 
 class Durability:

@@ -1,16 +1,19 @@
 """May this patch be applied to this target? Pure: facts in, a verdict for each gate out.
 
 Every gate is always judged and named in the result, whatever the others said; a gate is never skipped because
-something is unknown. What needs the files on disk (drift, base hashes, free space) is judged by the store
-when the patch is staged.
+something is unknown. What needs the files on disk (drift, base hashes, free space) the store finds out, and
+judges again when the patch is staged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from asyncsup.patch.manifest import Kind, Manifest
+from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.space import Room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,22 @@ def assess(
         ),
     )
     return Assessment(target=facts.name, gates=gates, already=same and all(gate.ok for gate in gates))
+
+
+def files_gate(plans: Sequence[FilePlan]) -> Gate:
+    """Closed by the first file that cannot be changed as the patch wants."""
+    broken = next((plan for plan in plans if plan.error is not None), None)
+    if broken is not None:
+        return Gate(name="files", ok=False, detail=f"{broken.path}: {broken.note}", code=broken.code)
+    return _open("files", "every file is as the patch expects it")
+
+
+def space_gate(found: Sequence[Room]) -> Gate:
+    """Closed by the first file system that is too small."""
+    for room in found:
+        if room.short is not None:
+            return _closed("space", f"not enough room in {room.place}: {room.short}", "gate.space")
+    return _open("space", "; ".join(f"{room.place}: {room.sizes}" for room in found))
 
 
 def _target(manifest: Manifest, facts: TargetFacts) -> Gate:

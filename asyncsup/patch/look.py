@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from asyncsup.patch import fs
@@ -25,6 +25,11 @@ def split(path: str) -> tuple[Sequence[str], str]:
     """The folders that lead to `path`, and its last component."""
     *folders, name = path.split("/")
     return folders, name
+
+
+def folders_of(paths: Iterable[str]) -> set[str]:
+    """All folders that lead to `paths`."""
+    return {path[:end] for path in paths for end, character in enumerate(path) if character == "/"}
 
 
 def unusable(path: str) -> PlanError | None:

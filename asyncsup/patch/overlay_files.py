@@ -15,6 +15,7 @@ from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
 from asyncsup.patch.manifest import FileChange
 from asyncsup.patch.overlay import Home, OverlayRoot
 from asyncsup.patch.plan import FilePlan, Found, Presence
+from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
     PatchSource,
     Planned,
@@ -66,6 +67,19 @@ class OverlayFiles(TargetFiles):
                 if item.appears:
                     made.update(dict.fromkeys(fs.missing_folders(root.fd, split(item.change.path)[0])))
         return list(made)
+
+    def needs_of_layout(self, planned: Sequence[Planned]) -> list[Need]:
+        """Links in the root; and from another file system, copies of the files that are adopted."""
+        adopted = [item.found for item in planned if item.found.presence is Presence.ORDINARY]
+        with self._root() as root:
+            far = os.fstat(root.fd).st_dev != self.state.path.stat().st_dev
+        links = len(adopted) + sum(item.appears for item in planned) + len(self.folders_to_make(planned))
+        needs = [Need(place=self.row.root, size=links * BLOCK_BYTES, inodes=links)]
+        if far and adopted:
+            homes = sum(row.state == "live" for row in self.database.generations(self.name))
+            size = sum(found.size + 2 * BLOCK_BYTES for found in adopted)
+            needs.append(Need(place=self.state.path, size=size * homes, inodes=len(adopted) * homes))
+        return needs
 
     # --- staging --------------------------------------------------------------------------------------------
 

@@ -37,8 +37,9 @@ from asyncsup.errors import (
     TargetNotFoundError,
     TrustUnavailableError,
 )
+from asyncsup.patch import fs
 from asyncsup.patch.checksum import checksum_file, read_checksum
-from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess
+from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Limits, Package, open_package
 from asyncsup.patch.prototype import with_root_name
@@ -52,6 +53,7 @@ from asyncsup.patch.report import (
     summary,
     verdict_of,
 )
+from asyncsup.patch.space import Need
 from asyncsup.patch.store import PatchInfo
 from asyncsup.patch.transaction import Change, Participant, Progress, Transaction
 from asyncsup.patch.trust import Endorsement, check_package, load_signers
@@ -201,7 +203,7 @@ class PatchOverseer:
         with await self._open(source) as package:
             trust = await self._judge_signatures(package)
             targets = self._targets_of(package.manifest, wish.target)
-            parts = [await self._assess(package, target, wish, trust) for target in targets]
+            parts = await self._assess_all(package, targets, wish, trust)
             refused = any(part.assessment.refused for part in parts)
             already = all(part.assessment.already for part in parts)
             return {
@@ -476,8 +478,7 @@ class PatchOverseer:
         self, package: Package, wish: Wish, trust: Gate | None, job: _Job, targets: Sequence[Target]
     ) -> Verdict:
         report, manifest = job.report, package.manifest
-        for target in targets:
-            report.parts.append(await self._assess(package, target, wish, trust))
+        report.parts += await self._assess_all(package, targets, wish, trust)
         for part in report.parts:
             if part.assessment.refused is not None:
                 gate = part.assessment.refused
@@ -725,7 +726,16 @@ class PatchOverseer:
             )
         return target
 
-    async def _assess(self, package: Package, target: Target, wish: Wish, trust: Gate | None) -> Part:
+    async def _assess_all(
+        self, package: Package, targets: Sequence[Target], wish: Wish, trust: Gate | None
+    ) -> list[Part]:
+        """Judge every gate for every target. The room that one needs is not there for the next."""
+        needs: list[Need] = []
+        return [await self._assess(package, target, wish, trust, needs) for target in targets]
+
+    async def _assess(
+        self, package: Package, target: Target, wish: Wish, trust: Gate | None, needs: list[Need]
+    ) -> Part:
         assert target.config.root is not None
         manifest = package.manifest
         if package.format == "prototype":
@@ -757,12 +767,11 @@ class PatchOverseer:
             assessment = Assessment(target=target.name, gates=(*assessment.gates, gate), already=False)
         files = [{"path": change.path, "op": change.op.value, "note": ""} for change in manifest.files]
         if assessment.refused is None and not assessment.already:
-            plans = await anyio.to_thread.run_sync(self._store.plan, target.name, manifest)
-            files = [{"path": plan.path, "op": plan.op, "note": plan.note} for plan in plans]
-            broken = next((plan for plan in plans if plan.code is not None), None)
-            if broken is not None:
-                gate = Gate(name="files", ok=False, detail=f"{broken.path}: {broken.note}", code=broken.code)
-                assessment = Assessment(target=target.name, gates=(*assessment.gates, gate), already=False)
+            survey = await anyio.to_thread.run_sync(self._store.survey, target.name, manifest)
+            files = [{"path": plan.path, "op": plan.op, "note": plan.note} for plan in survey.files]
+            needs += survey.needs
+            gates = (*assessment.gates, files_gate(survey.files), space_gate(fs.rooms(needs)))
+            assessment = Assessment(target=target.name, gates=gates, already=False)
         return Part(
             target=target,
             package=PackageView(package, manifest),

@@ -8,6 +8,7 @@
     sets/43/TARGET -> ../../generations/TARGET/17    or, of a tree that was never patched, -> its root
     generations/TARGET/17/
     persist/TARGET/          what a tree keeps outside of its generations
+    pycache/TARGET/17/       bytecode of the Python programs started on a generation
     staging/                 not visible to anybody, not worth keeping
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import fcntl
 import os
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +31,7 @@ from asyncsup.patch.tree import TreeRoot
 
 GENERATIONS: Final = "generations"
 PERSIST: Final = "persist"
+PYCACHE: Final = "pycache"
 STAGING: Final = "staging"
 OVERLAY: Final = "overlay"
 TREE: Final = "tree"
@@ -190,6 +193,7 @@ class StateDirectory:
 
         It leaves its place in one step, so that nobody finds half of it. Returns whether it is gone.
         """
+        self.discard_bytecode(target, number)
         try:
             fd = os.open(self.generation(target, number), fs.DIRECTORY_NOFOLLOW)
         except FileNotFoundError:
@@ -208,6 +212,18 @@ class StateDirectory:
         finally:
             os.close(fd)
         return True
+
+    def discard_bytecode(self, target: str, number: int) -> None:
+        """Remove what Python has compiled of a generation. A program that still runs on it compiles again."""
+        with contextlib.suppress(FileNotFoundError), fs.opened(self.path / PYCACHE / target) as folder:
+            fs.remove_tree(str(number), folder)
+
+    def sweep_bytecode(self, target: str, live: Set[int]) -> None:
+        """Remove bytecode of generations that are not there any more."""
+        with contextlib.suppress(FileNotFoundError), fs.opened(self.path / PYCACHE / target) as folder:
+            for name in fs.names(folder):
+                if name.isdecimal() and int(name) not in live:
+                    fs.remove_tree(name, folder)
 
     def sweep_staging(self) -> None:
         """Remove what a process that died has left in the staging area."""

@@ -51,6 +51,7 @@ from asyncsup.patch.look import identity
 from asyncsup.patch.manifest import Manifest
 from asyncsup.patch.overlay_files import OverlayFiles
 from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.space import Need
 from asyncsup.patch.statedir import StateDirectory
 from asyncsup.patch.target_files import PatchSource, Progress, TargetFiles, present
 from asyncsup.patch.tree_files import TreeFiles
@@ -64,6 +65,7 @@ __all__ = [
     "RollbackPlan",
     "StagedTarget",
     "Store",
+    "Survey",
     "TargetRoot",
     "TargetState",
 ]
@@ -120,6 +122,14 @@ class PatchInfo:
     version: str
     build: int
     kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a patch would do to the files of one target, and what room it needs for that."""
+
+    files: tuple[FilePlan, ...]
+    needs: tuple[Need, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,10 +427,19 @@ class Store:
         Raises:
             PatchRefusedError: the target has no root folder.
         """
+        return list(self.survey(target, manifest).files)
+
+    def survey(self, target: str, manifest: Manifest) -> Survey:
+        """What `plan` says, and what staging the patch takes.
+
+        Raises:
+            PatchRefusedError: the target has no root folder.
+        """
         files = self._files(target)
         with self._reporting(target):
-            plans = [item.plan for item in files.plan(manifest.files)]
-            return plans + files.oddities(frozenset(change.path for change in manifest.files))
+            planned = files.plan(manifest.files)
+            odd = files.oddities(frozenset(change.path for change in manifest.files))
+            return Survey(files=(*(item.plan for item in planned), *odd), needs=tuple(files.needs(planned)))
 
     def rollback_target(self, target: str) -> int | None:
         """The generation a rollback leads to: the one the current one was made from, while it is kept."""
@@ -797,6 +816,7 @@ class Store:
             found = {int(name) for name in fs.names(folder) if name.isdecimal()}
         for number in found - live:
             self._state.discard(target, number)
+        self._state.sweep_bytecode(target, live)
 
     # --- patches on hold ------------------------------------------------------------------------------------
 
@@ -998,18 +1018,24 @@ class Store:
             ) from error
         except OSError as error:
             if error.errno in fs.NO_SPACE:
-                raise self._no_space(target, size) from error
+                raise self._no_room(target, size) from error
             where = f" ({error.filename})" if error.filename else ""
             raise PatchError(
                 f"{target}: {error.strerror or error}{where}", code="patch.io_failed", target=target
             ) from error
         except StateError as error:
             if error.error_code == "state.full":
-                raise self._no_space(target, size) from error
+                raise self._no_room(target, size) from error
             raise
 
-    def _no_space(self, target: str, size: int) -> PatchRefusedError:
-        return self._files(target.partition(",")[0]).no_space(size)
+    def _no_room(self, target: str, size: int) -> PatchRefusedError:
+        files = self._files(target.partition(",")[0])
+        places = [place for place in (self._state.path, files.row.root) if place.is_dir()]
+        # Whichever of them it was, the system does not say.
+        tightest = min(
+            fs.rooms(Need(place=place, size=size, inodes=0) for place in places), key=lambda room: room.free
+        )
+        return files.no_room(tightest)
 
 
 def _destination(part: PartRow) -> int:

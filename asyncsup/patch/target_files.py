@@ -13,24 +13,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Protocol
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, StateError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import ChangeRow, Database, FileRow, GenerationRow, PartRow, TargetRow
-from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split, unusable
+from asyncsup.patch.look import TEMPORARY_PREFIX, folders_of, identity, split, unusable
 from asyncsup.patch.manifest import DEFAULT_MODE, FileChange, Manifest, Op
 from asyncsup.patch.plan import FilePlan, Found, PlanError, Presence, judge, refuse_if_any
+from asyncsup.patch.space import BLOCK_BYTES, Need, Room
 from asyncsup.patch.statedir import StateDirectory
 
 log = logging.getLogger("asyncsup.patch.store")
 
 Progress = Callable[[int], None]
-
-SPACE_MARGIN_BYTES: Final = 1 << 20
-SPACE_PER_FILE_BYTES: Final = 8 << 10
-"""A block for the file's tail and a share of folders, links and database."""
 
 
 class PatchSource(Protocol):
@@ -119,7 +116,7 @@ class TargetFiles(ABC):
         Returns the part, with its destination. Cleaning up after a failure is `undo`.
         """
         refuse_if_any(self.name, (item.plan for item in planned))
-        self._check_space(planned)
+        self._check_room(planned)
         number = max(row.number for row in self.database.generations(self.name)) + 1
         with self.database.write():
             self.database.add_generation(
@@ -260,34 +257,43 @@ class TargetFiles(ABC):
             stamp += 1
         return stamp
 
-    def _check_space(self, planned: Sequence[Planned]) -> None:
-        volume = os.statvfs(self.state.path)
-        free = volume.f_bavail * volume.f_frsize
-        needed = SPACE_MARGIN_BYTES + sum((p.change.size or 0) + SPACE_PER_FILE_BYTES for p in planned)
-        if needed > free:
-            raise self.no_space(needed, free)
-        # Some file systems have no fixed number of inodes and say 0.
-        if volume.f_files and volume.f_favail < 2 * len(planned) + 64:
-            raise PatchRefusedError(
-                f"{self.name}: {self.state.path} has {volume.f_favail} inodes left, too few for the patch",
-                code="gate.space",
-                target=self.name,
-                needed=2 * len(planned) + 64,
-                free=volume.f_favail,
-            )
+    # --- room -----------------------------------------------------------------------------------------------
 
-    def no_space(self, needed: int, free: int | None = None) -> PatchRefusedError:
-        """The refusal for want of room; sizes in bytes."""
-        if free is None:
-            volume = os.statvfs(self.state.path)
-            free = volume.f_bavail * volume.f_frsize
+    def needs(self, planned: Sequence[Planned]) -> list[Need]:
+        """What staging the changes takes, of every file system concerned."""
+        written = [item.change for item in planned if item.change.op is not Op.DELETED]
+        kept = present(self.database.files(self.name, self.state.number(self.name)))
+        folders = folders_of([*kept, *(change.path for change in written)])
+        content = sum((change.size or 0) + 2 * BLOCK_BYTES for change in written)
+        return [
+            Need(
+                place=self.state.path,
+                size=content + BLOCK_BYTES * len(folders),
+                inodes=len(written) + len(folders) + 1,
+            ),
+            *self.needs_of_layout(planned),
+        ]
+
+    @abstractmethod
+    def needs_of_layout(self, planned: Sequence[Planned]) -> list[Need]:
+        """What it takes besides the delivered files themselves."""
+
+    def _check_room(self, planned: Sequence[Planned]) -> None:
+        for room in fs.rooms(self.needs(planned)):
+            if room.short is not None:
+                raise self.no_room(room)
+
+    def no_room(self, room: Room) -> PatchRefusedError:
+        """The refusal for want of room."""
         return PatchRefusedError(
-            f"{self.name}: not enough room in {self.state.path}: the patch needs {needed} bytes, "
-            f"{free} are free",
+            f"{self.name}: there is not enough room in {room.place}: {room.short or room.sizes}",
             code="gate.space",
             target=self.name,
-            needed=needed,
-            free=free,
+            place=str(room.place),
+            needed=room.needed,
+            free=room.free,
+            needed_inodes=room.needed_inodes,
+            free_inodes=room.free_inodes,
         )
 
     # --- going back to an earlier generation ----------------------------------------------------------------

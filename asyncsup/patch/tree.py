@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
-from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, presence_of, regular, split
+from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, folders_of, presence_of, regular, split
 from asyncsup.patch.plan import Found, Presence
 
 _CARRIED: Final = f"{TEMPORARY_PREFIX}carried"
@@ -73,8 +74,39 @@ def reconcile(
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """How much there is in a tree; ``size`` is what its files take on disk, in bytes."""
+
+    files: int
+    folders: int
+    size: int
+
+
+def tally(content: int) -> Tally:
+    """Count what is below an open folder. A file with several names in it counts once for each."""
+    files = folders = size = 0
+    pending: list[Sequence[str]] = [()]
+    while pending:
+        parts = pending.pop()
+        here = _open_or_none(content, parts)
+        if here is None:
+            continue
+        folders += 1
+        try:
+            for name, is_folder in _entries(here):
+                if is_folder:
+                    pending.append((*parts, name))
+                elif (status := fs.lstat(name, here)) is not None:
+                    files += 1
+                    size += status.st_blocks * 512
+        finally:
+            os.close(here)
+    return Tally(files=files, folders=folders, size=size)
+
+
 def _remove_what_is_gone(source: int, destination: int, skip: Set[str]) -> Iterator[str]:
-    kept_folders = _folders_of(skip)
+    kept_folders = folders_of(skip)
     pending: list[Sequence[str]] = [()]
     while pending:
         parts = pending.pop()
@@ -101,7 +133,7 @@ def _bring_what_is_there(
     source: int, destination: int, skip: Set[str], durability: fs.Durability
 ) -> Iterator[str]:
     device = os.fstat(source).st_dev
-    only_if_needed = _folders_of(skip)
+    only_if_needed = folders_of(skip)
     pending: list[Sequence[str]] = [()]
     while pending:
         parts = pending.pop()
@@ -135,11 +167,6 @@ def _bring_what_is_there(
             os.close(here)
             if there is not None:
                 os.close(there)
-
-
-def _folders_of(paths: Set[str]) -> set[str]:
-    """All folders that lead to `paths`."""
-    return {path[:end] for path in paths for end, character in enumerate(path) if character == "/"}
 
 
 def _bring(name: str, here: int, there: int, durability: fs.Durability) -> bool:

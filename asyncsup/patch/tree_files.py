@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
@@ -13,6 +14,7 @@ from asyncsup.patch.database import FileRow, PartRow
 from asyncsup.patch.look import split
 from asyncsup.patch.manifest import FileChange
 from asyncsup.patch.plan import FilePlan, Found, PlanError, Presence
+from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
     PatchSource,
     Planned,
@@ -22,7 +24,10 @@ from asyncsup.patch.target_files import (
     present,
     problem_with,
 )
-from asyncsup.patch.tree import Form, TreeRoot, look, reconcile
+from asyncsup.patch.tree import Form, TreeRoot, look, reconcile, tally
+
+ENTRY_BYTES: Final = 64
+"""What a name takes in its folder."""
 
 
 class TreeFiles(TargetFiles):
@@ -66,6 +71,20 @@ class TreeFiles(TargetFiles):
 
     def folders_to_make(self, planned: Sequence[Planned]) -> list[str]:
         return []  # They are made in the clone.
+
+    def needs_of_layout(self, planned: Sequence[Planned]) -> list[Need]:
+        """The clone: a folder for each folder and a name for each file, and at first from another file system
+        the files as well."""
+        with self._content() as content:
+            there = tally(content)
+            moves_in = self.state.is_in_root(self.name)
+            copied = moves_in and os.fstat(content).st_dev != self.state.path.stat().st_dev
+        entries = (there.files + there.folders) * ENTRY_BYTES
+        clone = Need(place=self.state.path, size=there.folders * BLOCK_BYTES + entries, inodes=there.folders)
+        if not copied:
+            return [clone]
+        copy = Need(place=self.state.path, size=there.size, inodes=there.files + there.folders)
+        return [clone, copy]
 
     def has(self, generation: int, path: str, row: FileRow | None) -> bool:
         if row is not None:
