@@ -41,6 +41,7 @@ class Peer(Protocol):
     def said_hello(self, hello: Hello) -> Mapping[str, Any]: ...
     def said_ready(self, build: int | None) -> None: ...
     def said_status(self, text: str) -> None: ...
+    def said_failed(self, reason: str) -> None: ...
     def said_extend(self, seconds: float) -> None: ...
     def said_stopping(self) -> None: ...
 
@@ -226,6 +227,11 @@ def _tell(peer: Peer, request: Request) -> Mapping[str, Any]:
             if not isinstance(text, str):
                 raise ProtocolError("text must be a string", number=INVALID_PARAMS)
             peer.said_status(text)
+        case "failed":
+            reason = params.get("reason")
+            if not isinstance(reason, str):
+                raise ProtocolError("reason must be a string", number=INVALID_PARAMS)
+            peer.said_failed(reason)
         case "extend":
             seconds = params.get("seconds")
             if (

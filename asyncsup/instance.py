@@ -116,6 +116,8 @@ class Instance:
         self.state = State.STOPPED
         self.detail = ""
         self.status_text = ""
+        self.failure: str | None = None
+        """Why the program says that it cannot do its work, until it is reloaded, started or ready again."""
         self.restarts = 0
         self.last_exit: LastExit | None = None
         self.hello: Hello | None = None
@@ -180,6 +182,7 @@ class Instance:
             "in_state": now - self._since,
             "restarts": self.restarts,
             "status_text": self.status_text,
+            "failure": self.failure,
             "exit": self.last_exit.to_json() if self.last_exit is not None else None,
             "sdk": self.hello is not None,
             "build": self.hello.build if self.hello is not None else None,
@@ -188,7 +191,7 @@ class Instance:
         }
 
     async def wait_until(self, condition: Callable[[Instance], bool]) -> None:
-        """Return as soon as the condition holds; it is looked at after every change of state."""
+        """Return when the condition holds; it is looked at after every change of state and `failure`."""
         while not condition(self):
             future = asyncio.get_running_loop().create_future()
             self._waiters.append(future)
@@ -266,6 +269,7 @@ class Instance:
         """Have changed resources taken up, in whichever way this instance knows. Never raises: the outcome
         says what went wrong. On failure the process runs on.
         """
+        self.failure = None  # It spoke of the files there were before.
         told_by = self.told_by
         if told_by == "nobody":
             return ReloadOutcome(told_by=told_by, ok=True, took=0.0)
@@ -299,6 +303,7 @@ class Instance:
     def said_ready(self, build: int | None) -> None:
         if self.hello is not None and build is not None:
             self.hello = Hello(**{**self.hello.params(), "build": build})
+        self.failure = None
         self._became_ready("said ready")
 
     def said_status(self, text: str) -> None:
@@ -306,6 +311,15 @@ class Instance:
         self._runtime.events.emit(
             "instance.status", target=self.config.name, instance=self.name, text=self.status_text
         )
+
+    def said_failed(self, reason: str) -> None:
+        """A patch on probation is undone; at any other time this is for people."""
+        self.failure = reason[:1000] or "without a reason"
+        log.warning("%s says that it has failed: %s", self.name, self.failure)
+        self._runtime.events.emit(
+            "instance.failed", target=self.config.name, instance=self.name, reason=self.failure
+        )
+        self._wake_waiters()
 
     def said_extend(self, seconds: float) -> None:
         """Push the running start or stop time-out further away."""
@@ -353,18 +367,22 @@ class Instance:
             pid=self.pid,
             reason=reason,
         )
+        self._wake_waiters()
+        # Not here and now: whoever caused this change has not finished with it.
+        asyncio.get_running_loop().call_soon(self._on_change)
+
+    def _wake_waiters(self) -> None:
         waiters, self._waiters = self._waiters, []
         for future in waiters:
             if not future.done():
                 future.set_result(None)
-        # Not here and now: whoever caused this change has not finished with it.
-        asyncio.get_running_loop().call_soon(self._on_change)
 
     def _spawn(self) -> None:
         self._ready_at = None
         self._doomed = None
         self.hello = None
         self.status_text = ""
+        self.failure = None
         self.token = secrets.token_hex(16)
         try:
             self._child = self._spawn_command(self.config.command, {})

@@ -333,6 +333,8 @@ def _instance_detail(instance: Value) -> str:
         parts.append(clean(detail))  # how one that is well became so is of no interest
     if text and text != detail:
         parts.append(clean(text))
+    if instance.get("failure"):
+        parts.insert(0, f"says that it has failed: {clean(instance['failure'])}")
     ended = instance.get("exit")
     if not parts and ended and instance.get("pid") is None:
         parts.append(_exit_text(ended))
@@ -426,6 +428,7 @@ def show_lines(
                 ("restarts", _number(instance.get("restarts"))),
                 ("status", clean(instance.get("status_text") or "")),
                 ("detail", clean(instance.get("detail") or "")),
+                ("failure", clean(instance.get("failure") or "")),
                 ("last exit", f"{_exit_text(ended)} at {moment(ended.get('at'), date=True, tz=tz)}")
                 if ended
                 else ("last exit", ""),

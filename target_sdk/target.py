@@ -228,6 +228,16 @@ class Target:
         line = wire_text(text)
         self._report("status", lambda: {"text": line}, lasting=True)
 
+    def failed(self, reason: str) -> None:
+        """The program cannot do its work with what it has. Within the probation of a patch this undoes it.
+
+        For what turns out after a reload handler has returned, or after `ready`; whatever shows within the
+        handler is simply raised there. Later it is told to the operator and nothing else follows. `ready`
+        takes it back.
+        """
+        text = wire_text(reason)
+        self._report("failed", lambda: {"reason": text}, lasting=False)
+
     def extend(self, seconds: float) -> None:
         """Ask for this much more time (seconds, from now) in whatever the supervisor waits for."""
         if not 0 < seconds <= MAX_EXTEND:

@@ -38,6 +38,9 @@ class Listener:
     def said_status(self, text: str) -> None:
         self.heard.append(("status", text))
 
+    def said_failed(self, reason: str) -> None:
+        self.heard.append(("failed", reason))
+
     def said_extend(self, seconds: float) -> None:
         self.heard.append(("extend", seconds))
 
@@ -112,6 +115,7 @@ async def test_everything_an_instance_says_is_acknowledged(wire: Wire) -> None:
         ("ready", {"build": 7}, ("ready", 7)),
         ("ready", {"build": None}, ("ready", None)),
         ("status", {"text": "busy"}, ("status", "busy")),
+        ("failed", {"reason": "no prices"}, ("failed", "no prices")),
         ("extend", {"seconds": 3}, ("extend", 3.0)),
         ("stopping", {}, "stopping"),
     ]
@@ -127,6 +131,8 @@ async def test_everything_an_instance_says_is_acknowledged(wire: Wire) -> None:
         ("ready", {"build": True}),
         ("status", {"text": 3}),
         ("status", {}),
+        ("failed", {"reason": 3}),
+        ("failed", {}),
         ("extend", {"seconds": "3"}),
         ("extend", {"seconds": -1}),
         ("extend", {"seconds": 1e9}),

@@ -550,6 +550,23 @@ def test_a_crash_in_probation_undoes_a_warm_patch(field: Field) -> None:
     assert field.target("web")["build"] == 200
 
 
+def test_an_instance_that_says_in_probation_that_it_failed_undoes_the_patch_everywhere(field: Field) -> None:
+    field.start("good", "web", defaults="instances = 2")
+    field.behave("web", reload="regret")
+    pids = [instance["pid"] for instance in field.target("web")["instances"]]
+    error = field.refused(field.package("good", "web", probation=60.0))
+    assert (error.error_code, error.remote_exit_status) == ("patch.rolled_back", 23)
+    assert "said within probation that it has failed: these files turn out to be no good" in error.message
+    for name in ("good", "web"):
+        field.said(name, "build=200 a.txt=old-a b.txt=old-b")
+        assert field.content(name)["a.txt"] == "old-a"
+    after = field.target("web")["instances"]
+    assert [instance["pid"] for instance in after] == pids
+    assert [instance["failure"] for instance in after] == [None, None]
+    events = field.client.call("events.since", seq=0)["events"]
+    assert [e["instance"] for e in events if e["type"] == "instance.failed"] == ["web:0"]
+
+
 def test_a_stop_during_a_patch_puts_everything_back_first(field: Field) -> None:
     field.start("web", "good")
     package = field.package("web", "good", probation=60.0)

@@ -269,6 +269,17 @@ def test_text_of_any_kind_and_length_can_be_reported(supervisor: SdkSupervisor) 
         assert len(status.params["text"]) <= 2000
 
 
+def test_a_failure_is_told_with_its_reason(supervisor: SdkSupervisor) -> None:
+    with Target() as target:
+        target.failed("no prices \udcff")
+        (failed,) = supervisor.requests("failed")
+        assert failed.params == {"reason": "no prices \\udcff"}
+        target.failed("still none")
+        assert supervisor.requests("failed", 2)[1].params == {"reason": "still none"}
+    with_out = Target()  # Entered or not, managed or not, it never raises.
+    with_out.failed("nobody listens")
+
+
 def test_a_signal_handler_may_report_at_any_moment(supervisor: SdkSupervisor) -> None:
     handled = 0
 

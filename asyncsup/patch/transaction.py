@@ -354,7 +354,7 @@ class Transaction:
         await together(partial(start, participant) for participant in self.change.participants)
 
     async def _probation(self) -> None:
-        """Nobody may end, or stop being ready, for a while after the change."""
+        """Nobody may end, stop being ready or say that it has failed, for a while after the change."""
         with self._step("probation") as step:
             step["detail"] = f"{self.change.probation:g} s"
             with anyio.move_on_after(self.change.probation):
@@ -377,7 +377,7 @@ class Transaction:
             self.waits_for_commit = False
 
     async def _fall(self, instance: Instance, pid: int | None) -> None:
-        await instance.wait_until(lambda i: not i.ready or i.pid != pid)
+        await instance.wait_until(lambda i: not i.ready or i.pid != pid or i.failure is not None)
         self._check_standing(instance, pid)
 
     def _check_standing(self, instance: Instance, pid: int | None) -> None:
@@ -385,6 +385,12 @@ class Transaction:
             why = instance.last_exit.reason if instance.last_exit is not None else instance.detail
             raise PatchError(
                 f"{instance.name} did not survive probation: {why}",
+                code="patch.probation_failed",
+                instance=instance.name,
+            )
+        if instance.failure is not None:
+            raise PatchError(
+                f"{instance.name} said within probation that it has failed: {instance.failure}",
                 code="patch.probation_failed",
                 instance=instance.name,
             )

@@ -1,7 +1,8 @@
 """A target that behaves, or misbehaves, as the file `behaviour.json` in its working folder says.
 
-Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never or die; "start" is ok,
-die, mute or late-die (ends shortly after it was ready). "build" is what it claims at its hello.
+Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never, die or regret (the
+first instance takes it up, and then says that it has failed); "start" is ok, die, mute or late-die (ends shortly
+after it was ready). "build" is what it claims at its hello.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ async def reload(patch: Patch) -> None:
             await asyncio.sleep(3600)
         if what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "regret" and str(target.instance).endswith(":0"):
+            asyncio.get_running_loop().call_later(0.05, target.failed, "these files turn out to be no good")
     say(patch.build)
 
 
