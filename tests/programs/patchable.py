@@ -1,8 +1,8 @@
 """A target that behaves, or misbehaves, as the file `behaviour.json` in its working folder says.
 
 Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never, die or regret (the
-first instance takes it up, and then says that it has failed); "start" is ok, die, mute or late-die (ends shortly
-after it was ready). "build" is what it claims at its hello.
+first instance takes it up, and then says that it has failed); "start" is ok, die, mute or late-die (ends
+shortly after it was ready). "build" is what it claims at its hello.
 """
 
 from __future__ import annotations
