@@ -822,14 +822,37 @@ def _busy_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _patch_rollback(session: Session) -> int:
-    params = {"target": session.args.target, "wait_busy": session.args.wait}
+    args = session.args
+    params = {
+        "target": args.target,
+        "only": args.only or None,
+        "together": args.together or None,
+        "to_build": args.build,
+        "to_generation": args.generation,
+        "wait_busy": args.wait,
+    }
     report = transact(session, "patch.rollback", params)
     session.out.result(report, list)
     return 0
 
 
 def _patch_rollback_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="goes back to the generation before its current one")
+    parser.add_argument(
+        "target",
+        metavar="TARGET|ID",
+        help="a target, back to before its current patch; or a patch, by a transaction's number or the "
+        "beginning of its id, back on all its targets",
+    )
+    far = parser.add_mutually_exclusive_group()
+    far.add_argument(
+        "--to", dest="build", type=_number, metavar="BUILD", help="of a target: back to that build"
+    )
+    far.add_argument(
+        "--to-generation", dest="generation", type=_number, metavar="N", help="of a target: to a generation"
+    )
+    whom = parser.add_mutually_exclusive_group()
+    whom.add_argument("--only", action="store_true", help="no other target, though the patch covers others")
+    whom.add_argument("--together", action="store_true", help="every other target it covers as well")
     _busy_options(parser)
 
 
@@ -862,6 +885,12 @@ def _patch_prune_arguments(parser: argparse.ArgumentParser) -> None:
 def _natural(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 9999")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return int(text)
 
 

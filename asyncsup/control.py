@@ -31,9 +31,10 @@ from asyncsup.errors import (
 )
 from asyncsup.ipc import Router
 from asyncsup.logs import Cursor
-from asyncsup.patch.overseer import Source, Wish
+from asyncsup.patch.overseer import Source, WayBack, Wish
 from asyncsup.patch.prototype import parse_crc32
 from asyncsup.patch.uploads import CHUNK_BYTES
+from asyncsup.patch.way_back import Extent
 from asyncsup.supervisor import Selection, Supervisor
 from asyncsup.target import Target
 from asyncsup.together import together
@@ -504,10 +505,19 @@ class ControlServer:
 
     @method("patch.rollback")
     async def patch_rollback(self, call: Call) -> Any:
-        target = call.string("target")
+        build = call.optional_integer("to_build", at_most=2**53)
+        generation = call.optional_integer("to_generation", at_most=2**53)
+        way = WayBack(
+            reference=call.string("target"),
+            extent=Extent(build=build, generation=generation),
+            only=call.boolean("only", False),
+            together=call.boolean("together", False),
+        )
         wish = Wish(asked_by=call.asked_by, wait_busy=call.boolean("wait_busy", True))
         call.finish()
-        return await self.supervisor.overseer.rollback(target, wish)
+        if (build is not None and generation is not None) or (way.only and way.together):
+            raise RequestError("give one of to_build and to_generation, and one of only and together")
+        return await self.supervisor.overseer.rollback(way, wish)
 
     @method("patch.commit")
     async def patch_commit(self, call: Call) -> Any:

@@ -563,7 +563,8 @@ def report_lines(report: Value, *, ink: Ink = PLAIN, steps: bool = False, reason
         reason: also why it failed (leave out when the error itself follows).
     """
     if report.get("action") == "rollback":
-        lines = [f"rollback to build {clean(report.get('build', '?'))}"]
+        build = report.get("build")
+        lines = ["rollback" if build is None else f"rollback to build {clean(build)}"]
     elif report.get("build") is None:
         lines = ["the package was not opened"]
     else:

@@ -243,6 +243,67 @@ def test_rollback_goes_back_one_generation_at_a_time_and_patches_stack(field: Fi
     field.said("web", "build=500 a.txt=new-a")
 
 
+def test_a_patch_of_several_targets_is_taken_back_as_a_whole_or_on_one_of_them(field: Field) -> None:
+    field.start("a", "b", defaults="instances = 2")
+    first = field.apply(field.package("a", "b", build=300))
+    field.apply(field.package("b", build=400, before={"a.txt": "new-a"}, files={"a.txt": "newer-a"}))
+
+    def refused(**params: Any) -> tuple[str, int]:
+        before = field.picture("a", "b")
+        with pytest.raises(RemoteError) as caught:
+            field.client.call("patch.rollback", params)
+        assert field.picture("a", "b") == before
+        return caught.value.error_code, caught.value.remote_exit_status
+
+    for params in ({"target": "a", "together": True}, {"target": str(first["txn"])}):
+        assert refused(**params) == ("gate.later_patch", 20)
+    assert refused(target="a") == ("rollback.several", 2)
+    assert refused(target="b", to_build=200) == ("rollback.several", 2)
+    assert refused(target="a", to_build=1) == ("patch.not_found", 4)
+    assert refused(target="a", only=True, together=True) == ("request.invalid", 2)
+    assert refused(target=str(first["txn"]), only=True) == ("usage", 2)
+    assert refused(target="feedfeed") == ("patch.not_found", 4)
+    assert refused(target="nobody") == ("target.not_found", 4)
+
+    field.client.call("patch.rollback", target="b")
+    pids = [i["pid"] for name in "ab" for i in field.target(name)["instances"]]
+    report = field.client.call("patch.rollback", target=first["patch"][:8])
+    assert (report["verdict"], report["build"], report["patch"]) == ("committed", 200, first["patch"])
+    assert [entry["target"] for entry in report["targets"]] == ["a", "b"]
+    assert len([step for step in report["steps"] if step["step"] == "switch"]) == 1
+    for name in "ab":
+        field.said(name, "build=200 a.txt=old-a b.txt=old-b")
+    assert [i["pid"] for name in "ab" for i in field.target(name)["instances"]] == pids
+
+    # One of them alone, several patches at once, and the other one that is left.
+    again = field.apply(field.package("a", "b", build=500))
+    field.apply(field.package("a", build=600, before={"a.txt": "new-a"}, files={"a.txt": "newest-a"}))
+    report = field.client.call("patch.rollback", target="a", to_build=200, only=True)
+    assert [entry["target"] for entry in report["targets"]] == ["a"]
+    field.said("a", "build=200 a.txt=old-a")
+    field.said("b", "build=500 a.txt=new-a")
+    report = field.client.call("patch.rollback", target=str(again["txn"]))
+    assert [entry["target"] for entry in report["targets"]] == ["b"]
+    field.said("b", "build=200 a.txt=old-a")
+    with pytest.raises(RemoteError, match="not in force on any target"):
+        field.client.call("patch.rollback", target=str(again["txn"]))
+
+
+def test_a_whole_patch_that_one_target_cannot_give_back_stays_everywhere(field: Field) -> None:
+    field.start("a", "b")
+    field.apply(field.package("a", "b"))
+    field.behave("b", prepare="refuse")
+    with pytest.raises(RemoteError) as caught:
+        field.client.call("patch.rollback", target="a", together=True)
+    assert caught.value.error_code == "patch.not_allowed"
+    for name in "ab":
+        field.said(name, "build=300 a.txt=new-a")
+    field.behave("b")
+    field.client.call("patch.rollback", target="b", together=True)
+    for name in "ab":
+        field.said(name, "build=200 a.txt=old-a")
+
+
 def test_a_patched_target_stays_patched_when_the_supervisor_is_restarted(field: Field) -> None:
     field.start("web")
     field.apply(field.package("web"))

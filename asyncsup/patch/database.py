@@ -490,6 +490,13 @@ class Database:
         )
         return [_transaction(row) for row in rows]
 
+    def apply_of_patch(self, patch: str) -> TransactionRow | None:
+        """The newest transaction that applied a patch, by its whole id."""
+        row = self._one(
+            "SELECT * FROM transactions WHERE patch = ? AND action = 'apply' ORDER BY txn DESC LIMIT 1", patch
+        )
+        return None if row is None else _transaction(row)
+
     def update_transaction(
         self,
         txn: int,

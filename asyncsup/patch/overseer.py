@@ -36,6 +36,7 @@ from asyncsup.errors import (
     TargetBusyError,
     TargetNotFoundError,
     TrustUnavailableError,
+    UsageError,
 )
 from asyncsup.patch import fs
 from asyncsup.patch.checksum import checksum_file, read_checksum
@@ -54,10 +55,11 @@ from asyncsup.patch.report import (
     verdict_of,
 )
 from asyncsup.patch.space import Need
-from asyncsup.patch.store import PatchInfo
+from asyncsup.patch.store import MIN_PREFIX, PatchInfo
 from asyncsup.patch.transaction import Change, Participant, Progress, Transaction
 from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
+from asyncsup.patch.way_back import Extent, Stacks, goals_of_patch, goals_of_target
 from asyncsup.target import Target
 
 if TYPE_CHECKING:
@@ -98,6 +100,23 @@ class Wish:
     target: str | None = None
     wait_busy: bool = True
     retry_held: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WayBack:
+    """What is to be taken back.
+
+    Attributes:
+        reference: a target; or a patch, by a transaction's number or the beginning of its id.
+        extent: how far, for a target.
+        only: on no other target, though what is taken back covers others.
+        together: on every other target as well.
+    """
+
+    reference: str
+    extent: Extent
+    only: bool = False
+    together: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -300,16 +319,20 @@ class PatchOverseer:
         self._tasks.start_soon(self._apply_job, job, source, wish)
         return await self._answer(job)
 
-    async def rollback(self, name: str, wish: Wish) -> dict[str, Any]:
-        """Bring a target back to the generation before its current one; returns the report.
+    async def rollback(self, way: WayBack, wish: Wish) -> dict[str, Any]:
+        """Bring targets back to earlier generations, all in one transaction; returns the report.
 
         Raises:
-            AsyncsupError: as `apply` does; PatchNotFoundError when there is nothing to go back to.
+            AsyncsupError: as `apply` does, and as `goals_of_target` and `goals_of_patch` do.
         """
-        target = self._known(name)
         job = self._new_job("rollback", wish.asked_by)
-        self._tasks.start_soon(self._finish_job, job, self._carry_out(job, [target], self._roll_back, wish))
+        self._tasks.start_soon(self._finish_job, job, self._take_back(job, way, wish))
         return await self._answer(job)
+
+    async def _take_back(self, job: _Job, way: WayBack, wish: Wish) -> dict[str, Any]:
+        goals = await anyio.to_thread.run_sync(self._goals, way)
+        targets = [self._supervisor.targets[name] for name in goals]
+        return await self._carry_out(job, targets, partial(self._roll_back, way), wish)
 
     async def commit(self, reference: str) -> dict[str, Any]:
         """Commit a patch that waits for it; returns its report.
@@ -519,44 +542,77 @@ class PatchOverseer:
     def _stage(self, target: str, package: PackageView, txn: int, progress: Progress) -> None:
         self._store.stage(txn, target, package, progress)
 
-    async def _roll_back(self, job: _Job, targets: Sequence[Target]) -> Verdict:
-        (target,) = targets
-        report, before = job.report, self._store.state(target.name)
-        generation = await anyio.to_thread.run_sync(self._store.rollback_target, target.name)
-        if generation is None:
-            raise PatchNotFoundError(
-                f"{target.name} has no earlier generation to go back to", target=target.name
+    def _goals(self, way: WayBack) -> dict[str, int]:
+        """Which targets go back to which generation; in a worker thread."""
+        named = [target for target in self._with_root() if target.name == way.reference]
+        stacks = {target.name: self._store.stack(target.name) for target in self._with_root()}
+        if not named and _may_be_an_id(way.reference):
+            if way.only or way.together or way.extent != Extent():
+                raise UsageError(
+                    f"{way.reference} is a patch, and is taken back as a whole; how far to go, and on which "
+                    "targets, is said of a target",
+                    reference=way.reference,
+                )
+            return self._goals_of_patch(way.reference, stacks)
+        target = self._known(way.reference)
+        return goals_of_target(stacks, target.name, way.extent, only=way.only, together=way.together)
+
+    def _goals_of_patch(self, reference: str, stacks: Stacks) -> dict[str, int]:
+        found = self._store.find_transaction(reference)
+        by_number = reference.isdecimal() and found["txn"] == int(reference)
+        if by_number and found["action"] != "apply":
+            raise UsageError(
+                f"transaction {reference} is a rollback itself; apply the patch again", txn=found["txn"]
             )
-        ahead = await anyio.to_thread.run_sync(self._store.describe_rollback, target.name, generation)
-        participant = Participant(
-            target=target,
-            build_before=before.build,
-            build_after=ahead.build,
-            changed=[entry["path"] for entry in ahead.files],
-            stage=lambda txn, _: self._store.stage_rollback(txn, target.name, generation),
-        )
-        report.patch, report.build, report.kind = before.patch, ahead.build, ahead.kind
-        report.parts.append(
-            Part(
-                target=target,
-                package=None,
-                assessment=Assessment(target=target.name, gates=(), already=False),
-                files=ahead.files,
-                build_before=before.build,
-                participant=participant,
-            )
-        )
+        if found["patch"] is None:
+            raise PatchNotFoundError(f"transaction {reference} applied no patch", reference=reference)
+        among = [name for name in stacks if not by_number or name in found["targets"]]
+        title = " ".join(str(found[key]) for key in ("name", "version") if found[key])
+        return goals_of_patch(stacks, found["patch"], f"{title} (build {found['build']})", among)
+
+    async def _roll_back(self, way: WayBack, job: _Job, targets: Sequence[Target]) -> Verdict:
+        goals = await anyio.to_thread.run_sync(self._goals, way)
+        if goals.keys() != {target.name for target in targets}:
+            raise TargetBusyError("what is to be taken back has changed meanwhile; look again")
+        report = job.report
+        for target in targets:
+            report.parts.append(await anyio.to_thread.run_sync(self._part_back, target, goals[target.name]))
+        participants = [part.participant for part in report.parts if part.participant is not None]
+        builds = {participant.build_after for participant in participants}
+        kinds = {part.kind for part in report.parts}
+        report.patch = self._store.state(targets[0].name).patch
+        report.build = builds.pop() if len(builds) == 1 else None
+        report.kind = (Kind.WARM if kinds == {Kind.WARM} else Kind.COLD).value
         change = Change(
             action="rollback",
-            kind=Kind(ahead.kind),
-            patch=before.patch or "",
-            probation=target.config.patch.probation,
+            kind=Kind(report.kind),
+            patch=report.patch or "",
+            probation=max(target.config.patch.probation for target in targets),
             manual_commit=False,
             total_bytes=0,
-            participants=[participant],
+            participants=participants,
         )
         await self._run(job, change, None)
         return "committed"
+
+    def _part_back(self, target: Target, generation: int) -> Part:
+        before = self._store.state(target.name)
+        ahead = self._store.describe_rollback(target.name, generation)
+        return Part(
+            target=target,
+            package=None,
+            assessment=Assessment(target=target.name, gates=(), already=False),
+            files=ahead.files,
+            build_before=before.build,
+            kind=Kind(ahead.kind),
+            participant=Participant(
+                target=target,
+                build_before=before.build,
+                build_after=ahead.build,
+                changed=[entry["path"] for entry in ahead.files],
+                stage=lambda txn, _: self._store.stage_rollback(txn, target.name, generation),
+            ),
+        )
 
     async def _run(self, job: _Job, change: Change, info: PatchInfo | None) -> None:
         for participant in change.participants:
@@ -779,6 +835,12 @@ class PatchOverseer:
             files=files,
             build_before=state.build,
         )
+
+
+def _may_be_an_id(reference: str) -> bool:
+    """Whether it looks like a transaction's number, or the beginning of a patch's id."""
+    text = reference.strip().lower()
+    return text.isdecimal() or (len(text) >= MIN_PREFIX and set(text) <= set("0123456789abcdef"))
 
 
 def _was_not_tried(source: Source, error: AsyncsupError) -> bool:

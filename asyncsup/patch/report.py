@@ -11,7 +11,7 @@ from asyncsup.errors import AsyncsupError, PatchRolledBackError, PatchTargetRefu
 from asyncsup.events import timestamp
 from asyncsup.instance import RootFacts
 from asyncsup.patch.gates import Assessment, Gate
-from asyncsup.patch.manifest import FileChange, Manifest, Op
+from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op
 from asyncsup.patch.package import Package
 from asyncsup.patch.transaction import Participant, Progress
 from asyncsup.target import Target
@@ -40,6 +40,7 @@ class Part:
 
     Attributes:
         package: the package as this target reads it; None for a rollback, which needs none.
+        kind: of what is taken back; None for a patch, whose manifest says it.
     """
 
     target: Target
@@ -47,6 +48,7 @@ class Part:
     assessment: Assessment
     files: list[dict[str, Any]]
     build_before: int
+    kind: Kind | None = None
     participant: Participant | None = None
 
 

@@ -55,6 +55,7 @@ from asyncsup.patch.space import Need
 from asyncsup.patch.statedir import StateDirectory
 from asyncsup.patch.target_files import PatchSource, Progress, TargetFiles, present
 from asyncsup.patch.tree_files import TreeFiles
+from asyncsup.patch.way_back import Layer
 
 __all__ = [
     "FilePlan",
@@ -441,6 +442,33 @@ class Store:
             odd = files.oddities(frozenset(change.path for change in manifest.files))
             return Survey(files=(*(item.plan for item in planned), *odd), needs=tuple(files.needs(planned)))
 
+    def stack(self, target: str) -> tuple[Layer, ...]:
+        """The target's current generation, the one that was made from, and so on."""
+        with self._database.lock:
+            rows = {row.number: row for row in self._database.generations(target)}
+            number: int | None = self._state.number(target)
+        layers = []
+        while number is not None and number in rows:
+            row = rows[number]
+            layers.append(
+                Layer(
+                    generation=number,
+                    build=row.build,
+                    patch=row.patch,
+                    title=self._title(row),
+                    kept=row.state == "live" and (row.place == "root" or self._state.exists(target, number)),
+                    bottom=row.parent is None,
+                )
+            )
+            number = row.parent
+        return tuple(layers)
+
+    def _title(self, row: GenerationRow) -> str:
+        applied = None if row.patch is None else self._database.apply_of_patch(row.patch)
+        if applied is None:
+            return f"build {row.build}"
+        return f"{applied.name} {applied.version} (build {applied.build})"
+
     def rollback_target(self, target: str) -> int | None:
         """The generation a rollback leads to: the one the current one was made from, while it is kept."""
         with self._database.lock:
@@ -461,8 +489,8 @@ class Store:
         kinds, number = set(), now
         while number != generation:
             row = rows[number]
-            if row.txn is not None:
-                kinds.add(self._database.transaction(row.txn).kind)
+            applied = None if row.patch is None else self._database.apply_of_patch(row.patch)
+            kinds.add(None if applied is None else applied.kind)
             if row.parent is None:
                 break
             number = row.parent
