@@ -69,7 +69,7 @@ def test_the_nearest_generation_of_a_build_is_meant() -> None:
             ("p1", "p2"),
             (),
             Extent(build=7),
-            r"it can go back to build 1 \(generation 1\), 0 \(generation 0\)",
+            r"go back to build 1 \(generation 1\), 0 \(generation 0\)",
         ),
         (("p1", "p2"), (0, 1), Extent(build=7), "it can go back to build none"),
         (("p1", "p2"), (0,), Extent(generation=0), "generation 0 is not kept any more"),
@@ -95,8 +95,8 @@ def test_a_patch_of_several_targets_is_not_taken_back_on_one_of_them_by_accident
     assert isinstance(error, UsageError)
     assert error.error_code == "rollback.several"
     assert error.message == (
-        "rules 1 covers db as well as web; say --together to take that back on all of them, or --only for web "
-        "alone"
+        "rules 1 covers db as well as web; say --together to take that back on all of them, or --only for "
+        "web alone"
     )
     assert error.details == {"target": "web", "others": ["db"]}
     assert of_target(stacks, only=True) == {"web": 0}
@@ -118,7 +118,7 @@ def test_several_patches_go_together_when_the_same_ones_are_on_top_everywhere() 
     stacks = {"web": stack("p1", "p2", "p3", "p4"), "db": stack("p1", "p3", "p4"), "log": stack("p1")}
     error = of_target(stacks, Extent(build=2))
     assert isinstance(error, UsageError)
-    assert "rules 4 and rules 3 covers db" in error.message
+    assert "rules 4 and rules 3 cover db" in error.message
     assert of_target(stacks, Extent(build=2), together=True) == {"web": 2, "db": 1}
     assert of_target(stacks, Extent(build=0), together=True) == {"web": 0, "db": 0, "log": 0}
 

@@ -69,9 +69,10 @@ def goals_of_target(
     }
     if others and not together:
         titles = {layer.title: None for layer in stacks[target][:depth] if layer.patch in crossed}
+        verb = "covers" if len(titles) == 1 else "cover"
         raise UsageError(
-            f"{_listed(titles)} {'covers' if len(titles) == 1 else 'cover'} {_listed(others)} as well as {target}; say --together to take that back on all "
-            f"of them, or --only for {target} alone",
+            f"{_listed(titles)} {verb} {_listed(others)} as well as {target}; say --together to take that "
+            f"back on all of them, or --only for {target} alone",
             code="rollback.several",
             target=target,
             others=sorted(others),
