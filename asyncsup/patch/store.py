@@ -440,7 +440,10 @@ class Store:
         with self._reporting(target):
             planned = files.plan(manifest.files)
             odd = files.oddities(frozenset(change.path for change in manifest.files))
-            return Survey(files=(*(item.plan for item in planned), *odd), needs=tuple(files.needs(planned)))
+            return Survey(
+                files=(*(item.plan for item in planned), *odd),
+                needs=tuple(files.needs([item for item in planned if item.plan.error is None])),
+            )
 
     def stack(self, target: str) -> tuple[Layer, ...]:
         """The target's current generation, the one that was made from, and so on."""
