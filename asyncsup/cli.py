@@ -5,7 +5,7 @@ Only the verb that was asked for builds its parser, and everything that is not n
 imported by the one that needs it: `asyncsup status` runs in shell prompts and health checks.
 """
 
-# ruff: noqa: PTH100, PTH113, PTH119, PTH123
+# ruff: noqa: PTH100, PTH113
 # pathlib would be a good part of the run time of `asyncsup status`.
 
 from __future__ import annotations
@@ -702,6 +702,10 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _package(session: Session, argument: str) -> dict[str, Any]:
     """The parameters that name a package: a file by its path or sent over, anything else as in the inbox."""
+    from pathlib import Path
+
+    from asyncsup.patch.checksum import read_checksum
+
     args, out = session.args, session.out
     params: dict[str, Any] = {"sha256": args.sha256, "crc32": args.crc32, "target": args.target}
     if not os.path.isfile(argument):
@@ -710,7 +714,7 @@ def _package(session: Session, argument: str) -> dict[str, Any]:
         return {**params, "name": argument}
     path = os.path.abspath(argument)
     if args.sha256 is None and args.crc32 is None:
-        params["sha256"] = read_checksum_file(path)
+        params["sha256"] = read_checksum(Path(path))
     if session.client.endpoint.startswith("ipc://") and not args.upload:
         return {**params, "path": path}
     try:
@@ -719,26 +723,6 @@ def _package(session: Session, argument: str) -> dict[str, Any]:
         raise _file_error(error) from None
     out.clear_bar()
     return {**params, "upload": upload}
-
-
-def read_checksum_file(path: str) -> str | None:
-    """The SHA-256 for ``path`` in ``path.sha256``, a file as `sha256sum` writes it; None without such a file.
-
-    Raises:
-        UsageError: there is one, and it names no checksum for this package.
-    """
-    listed = f"{path}.sha256"
-    try:
-        with open(listed, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    wanted = os.path.basename(path)
-    for line in lines:
-        match = re.fullmatch(r"\\?([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?", line.strip())
-        if match and (match[2] is None or os.path.basename(match[2]) == wanted):
-            return match[1].lower()
-    raise UsageError(f"{listed} has no SHA-256 for {wanted}", code="usage.sha256")
 
 
 def in_inbox(session: Session, entries: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -953,12 +937,13 @@ def _patch_verify(session: Session) -> int:
     import json
     from pathlib import Path
 
+    from asyncsup.patch.checksum import read_checksum
     from asyncsup.patch.manifest import encode_manifest
     from asyncsup.patch.package import open_package
     from asyncsup.patch.prototype import parse_crc32
 
     args, out = session.args, session.out
-    sha256 = args.sha256 if args.sha256 or args.crc32 else read_checksum_file(args.file)
+    sha256 = args.sha256 if args.sha256 or args.crc32 else read_checksum(Path(args.file))
     crc32 = None if args.crc32 is None else parse_crc32(args.crc32)
     with open_package(Path(args.file), sha256=sha256, crc32=crc32) as package:
         signed = _check_signatures(package, args.allowed_signers, args.required)

@@ -161,6 +161,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "14 zero width": (lambda: named("files/a\u200bb"), "zip.name_control"),
     "15 trailing dot": (lambda: named("files/x."), "zip.name_trailing"),
     "15 trailing space": (lambda: named("files/x /y"), "zip.name_trailing"),
+    "15 version that unzip leaves out": (lambda: named("files/x;1"), "zip.name_trailing"),
+    "15 empty version that unzip leaves out": (lambda: named("files/x;"), "zip.name_trailing"),
     "16 reserved CON": (lambda: named("files/CON.txt"), "zip.name_reserved"),
     "16 reserved NUL": (lambda: named("files/nul"), "zip.name_reserved"),
     "17 same name twice": (lambda: beside(JOB), "zip.duplicate"),

@@ -395,6 +395,11 @@ HOSTILE_SIZES = {
         b"{" + b",".join(b'"x-%d":0' % (n % 999_999) for n in range(1_000_000)) + b"}"
     ),
     "a million files that are none": lambda: raw(files=[]).replace(b"[]", b"[" + b"0," * 1_000_000 + b"0]"),
+    "millions of files that are empty": lambda: raw(files=[]).replace(
+        b"[]", b"[" + b"{}," * 5_000_000 + b"{}]"
+    ),
+    "as many as are read": lambda: raw(files=[]).replace(b"[]", b"[" + b"{}," * 990_000 + b"{}]"),
+    "millions of empty values": lambda: b'{"x-a":[' + b"[]," * 5_000_000 + b"[]]}",
     "a huge path": lambda: raw_file(path="a/" * 5_000_000),
     "a huge value": lambda: raw(kind=["x" * 10_000_000]),
 }

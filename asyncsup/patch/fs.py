@@ -90,6 +90,37 @@ def opened(path: Path | str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def opened_file(path: Path | str, *, follow: bool = True) -> Iterator[int]:
+    """A descriptor to read a file through that anybody may have put there: never a pipe, a device, a folder.
+
+    Args:
+        follow: `path` may be a symbolic link.
+
+    Raises:
+        OSError: EISDIR for a folder, EINVAL for what else is no ordinary file.
+    """
+    fd = os.open(path, READ & ~os.O_NOFOLLOW if follow else READ)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_all(fd: int, limit: int) -> bytes:
+    """What is left of a file, but at most `limit` bytes."""
+    pieces = []
+    while limit and (piece := os.read(fd, min(limit, CHUNK_BYTES))):
+        pieces.append(piece)
+        limit -= len(piece)
+    return b"".join(pieces)
+
+
+@contextlib.contextmanager
 def below(base: int, parts: Sequence[str]) -> Iterator[int]:
     """A descriptor of the folder that `parts` name below `base`.
 

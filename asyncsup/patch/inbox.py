@@ -4,15 +4,20 @@ A zip is noticed when its writer closes it or renames it into place (inotify: no
 complete once it ends the way a zip ends: a copy that is still under way, or whose writer opens the file
 several times, is listed as incomplete. What has been dealt with moves to ``applied/`` or ``rejected/`` with a
 report beside it.
+
+Who may write to the folder need not be who we are: nothing in it is opened without looking, no link is
+followed out of it, and nothing that is there is written over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -24,12 +29,18 @@ from asyncinotify import Inotify, Mask
 
 from asyncsup.errors import PatchNotFoundError
 from asyncsup.events import EventStream
+from asyncsup.patch import fs
+from asyncsup.patch.checksum import has_checksum
 
 log = logging.getLogger("asyncsup.inbox")
 
 END_OF_CENTRAL_DIRECTORY: Final = b"PK\x05\x06"
 TAIL_BYTES: Final = 22 + 0xFFFF
 """The end record and the longest comment behind it."""
+
+_MAX_NAME_BYTES: Final = 255
+_LONGEST_ENDING: Final = ".sha256"
+"""Of the files that lie beside a package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +63,19 @@ class Inbox:
             each.mkdir(parents=True, exist_ok=True)
 
     def arrivals(self) -> list[Arrival]:
-        """What lies there, by name. Hidden files and other endings are none of ours."""
+        """What lies there, by name. Hidden files, other endings and names that are no text are not ours."""
         found = []
         for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
-            if not entry.name.endswith(".zip") or entry.name.startswith("."):
+            if not entry.name.endswith(".zip") or entry.name.startswith(".") or not _is_text(entry.name):
                 continue
             try:
                 if entry.is_file(follow_symlinks=False):
-                    path = Path(entry.path)
-                    found.append(Arrival(path=path, size=entry.stat().st_size, complete=looks_complete(path)))
+                    path, size = Path(entry.path), entry.stat(follow_symlinks=False).st_size
+                    found.append(Arrival(path=path, size=size, complete=looks_complete(path)))
             except FileNotFoundError:
                 continue  # moved away while we looked
+            except OSError as error:
+                log.warning("%s cannot be read: %s", entry.path, error.strerror)
         return found
 
     def find(self, name: str) -> Path:
@@ -80,21 +93,26 @@ class Inbox:
     def settle(
         self, path: Path, report: Mapping[str, Any], *, outcome: Literal["applied", "rejected"]
     ) -> Path:
-        """Move a zip (and its checksum file) away and write the report beside it; returns the new path."""
-        folder = self.folder / outcome
-        target = folder / path.name
-        number = 1
-        while target.exists():
-            number += 1
-            target = folder / f"{path.stem}-{number}{path.suffix}"
+        """Move a zip (and its checksum file) away and write the report beside it; returns the new path.
+
+        Raises:
+            OSError: it could not be moved.
+        """
         text = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        target.with_name(f"{target.name}.json").write_bytes(text)
-        path.replace(target)
-        checksum = path.with_name(f"{path.name}.sha256")
-        if checksum.exists():
-            checksum.replace(target.with_name(f"{target.name}.sha256"))
+        (self.folder / outcome).mkdir(exist_ok=True)
+        with fs.opened(self.folder) as home, _opened_in(home, outcome) as folder:
+            name, report_fd = _create_report(folder, path.name)
+            with open(report_fd, "wb") as file:  # noqa: PTH123 - of a descriptor
+                file.write(text)
+            try:
+                os.rename(path.name, name, src_dir_fd=home, dst_dir_fd=folder)
+            except OSError:
+                os.unlink(f"{name}.json", dir_fd=folder)
+                raise
+            if has_checksum(path):
+                os.rename(f"{path.name}.sha256", f"{name}.sha256", src_dir_fd=home, dst_dir_fd=folder)
         self._events.emit("inbox.changed", file=path.name, state=outcome)
-        return target
+        return self.folder / outcome / name
 
     async def watch(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Notice changes until cancelled."""
@@ -141,14 +159,50 @@ def is_regular(path: Path) -> bool:
 def looks_complete(path: Path) -> bool:
     """Whether the file ends with the end record of a zip, and the record's offsets lie within the file.
 
-    A cheap look, no judgement: the strict check is that of `asyncsup.patch.package`.
+    A cheap look, no judgement: the strict check is that of `asyncsup.patch.package`. What is no ordinary file
+    (any more) is never complete.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        tail = file.read()
+    try:
+        with fs.opened_file(path, follow=False) as fd:
+            tail = os.pread(fd, TAIL_BYTES, max(0, os.fstat(fd).st_size - TAIL_BYTES))
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.EISDIR, errno.ELOOP}:
+            return False
+        raise
     at = tail.rfind(END_OF_CENTRAL_DIRECTORY)
     if at < 0 or len(tail) - at < 22:
         return False
     comment = int.from_bytes(tail[at + 20 : at + 22], "little")
     return at + 22 + comment <= len(tail)
+
+
+@contextlib.contextmanager
+def _opened_in(home: int, name: str) -> Iterator[int]:
+    """A descriptor of a folder below `home`, which must not be a link."""
+    fd = os.open(name, fs.DIRECTORY_NOFOLLOW, dir_fd=home)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _create_report(folder: int, name: str) -> tuple[str, int]:
+    """A name that is free in `folder` for a package and what lies beside it, and its new, empty report."""
+    stem, number = name.removesuffix(".zip"), 1
+    while True:
+        ending = ".zip" if number == 1 else f"-{number}.zip"
+        room = _MAX_NAME_BYTES - len(ending) - len(_LONGEST_ENDING)
+        free = stem.encode()[:room].decode(errors="ignore") + ending
+        number += 1
+        if fs.lstat(free, folder) is not None or fs.lstat(f"{free}.sha256", folder) is not None:
+            continue
+        with contextlib.suppress(FileExistsError):
+            return free, os.open(f"{free}.json", fs.CREATE, 0o644, dir_fd=folder)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -29,8 +29,15 @@ MAX_INTEGER: Final = 2**53
 MAX_PROBATION: Final = 7 * 86400.0
 MAX_NOTES: Final = 16 << 10
 MAX_NESTING: Final = 32
+MAX_VALUES: Final = 2_000_000
+"""Keys and values in all: 50,000 changes with everything that can be said of each, and as much again. Without
+a bound, 16 MiB of ``[],[],`` cost a gigabyte and minutes."""
+
 MAX_PROBLEMS: Final = 100
 """No error lists more; it says how many there were."""
+
+MAX_COUNTED: Final = 10_000
+"""Nobody looks for more problems than this."""
 
 DEFAULT_MODE: Final = 0o644
 """Of a file whose `FileChange` has no mode and that was not there before."""
@@ -172,6 +179,9 @@ def load_json(raw: bytes) -> Any:
     Raises:
         PatchMalformedError: ``manifest.json``.
     """
+    # Each key and value but the first has one of these in front of it. Some may stand inside of strings.
+    if sum(map(raw.count, (b",", b":", b"[", b"{"))) > MAX_VALUES:
+        _refuse_json(f"the manifest has more than {MAX_VALUES} values; split the patch")
     try:
         shape = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -276,6 +286,8 @@ class Reader:
         self.count += 1
         if self.count <= MAX_PROBLEMS:
             self._problems.append(Problem(code=code, where=where, message=message))
+        elif self.count >= MAX_COUNTED:
+            self.finish()
 
     def finish(self) -> None:
         """Raise one error for all problems, if there are any."""

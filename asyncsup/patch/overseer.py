@@ -39,7 +39,7 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.patch import fs
-from asyncsup.patch.checksum import checksum_file, read_checksum
+from asyncsup.patch.checksum import has_checksum, read_checksum
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Limits, Package, open_package
@@ -73,7 +73,7 @@ class Source:
     """Where a package is, and what its checksum should be.
 
     Attributes:
-        identity: device and inode of the file, to know it again.
+        identity: of the file, to know it again: see `identity_of`.
         sidecar: ``sha256`` is what a file beside the package says, not whoever asks.
         in_inbox: it lies there, to be moved away once it has been dealt with.
     """
@@ -82,7 +82,7 @@ class Source:
     sha256: str | None = None
     crc32: int | None = None
     sidecar: bool = False
-    identity: tuple[int, int] | None = None
+    identity: tuple[int, ...] | None = None
     in_inbox: bool = False
 
 
@@ -196,7 +196,11 @@ class PatchOverseer:
             found = Path(path or "")
             if not found.is_absolute():
                 raise RequestError("path: must be absolute, the supervisor has another working directory")
-            if not found.is_file():
+            try:
+                is_file = found.is_file()
+            except OSError as error:
+                raise PatchNotFoundError(f"{found}: {error.strerror}", path=str(found)) from None
+            if not is_file:
                 raise PatchNotFoundError(f"{found}: no such file", path=str(found))
             in_inbox = found.parent == self._supervisor.config.patch.inbox
         beside = read_checksum(found) if sha256 is None else None
@@ -261,12 +265,12 @@ class PatchOverseer:
             entry: dict[str, Any] = {
                 "file": arrival.path.name,
                 "size": arrival.size,
-                "checksum": checksum_file(arrival.path).exists(),
+                "checksum": has_checksum(arrival.path),
                 "state": "incomplete",
             }
             if arrival.complete:
                 try:
-                    with await self._open(Source(path=arrival.path)) as package:
+                    with await self._open(Source(path=arrival.path, in_inbox=True)) as package:
                         entry |= {"state": "complete", **summary(package)}
                 except AsyncsupError as error:
                     entry |= {"state": "malformed", "detail": error.message, "code": error.error_code}
@@ -697,7 +701,15 @@ class PatchOverseer:
 
     async def _open(self, source: Source, *, must_be_trusted: bool = False) -> Package:
         package = await anyio.to_thread.run_sync(
-            partial(open_package, source.path, limits=self._limits, sha256=source.sha256, crc32=source.crc32)
+            partial(
+                open_package,
+                source.path,
+                limits=self._limits,
+                sha256=source.sha256,
+                crc32=source.crc32,
+                follow=not source.in_inbox,
+                private_copies=self.uploads.folder if must_be_trusted else None,
+            )
         )
         # Afterwards: whatever else is wrong with it is not mended by a checksum.
         weak = source.crc32 is not None and package.format == "prototype"
@@ -860,13 +872,16 @@ def _trust_gate(endorsement: Endorsement | None) -> Gate | None:
     return None if endorsement is None else Gate(name="trust", ok=True, detail=str(endorsement))
 
 
-def identity_of(path: Path) -> tuple[int, int] | None:
-    """Device and inode; None when there is nothing."""
+def identity_of(path: Path) -> tuple[int, ...] | None:
+    """Device, inode, size and time of the last change; None when there is nothing.
+
+    The inode alone is not enough: its number is given out again as soon as the file is gone.
+    """
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _resolve(job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:

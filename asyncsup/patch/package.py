@@ -2,6 +2,10 @@
 
 `open_package` accepts a package or refuses it before anything is extracted. What a `Package` then hands out
 is checked again as it streams by: size, CRC-32 and SHA-256, each against what was accepted.
+
+The file is opened once, and everything is read through that descriptor: who puts another file in its place
+changes nothing. Who may write into the file itself could change it between two looks at it, and no time stamp
+would tell for sure (memory mappings, clock ticks): hence `private_copies`.
 """
 
 from __future__ import annotations
@@ -10,14 +14,16 @@ import hashlib
 import os
 import re
 import stat
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, NoReturn, Self
 
-from asyncsup.errors import PatchMalformedError, PatchNotFoundError, UsageError
+from asyncsup.errors import PatchMalformedError, PatchNotFoundError, PatchRefusedError, UsageError
 from asyncsup.patch import archive, prototype
 from asyncsup.patch.archive import DEFAULT_LIMITS, Entry, Limits, quote
 from asyncsup.patch.manifest import SCHEMA, FileChange, Manifest, Op, Problem, malformed, parse_manifest
@@ -148,7 +154,13 @@ def _source_key(package_format: Format, change: FileChange) -> str:
 
 
 def open_package(
-    path: Path, *, limits: Limits = DEFAULT_LIMITS, sha256: str | None = None, crc32: int | None = None
+    path: Path,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    sha256: str | None = None,
+    crc32: int | None = None,
+    follow: bool = True,
+    private_copies: Path | None = None,
 ) -> Package:
     """Open a package and check everything about it but the content of its files.
 
@@ -159,9 +171,13 @@ def open_package(
     Args:
         sha256: what the SHA-256 of the whole file must be, in hex.
         crc32: what its CRC-32 must be.
+        follow: `path` may be a symbolic link.
+        private_copies: a folder that nobody else may enter. A file that others may write to is copied there,
+            to a file without a name, while its digest is computed; everything is read from the copy.
 
     Raises:
         PatchMalformedError: it is not a valid package; the code says why.
+        PatchRefusedError: ``gate.space``: there is no room for the private copy.
         PatchNotFoundError: there is no such file.
         UsageError: `sha256` or `crc32` cannot be one.
     """
@@ -170,12 +186,19 @@ def open_package(
     if crc32 is not None and not 0 <= crc32 < 1 << 32:
         raise UsageError(f"{crc32} is not a CRC-32: it has 32 bits", code="usage.crc32")
     try:
-        file = _open(path)
-        try:
-            return _read_package(file, path, limits, sha256, crc32)
-        except BaseException:
+        with ExitStack() as undo:
+            file = undo.enter_context(_open(path, follow=follow))
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                _refuse("zip.unreadable", "is not a regular file")
+            copy = None
+            if private_copies is not None and _others_may_write(status):
+                copy = undo.enter_context(_private_file(private_copies))
+            package = _read_package(file, path, limits, copy=copy, sha256=sha256, crc32=crc32)
+            undo.pop_all()
+        if copy is not None:
             file.close()
-            raise
+        return package
     except PatchMalformedError as error:
         raise _with_file(error, path) from error.__cause__
     except FileNotFoundError:
@@ -185,27 +208,49 @@ def open_package(
         raise _with_file(malformed_error, path) from error
 
 
-def _open(path: Path) -> FileIO:
+def _open(path: Path, *, follow: bool) -> FileIO:
     # Not blocking: a FIFO in the inbox must not hold up whoever looks at it.
-    return FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    return FileIO(os.open(path, flags))
 
 
-def _read_package(file: FileIO, path: Path, limits: Limits, sha256: str | None, crc32: int | None) -> Package:
+def _others_may_write(status: os.stat_result) -> bool:
+    """Whether anybody but us and root may change a file (the group's bit includes what an ACL grants)."""
+    return status.st_uid not in {0, os.geteuid()} or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _private_file(folder: Path) -> FileIO:
+    try:
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise _no_copy(error) from error
+    assert isinstance(file, FileIO)
+    return file
+
+
+def _read_package(
+    file: FileIO,
+    path: Path,
+    limits: Limits,
+    *,
+    copy: FileIO | None,
+    sha256: str | None,
+    crc32: int | None,
+) -> Package:
     fd = file.fileno()
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        _refuse("zip.unreadable", "is not a regular file")
     if status.st_size > limits.package_bytes:
         _refuse("zip.package_size", f"has {status.st_size} bytes, the limit is {limits.package_bytes}")
     try:
-        package_id, checksum = _digests(fd, status.st_size, want_crc32=crc32 is not None)
+        package_id, checksum = _digests(fd, status.st_size, copy, want_crc32=crc32 is not None)
         if sha256 is not None and sha256.lower() != package_id:
             _refuse("digest.sha256", f"has SHA-256 {package_id}, {sha256.lower()} was asked for")
         if crc32 is not None and crc32 != checksum:
             asked = f"{crc32} (0x{crc32:08x}) was asked for"
             _refuse("digest.crc32", f"has CRC-32 {checksum} (0x{checksum:08x}), {asked}")
-        entries = archive.scan(fd, status.st_size, limits)
-        package = _read_contents(file, path, entries, limits, package_id=package_id, size=status.st_size)
+        source = file if copy is None else copy
+        entries = archive.scan(source.fileno(), status.st_size, limits)
+        package = _read_contents(source, path, entries, limits, package_id=package_id, size=status.st_size)
     except PatchMalformedError as error:
         # If the file is being written to, that is what is wrong with it, whatever was seen of it.
         _refuse_changed(fd, status, cause=error)
@@ -214,7 +259,8 @@ def _read_package(file: FileIO, path: Path, limits: Limits, sha256: str | None, 
     return package
 
 
-def _digests(fd: int, size: int, *, want_crc32: bool) -> tuple[str, int]:
+def _digests(fd: int, size: int, copy: FileIO | None, *, want_crc32: bool) -> tuple[str, int]:
+    """SHA-256 and CRC-32 of the file, which is copied to `copy` on the way."""
     digest = hashlib.sha256()
     checksum = 0
     buffer = memoryview(bytearray(min(archive.CHUNK, size)))
@@ -223,11 +269,26 @@ def _digests(fd: int, size: int, *, want_crc32: bool) -> tuple[str, int]:
         count = os.preadv(fd, [buffer[: min(len(buffer), size - position)]], position)
         if count == 0:
             break  # it became shorter, which is noticed afterwards
-        digest.update(buffer[:count])
+        piece = buffer[:count]
+        digest.update(piece)
         if want_crc32:
-            checksum = zlib.crc32(buffer[:count], checksum)
+            checksum = zlib.crc32(piece, checksum)
+        if copy is not None:
+            _write_copy(copy.fileno(), piece)
         position += count
     return digest.hexdigest(), checksum
+
+
+def _write_copy(fd: int, piece: memoryview) -> None:
+    try:
+        _write_all(fd, piece)
+    except OSError as error:
+        raise _no_copy(error) from error
+
+
+def _no_copy(error: OSError) -> PatchRefusedError:
+    message = f"the package cannot be copied to where nobody else may change it: {error.strerror}"
+    return PatchRefusedError(message, code="gate.space")
 
 
 def _read_contents(

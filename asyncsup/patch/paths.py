@@ -26,6 +26,8 @@ PRIVATE_PREFIX: Final = ".asyncsup"
 """Names that begin so are asyncsup's own (state directory, staging links)."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
+# A number of the kind VMS puts behind names: `unzip` leaves it out, and would unpack `a;1` as `a`.
+_FILE_VERSION = re.compile(r";[0-9]*$")
 # What Windows takes for a device whatever the extension; a package with such a file cannot be unpacked there.
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\u00b9\u00b2\u00b3])(?:\.|$)")
 
@@ -82,6 +84,9 @@ def _component_fault(component: str) -> PathFault | None:
         return PathFault(rule="long", message=f"has a component of more than {MAX_COMPONENT_BYTES} bytes")
     if component[-1] in {".", " "}:
         return PathFault(rule="trailing", message="has a component that ends in a dot or a space")
+    if _FILE_VERSION.search(component):
+        message = "has a component that ends in a semicolon, or one and digits, which some readers leave out"
+        return PathFault(rule="trailing", message=message)
     folded = component.casefold()
     if _RESERVED.match(folded):
         return PathFault(rule="reserved", message="has a component that is a device name on Windows")

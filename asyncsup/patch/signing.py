@@ -228,7 +228,7 @@ def _write(package: Package, name: str, armored: bytes, output: Path, sidecar: P
     temporaries: list[Path] = []
     try:
         with _temporary(output, temporaries) as file:
-            os.fchmod(file.fileno(), stat.S_IMODE(package.path.stat().st_mode))
+            os.fchmod(file.fileno(), package.path.stat().st_mode & 0o777)
             _copy(package, file)
             _append(file, f"{SIGNATURES}{name}.sig", armored)
         (signed,) = temporaries

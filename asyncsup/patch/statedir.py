@@ -18,6 +18,8 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
+import stat
 from collections.abc import Set
 from pathlib import Path
 from typing import Final
@@ -61,11 +63,12 @@ class StateDirectory:
 
         Raises:
             StateLockedError: another process has it.
-            StateError: it is damaged, was moved, or is of another version.
+            StateError: it is damaged, was moved, is of another version, or others may write to it.
         """
         path = Path(os.path.realpath(path))
         with contextlib.ExitStack() as undo:
             _make_folder(path, 0o711)
+            _check_owner(path)
             lock = _take_lock(path / "lock")
             undo.callback(os.close, lock)
             # Programs of other users read through these; listing them is nobody's business.
@@ -243,8 +246,31 @@ def _make_folder(path: Path, mode: int) -> None:
     fs.sync_directory(path.parent)
 
 
+def _check_owner(path: Path) -> None:
+    """Whoever may write to the state directory decides what every target runs.
+
+    Raises:
+        StateError: somebody else may.
+    """
+    status = path.stat()
+    if status.st_uid not in {0, os.geteuid()}:
+        raise StateError(
+            f"{path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}, and who owns it decides what "
+            "every target runs; choose another state directory",
+            code="state.permissions",
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StateError(
+            f"{path} may be written to by others, who could put anything in a target's place; "
+            f"`chmod go-w {shlex.quote(str(path))}`",
+            code="state.permissions",
+        )
+
+
 def _take_lock(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    # For nobody else: whoever may open it, if only for reading, may lock it, and keep us from starting.
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -10,8 +10,6 @@ has signed it.
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncsup.errors import AllowedSignersError, PatchMalformedError, TrustUnavailableError
+from asyncsup.patch import fs
 from asyncsup.patch.signers import Signer, parse_allowed_signers
 from asyncsup.patch.sshsig import (
     USER_PRESENT,
@@ -330,13 +329,10 @@ def load_signers(path: Path) -> tuple[Signer, ...]:
         AllowedSignersError: it cannot be read, or has lines that are wrong.
     """
     try:
-        # Not blocking: a FIFO must not hold up whoever asks.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            content = file.read(MAX_SIGNERS_BYTES + 1) if regular else b""
+        with fs.opened_file(path) as fd:
+            content = fs.read_all(fd, MAX_SIGNERS_BYTES + 1)
     except OSError as error:
         raise AllowedSignersError(f"{path}: cannot be read: {error.strerror}", file=str(path)) from None
-    if not regular or len(content) > MAX_SIGNERS_BYTES:
-        what = f"has more than {MAX_SIGNERS_BYTES} bytes" if regular else "is not a regular file"
-        raise AllowedSignersError(f"{path}: {what}", file=str(path))
+    if len(content) > MAX_SIGNERS_BYTES:
+        raise AllowedSignersError(f"{path}: has more than {MAX_SIGNERS_BYTES} bytes", file=str(path))
     return parse_allowed_signers(content, source=str(path))

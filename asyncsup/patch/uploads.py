@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import secrets
+import time
 from pathlib import Path
 from typing import Any, Final
 
-from asyncsup.errors import PatchMalformedError, RequestError
+from asyncsup.errors import PatchError, PatchMalformedError, RequestError
+from asyncsup.ipc import private_directory
 
 CHUNK_BYTES: Final = 512 << 10
 """Most that one piece may carry: as base64 in JSON it still fits a message."""
+
+MOST: Final = 16
+"""Uploads at a time, which together may have as many bytes as `SHARES` of the largest."""
+
+SHARES: Final = 4
+
+IDLE_SECONDS: Final = 3600.0
+"""Without a new piece for so long, nobody is going to apply it."""
 
 
 class Uploads:
@@ -20,9 +30,9 @@ class Uploads:
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = folder
+        self.folder: Final = folder
         self._max_bytes = max_bytes
-        folder.mkdir(mode=0o700, exist_ok=True)
+        private_directory(folder)
         for leftover in folder.iterdir():
             leftover.unlink()
 
@@ -32,10 +42,12 @@ class Uploads:
         Raises:
             RequestError: unknown upload, or a gap.
             PatchMalformedError: more than a package may have; what had come is dropped.
+            PatchError: ``upload.quota``: too many, or too large together; nothing was taken.
         """
+        self._make_room(len(data), begins=upload is None)
         if upload is None:
             upload = secrets.token_hex(8)
-            (self._folder / upload).touch(mode=0o600)
+            (self.folder / upload).touch(mode=0o600)
         path = self.path(upload)
         size = path.stat().st_size
         if offset > size:
@@ -43,16 +55,32 @@ class Uploads:
         if offset + len(data) > self._max_bytes:
             path.unlink()
             raise PatchMalformedError(
-                f"the package is larger than max_package ({self._max_bytes} bytes)", code="zip.too_large"
+                f"the package is larger than max_package ({self._max_bytes} bytes)", code="zip.package_size"
             )
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(data)
         return {"upload": upload, "size": max(size, offset + len(data)), "complete": last}
 
+    def _make_room(self, size: int, *, begins: bool) -> None:
+        """Forget what was given up, and make sure that `size` bytes more are not too many."""
+        count = taken = 0
+        for path in self.folder.iterdir():
+            status = path.stat()
+            if begins and time.time() - status.st_mtime > IDLE_SECONDS:
+                path.unlink()
+                continue
+            count, taken = count + 1, taken + status.st_size
+        if (begins and count >= MOST) or taken + size > SHARES * self._max_bytes:
+            raise PatchError(
+                f"{count} uploads of {taken} bytes wait to be applied, and no more are taken; apply them, or "
+                f"wait {IDLE_SECONDS:.0f} s for those that were given up to be forgotten",
+                code="upload.quota",
+            )
+
     def path(self, upload: str) -> Path:
         """Raises RequestError when there is no such upload."""
-        path = self._folder / upload
+        path = self.folder / upload
         if len(upload) != 16 or not upload.isalnum() or not path.exists():
             raise RequestError(f"upload: {upload!r} is not an upload of this supervisor")
         return path
@@ -63,4 +91,4 @@ class Uploads:
             path.unlink(missing_ok=True)
 
     def has(self, path: Path) -> bool:
-        return path.parent == self._folder
+        return path.parent == self.folder

@@ -1,0 +1,440 @@
+"""Who may write to the inbox, to a package, or beside it, is not who decides: races, links, floods."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Serve
+from ssh_kit import key
+from test_patching import Field
+from test_supervisor import QUICK, SLEEPER
+from zip_forge import FILES, Part, forge, manifest_part, native
+
+from asyncsup.client import ControlClient
+from asyncsup.errors import (
+    PatchError,
+    PatchMalformedError,
+    PatchRefusedError,
+    RemoteError,
+    RequestError,
+    StateError,
+    UsageError,
+)
+from asyncsup.patch import uploads
+from asyncsup.patch.checksum import has_checksum, read_checksum
+from asyncsup.patch.package import open_package
+from asyncsup.patch.signing import sign_package
+from asyncsup.patch.store import Store
+from asyncsup.patch.uploads import Uploads
+
+VALID = native(*FILES)
+LONG_NAME = "x" * 251 + ".zip"
+"""As long as a name can be: there is no room for an ending behind it."""
+
+
+@pytest.fixture
+def field(serve: Serve) -> Iterator[Field]:
+    field = Field(serve)
+    yield field
+    if hasattr(field, "client"):
+        field.client.close()
+
+
+# --- the checksum beside a package --------------------------------------------------------------------------
+
+
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+def locked(path: Path) -> None:
+    path.write_text("0" * 64)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        # Root reads everything but what the system itself refuses.
+        path.unlink()
+        path.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize(
+    "make", [huge, os.mkfifo, Path.mkdir, locked, lambda path: path.symlink_to(path.name)],
+    ids=["a terabyte", "pipe", "folder", "not readable", "loop"],
+)  # fmt: skip
+def test_a_checksum_file_that_is_none_is_an_error_and_costs_nothing(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "p.zip.sha256")
+    with pytest.raises(UsageError) as caught:
+        read_checksum(tmp_path / "p.zip")
+    assert caught.value.error_code == "usage.sha256"
+
+
+def test_a_package_whose_name_has_no_room_for_an_ending_has_no_checksum(tmp_path: Path) -> None:
+    assert read_checksum(tmp_path / LONG_NAME) is None
+    assert not has_checksum(tmp_path / LONG_NAME)
+
+
+def test_two_checksums_of_one_name_are_none(tmp_path: Path) -> None:
+    listed = tmp_path / "p.zip.sha256"
+    one, other = "1" * 64, "2" * 64
+    listed.write_text(f"{one}  p.zip\n{other}  old/p.zip\n")
+    with pytest.raises(UsageError, match="several"):
+        read_checksum(tmp_path / "p.zip")
+    listed.write_text(f"{one}  p.zip\n{one.upper()} *old/p.zip\r\n{other}  q.zip\n")
+    assert read_checksum(tmp_path / "p.zip") == one
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u0085", "\x0b", "\x0c", "\x1c", "\r"])
+def test_a_line_ends_where_sha256sum_ends_it(tmp_path: Path, end: str) -> None:
+    """A file with such a name, dropped beside the good one, must not speak for it in `sha256sum *`."""
+    (tmp_path / "p.zip").write_bytes(VALID)
+    (tmp_path / f"a{end}{'0' * 64}  p.zip").write_bytes(b"dropped by somebody")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    listed = subprocess.run(["sha256sum", "--", *names], cwd=tmp_path, capture_output=True, check=True).stdout
+    (tmp_path / "p.zip.sha256").write_bytes(listed)
+    assert read_checksum(tmp_path / "p.zip") == hashlib.sha256(VALID).hexdigest()
+    subprocess.run(["sha256sum", "--check", "--status", "p.zip.sha256"], cwd=tmp_path, check=True)
+
+
+# --- a package that changes after it was checked ------------------------------------------------------------
+
+GOOD_BUILD, EVIL_BUILD = 300, 999
+
+
+def package_of(build: int) -> bytes:
+    # Stored: equally long, and the manifest is where it is, whatever it says.
+    return forge(replace(manifest_part(*FILES, build=build), method=0), *FILES)
+
+
+def write_back_and_forth(path: Path, contents: list[bytes], stop: threading.Event) -> None:
+    """Through a memory mapping that is dirty already: no time stamp tells of it."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        differing = [at for at, (a, b) in enumerate(zip(*contents, strict=True)) if a != b]
+        start, end = differing[0], differing[-1] + 1
+        turn = 0
+        while not stop.is_set():
+            turn ^= 1
+            view[start:end] = contents[turn][start:end]
+
+
+def accepted_builds(
+    path: Path, digest: str, private_copies: Path | None, *, until: int, tries: int
+) -> set[int]:
+    """The builds of what was accepted under a digest, while somebody writes into the file."""
+    builds: set[int] = set()
+    for _ in range(tries):
+        with (
+            contextlib.suppress(PatchMalformedError),
+            open_package(path, sha256=digest, private_copies=private_copies) as package,
+        ):
+            builds.add(package.manifest.build)
+        if until in builds:
+            break
+    return builds
+
+
+def test_a_package_that_others_write_to_is_read_from_a_copy_of_what_was_checked(tmp_path: Path) -> None:
+    """The operator gives the SHA-256 of the good one; the file changes after it was computed."""
+    path, private = tmp_path / "p.zip", tmp_path / "private"
+    private.mkdir(mode=0o700)
+    good, evil = package_of(GOOD_BUILD), package_of(EVIL_BUILD)
+    assert len(good) == len(evil)
+    digest = hashlib.sha256(good).hexdigest()
+    path.write_bytes(good)
+    path.chmod(0o666)
+    stop = threading.Event()
+    writer = threading.Thread(target=write_back_and_forth, args=(path, [good, evil], stop))
+    writer.start()
+    try:
+        # Without the copy the attack works, so that this test can fail.
+        control = accepted_builds(path, digest, None, until=EVIL_BUILD, tries=5000)
+        builds = accepted_builds(path, digest, private, until=EVIL_BUILD, tries=500)
+    finally:
+        stop.set()
+        writer.join()
+    assert EVIL_BUILD in control, "the control found nothing; the test proves nothing"
+    assert builds == {GOOD_BUILD}
+    assert not list(private.iterdir())
+
+
+def test_only_what_others_may_write_to_is_copied(tmp_path: Path) -> None:
+    """The operator's own package is read where it lies: there need be no room for a copy, nor a place."""
+    path = tmp_path / "p.zip"
+    path.write_bytes(VALID)
+    path.chmod(0o644)
+    open_package(path, private_copies=tmp_path / "missing").close()
+    for mode in (0o664, 0o646):
+        path.chmod(mode)
+        with pytest.raises(PatchRefusedError):
+            open_package(path, private_copies=tmp_path / "missing")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_the_file_of_another_user_is_copied(tmp_path: Path) -> None:
+    path = tmp_path / "p.zip"
+    path.write_bytes(VALID)
+    os.chown(path, 1000, 1000)
+    with open_package(path, private_copies=tmp_path) as package:
+        path.write_bytes(VALID.replace(b"stored as it is", b"changed by owner"))
+        package.verify()
+
+
+def test_a_copy_that_finds_no_room_is_a_refusal(tmp_path: Path) -> None:
+    path = tmp_path / "p.zip"
+    path.write_bytes(native(Part(name="files/zeros", data=bytes(2 << 20), method=0)))
+    path.chmod(0o666)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(PatchRefusedError) as caught:
+            open_package(path, private_copies=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (caught.value.error_code, caught.value.exit_status) == ("gate.space", 20)
+    assert len(list(Path("/proc/self/fd").iterdir())) < 40
+    assert [found.name for found in tmp_path.iterdir()] == ["p.zip"]
+
+
+def test_a_link_is_followed_only_where_that_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(VALID)
+    (tmp_path / "link.zip").symlink_to("p.zip")
+    open_package(tmp_path / "link.zip").close()
+    with pytest.raises(PatchMalformedError) as caught:
+        open_package(tmp_path / "link.zip", follow=False)
+    assert caught.value.error_code == "zip.unreadable"
+
+
+# --- the inbox ----------------------------------------------------------------------------------------------
+
+
+def listed(serve: Serve) -> dict[str, str]:
+    with ControlClient(serve.endpoint) as client:
+        return {entry["file"]: entry["state"] for entry in client.call("patch.list")["inbox"]}
+
+
+def no_text(inbox: Path) -> Path:
+    return Path(os.fsdecode(os.fsencode(inbox) + b"/\xff.zip"))
+
+
+def test_odd_names_in_the_inbox_keep_nobody_from_seeing_the_others(serve: Serve) -> None:
+    serve.start(f"{QUICK}[target.web]\n{SLEEPER}").close()
+    odd = {
+        LONG_NAME,
+        "\x1b[2J\x1b[31m.zip",
+        "new\nline.zip",
+        "\u202egnp.zip",
+        " .zip",
+        "-rf.zip",
+        "%s{0}.zip",
+    }
+    for name in odd:
+        (serve.inbox / name).write_bytes(VALID)
+    no_text(serve.inbox).write_bytes(VALID)
+    (serve.inbox / "link.zip").symlink_to("/etc/passwd")
+    os.mkfifo(serve.inbox / "pipe.zip")
+    huge(serve.inbox / "sparse.zip")
+    (serve.inbox / "good.zip").write_bytes(VALID)
+    expected = dict.fromkeys(odd | {"good.zip"}, "complete") | {"sparse.zip": "incomplete"}
+    assert listed(serve) == expected
+    shown = subprocess.run(
+        [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "patch", "list"],
+        capture_output=True, check=True, stdin=subprocess.DEVNULL,
+    ).stdout  # fmt: skip
+    assert b"good.zip" in shown
+    assert b"\x1b" not in shown
+    assert "\u202e".encode() not in shown
+
+
+def test_a_package_with_the_longest_name_is_filed_with_its_report(field: Field) -> None:
+    field.start("web")
+    shutil.copy(field.package("web"), field.serve.inbox / LONG_NAME)
+    assert field.client.call("patch.apply", name=LONG_NAME)["verdict"] == "committed"
+    report, package = sorted((field.serve.inbox / "applied").iterdir(), key=lambda path: path.suffix)
+    assert package.name.startswith("xxx")
+    assert report.name == f"{package.name}.json"
+    assert not [path for path in field.serve.inbox.iterdir() if path.suffix == ".zip"]
+
+
+def test_a_package_with_the_longest_name_does_not_stop_the_automatic_ones(field: Field) -> None:
+    field.start("web", patch="auto = true\n")
+    (field.serve.inbox / LONG_NAME).write_bytes(VALID)
+    shutil.copy(field.package("web"), field.folder / "p.tmp")
+    (field.folder / "p.tmp").rename(field.serve.inbox / "p.zip")
+    field.said("web", "build=300 a.txt=new-a")
+
+
+@pytest.mark.parametrize("what", ["folder", "report", "package"])
+def test_nothing_is_filed_through_a_link(field: Field, what: str) -> None:
+    """Who may write to the inbox may put links where reports go; root would follow them anywhere."""
+    field.start("web")
+    elsewhere = field.folder / "elsewhere"
+    elsewhere.mkdir()
+    applied = field.serve.inbox / "applied"
+    if what == "folder":
+        applied.rmdir()
+        applied.symlink_to(elsewhere)
+    elif what == "report":
+        (applied / "p.zip.json").symlink_to(elsewhere / "created")
+    else:
+        (applied / "p.zip").symlink_to(elsewhere / "created")
+    shutil.copy(field.package("web"), field.serve.inbox / "p.zip")
+    assert field.client.call("patch.apply", name="p.zip")["verdict"] == "committed"
+    assert not list(elsewhere.iterdir())
+    if what == "folder":
+        assert (field.serve.inbox / "p.zip").exists()
+        assert "stays where it is" in field.serve.errors()
+    else:
+        assert json.loads((applied / "p-2.zip.json").read_text())["verdict"] == "committed"
+        assert (applied / "p-2.zip").is_file()
+
+
+def test_a_link_in_the_inbox_is_no_package_even_by_its_path(field: Field) -> None:
+    field.start("web")
+    package = field.package("web")
+    (field.serve.inbox / "p.zip").symlink_to(package)
+    error = field.refused(field.serve.inbox / "p.zip")
+    assert error.error_code == "zip.unreadable"
+    assert field.apply(package)["verdict"] == "committed"
+
+
+def test_a_new_package_in_the_inode_of_the_old_one_is_another_package(field: Field) -> None:
+    field.start("web")
+    inbox = field.serve.inbox
+    shutil.copy(field.package("web", probation=1.0), inbox / "p.zip")
+    newer = field.package("web", build=400, before={"a.txt": "new-a"}, files={"a.txt": "newest"})
+    with field.applying(inbox / "p.zip") as outcome:
+        field.said("web", "build=300")
+        # The same inode, for certain.
+        (inbox / "p.zip").write_bytes(newer.read_bytes())
+    assert outcome[0]["verdict"] == "committed"
+    assert (inbox / "p.zip").exists()
+    assert field.client.call("patch.apply", name="p.zip")["verdict"] == "committed"
+
+
+@pytest.mark.parametrize(
+    "path", ["/" + "x" * 300, "/proc/1/fd/0/x", "/dev/full", "/", "/a\0b", "/" + "d/" * 3000]
+)
+def test_a_path_that_cannot_be_one_is_not_found(serve: Serve, path: str) -> None:
+    with serve.start(f"{QUICK}[target.web]\n{SLEEPER}") as client, pytest.raises(RemoteError) as caught:
+        client.call("patch.plan", path=path)
+    assert (caught.value.error_code, caught.value.remote_exit_status) == ("patch.not_found", 4)
+
+
+# --- uploads ------------------------------------------------------------------------------------------------
+
+
+def test_uploads_are_few_small_and_forgotten_when_given_up(tmp_path: Path) -> None:
+    taken = Uploads(tmp_path / "uploads", 1000)
+    assert stat.S_IMODE((tmp_path / "uploads").stat().st_mode) == 0o700
+    first = taken.take(None, 0, bytes(1000), last=False)["upload"]
+    assert taken.take(first, 0, bytes(1000), last=True)["size"] == 1000
+    with pytest.raises(PatchMalformedError) as too_large:
+        taken.take(first, 1000, b"x", last=True)
+    assert too_large.value.error_code == "zip.package_size"
+    for _ in range(uploads.SHARES):
+        last = taken.take(None, 0, bytes(1000), last=True)["upload"]
+    with pytest.raises(PatchError) as full:
+        taken.take(None, 0, b"x", last=True)
+    assert full.value.error_code == "upload.quota"
+    taken.drop(taken.path(last))
+    for _ in range(uploads.MOST - uploads.SHARES + 1):
+        last = taken.take(None, 0, b"x", last=False)["upload"]
+    with pytest.raises(PatchError) as full:
+        taken.take(None, 0, b"x", last=True)
+    assert full.value.error_code == "upload.quota"
+    given_up = time.time() - uploads.IDLE_SECONDS - 1
+    for path in (tmp_path / "uploads").iterdir():
+        if path.name != last:
+            os.utime(path, (given_up, given_up))
+    taken.take(None, 0, bytes(1000), last=True)
+    assert taken.path(last).exists()
+    assert len(list((tmp_path / "uploads").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "upload", ["../../etc/passwd", "/etc/passwd", "", "x" * 16, "a" * 5000, "é" * 16, "\0" * 16]
+)
+def test_what_is_no_upload_is_none(tmp_path: Path, upload: str) -> None:
+    with pytest.raises(RequestError):
+        Uploads(tmp_path / "uploads", 1000).path(upload)
+
+
+# --- the state directory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777, 0o702])
+def test_a_state_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    state = tmp_path / "state"
+    Store.open(state).close()
+    state.chmod(mode)
+    with pytest.raises(StateError) as caught:
+        Store.open(state)
+    assert caught.value.error_code == "state.permissions"
+    assert f"chmod go-w {state}" in caught.value.message
+    state.chmod(0o755)
+    Store.open(state).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_the_state_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    Store.open(state).close()
+    os.chown(state, 1000, 1000)
+    with pytest.raises(StateError) as caught:
+        Store.open(state)
+    assert caught.value.error_code == "state.permissions"
+
+
+def test_what_is_in_the_state_directory_is_for_nobody_else(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    before = os.umask(0)
+    try:
+        Store.open(state).close()
+        Store.open(state).close()
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [state, *state.iterdir()]}
+    finally:
+        os.umask(before)
+    # Programs of other users read below these three, by names they know.
+    readable = {name: modes.pop(name) for name in ("state", "generations", "sets", "persist")}
+    assert set(readable.values()) == {0o711}
+    assert {name: mode & 0o077 for name, mode in modes.items()} == dict.fromkeys(modes, 0)
+
+
+def test_nobody_else_can_hold_the_lock_of_a_state_directory(tmp_path: Path) -> None:
+    """A lock may be taken by whoever may read the file; an older state directory has it readable for all."""
+    state = tmp_path / "state"
+    Store.open(state).close()
+    (state / "lock").chmod(0o644)
+    Store.open(state).close()
+    assert stat.S_IMODE((state / "lock").stat().st_mode) == 0o600
+
+
+# --- signing what somebody else made ------------------------------------------------------------------------
+
+
+def test_a_signed_package_is_no_set_id_file(tmp_path: Path) -> None:
+    """It is a new file of the signer's: with the old one's bits it would run as the signer."""
+    path = tmp_path / "p.zip"
+    path.write_bytes(VALID)
+    path.chmod(0o6755)
+    sign_package(path, key=key().private)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
