@@ -574,8 +574,8 @@ def test_manifest_bytes_are_exactly_those_of_the_archive(path: Path) -> None:
 
 def test_every_code_is_documented_and_every_documented_code_exists() -> None:
     root = Path(__file__).parent.parent
-    names = ("archive", "package", "manifest", "prototype", "gates", "build")
-    names += ("look", "plan", "overlay", "overlay_files", "target_files", "tree", "tree_files")
+    names = ["archive", "package", "manifest", "prototype", "gates", "build"]
+    names += ["look", "plan", "overlay", "overlay_files", "target_files", "tree", "tree_files"]
     source = "".join((root / f"asyncsup/patch/{name}.py").read_text() for name in names)
     code = r"(?:zip|manifest|digest|gate|build|usage)\.[a-z0-9_]+"
     used = set(re.findall(rf'"({code})"', source)) - {"manifest.json"}
