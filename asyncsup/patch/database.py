@@ -11,9 +11,11 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +24,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from asyncsup.errors import PatchNotFoundError, StateError, TargetNotFoundError
+from asyncsup.patch import audit
+from asyncsup.patch.audit import Head, Row
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -73,7 +77,9 @@ CREATE TABLE transactions (
     asked_by TEXT NOT NULL,
     started REAL NOT NULL,
     ended REAL,
-    cleaned INTEGER NOT NULL DEFAULT 0
+    cleaned INTEGER NOT NULL DEFAULT 0,
+    floor INTEGER,                     -- the patch's build_floor
+    downgrade INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX transactions_by_patch ON transactions (patch);
 CREATE TABLE parts (
@@ -96,18 +102,19 @@ CREATE TABLE changes (
     seen TEXT,                         -- identity of the file when the patch was staged; '' absent
     PRIMARY KEY (txn, target, position)
 ) WITHOUT ROWID;
-CREATE TABLE steps (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    txn INTEGER NOT NULL,
-    at TEXT NOT NULL,
-    step TEXT NOT NULL,
-    target TEXT,
-    instance TEXT,
-    detail TEXT NOT NULL,
-    took REAL
-);
-CREATE INDEX steps_by_txn ON steps (txn);
 CREATE TABLE held (patch TEXT PRIMARY KEY, reason TEXT NOT NULL, at TEXT NOT NULL);
+CREATE TABLE marks (                   -- of every target there ever was, whatever becomes of its generations
+    target TEXT PRIMARY KEY,
+    highest INTEGER NOT NULL,          -- the highest build that was confirmed, or what a downgrade made of it
+    floor INTEGER                      -- the highest build_floor of a confirmed patch
+);
+CREATE TABLE audit (
+    seq INTEGER PRIMARY KEY,
+    txn INTEGER,
+    record TEXT NOT NULL,              -- a line as audit.py makes it
+    hash TEXT NOT NULL
+);
+CREATE INDEX audit_by_txn ON audit (txn);
 """
 
 
@@ -202,6 +209,26 @@ class TransactionRow:
     started: float
     ended: float | None
     cleaned: bool
+    floor: int | None
+    downgrade: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """What no patch may go below: the highest build a target has had, and the highest floor that was set."""
+
+    highest: int
+    floor: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Note:
+    """Something to be written down in the audit."""
+
+    event: str
+    txn: int | None
+    at: str
+    fields: Mapping[str, Any]
 
 
 def timestamp(seconds: float | None = None) -> str:
@@ -221,6 +248,11 @@ class Database:
         self._connection = connection
         self._path = path
         self._depth = 0
+        self._notes: deque[_Note] = deque()
+        self._written_notes = 0
+        """How many of them the write that is under way takes along."""
+        self._newest: Head | None = None
+        """The last record of the write that is under way."""
 
     @classmethod
     def open(cls, path: Path) -> Database:
@@ -256,39 +288,43 @@ class Database:
                 f"{self._path} has schema version {version}, this asyncsup knows {SCHEMA_VERSION}",
                 code="state.version",
             )
+        if self.head() is None:
+            self.record("chain.begun", format=audit.FORMAT, chain=secrets.token_hex(16))
 
     def close(self) -> None:
         with self.lock:
             self._connection.close()
 
     @contextlib.contextmanager
-    def write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """All changes in the block, or none of them; nested blocks belong to the outermost.
-
-        Args:
-            durable: on disk when the block ends. Otherwise the next durable write takes this one along.
-        """
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """All changes in the block, or none of them, and on disk when it ends; nested blocks belong to the
+        outermost. What was noted for the audit goes along."""
         with self.lock:
             if self._depth:
                 yield self._connection
                 return
             with self._translated():
-                if not durable:
-                    self._connection.execute("PRAGMA synchronous=NORMAL")
                 self._depth += 1
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
                     try:
                         yield self._connection
+                        self._write_notes()
+                        if self._newest is not None:
+                            head = f"{self._newest.seq} {self._newest.hash}"
+                            self._connection.execute(
+                                "INSERT OR REPLACE INTO meta VALUES ('head', ?)", (head,)
+                            )
                         self._connection.execute("COMMIT")
                     except BaseException:
                         if self._connection.in_transaction:
                             self._connection.execute("ROLLBACK")
                         raise
+                    for _ in range(self._written_notes):
+                        self._notes.popleft()
                 finally:
+                    self._written_notes, self._newest = 0, None
                     self._depth -= 1
-                    if not durable:
-                        self._connection.execute("PRAGMA synchronous=FULL")
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -314,6 +350,65 @@ class Database:
     def set_meta(self, key: str, value: str) -> None:
         with self.write() as sql:
             sql.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # --- the audit ------------------------------------------------------------------------------------------
+
+    def note(self, event: str, *, txn: int | None = None, at: str | None = None, **fields: Any) -> None:
+        """Have something written down with the next write, whatever that is about. Never blocks, and so may
+        be called from an event loop; a process that is killed before the next write takes it along."""
+        self._notes.append(_Note(event=event, txn=txn, at=at or timestamp(), fields=fields))
+
+    def record(self, event: str, *, txn: int | None = None, at: str | None = None, **fields: Any) -> None:
+        """Write something down together with what the surrounding `write` changes: both or neither."""
+        with self.write():
+            self._write_notes()
+            self._append(_Note(event=event, txn=txn, at=at or timestamp(), fields=fields))
+
+    def write_notes(self) -> None:
+        """Write down what was noted."""
+        if self._notes:
+            with self.write():
+                pass
+
+    def _write_notes(self) -> None:
+        while self._written_notes < len(self._notes):
+            self._append(self._notes[self._written_notes])
+            self._written_notes += 1
+
+    def _append(self, note: _Note) -> None:
+        before = self._newest or self.head()
+        fields = note.fields if note.txn is None else {**note.fields, "txn": note.txn}
+        line = audit.encode(before, note.event, note.at, fields)
+        self._newest = Head(seq=1 if before is None else before.seq + 1, hash=audit.digest(line))
+        values = (self._newest.seq, note.txn, line.decode(), self._newest.hash)
+        self._connection.execute("INSERT INTO audit VALUES (?, ?, ?, ?)", values)
+
+    def head(self) -> Head | None:
+        """The newest record. What is noted counts as well as what is there: were the last ones removed, the
+        next one leaves the gap to be seen."""
+        row = self._one("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1")
+        last = None if row is None else Head(seq=row["seq"], hash=row["hash"])
+        noted = self.noted_head()
+        return max(
+            (head for head in (noted, last) if head is not None), key=lambda head: head.seq, default=None
+        )
+
+    def noted_head(self) -> Head | None:
+        """The newest record by what is noted apart from the records."""
+        seq, _, digest = (self.meta("head") or "").partition(" ")
+        return Head(seq=int(seq), hash=digest) if seq.isdecimal() else None
+
+    def records(self, *, after: int = 0, txn: int | None = None, limit: int = -1) -> list[Row]:
+        """Records with higher numbers than `after`, in their order; of one transaction only."""
+        only, values = ("", ()) if txn is None else ("AND txn = ?", (txn,))
+        rows = self._all(
+            f"SELECT seq, txn, CAST(record AS BLOB) AS line, hash FROM audit WHERE seq > ? {only} "
+            "ORDER BY seq LIMIT ?",
+            after,
+            *values,
+            limit,
+        )
+        return [Row(**row) for row in rows]
 
     # --- targets --------------------------------------------------------------------------------------------
 
@@ -409,18 +504,24 @@ class Database:
     # --- transactions ---------------------------------------------------------------------------------------
 
     def add_transaction(
-        self, *, action: str, facts: Mapping[str, Any], asked_by: str, sources: Mapping[str, int]
+        self,
+        *,
+        action: str,
+        facts: Mapping[str, Any],
+        asked_by: str,
+        sources: Mapping[str, int],
+        started: float,
     ) -> int:
         """A new transaction over the targets in `sources` (which generation each has now)."""
         with self.write() as sql:
             cursor = sql.execute(
-                "INSERT INTO transactions "
-                "(action, patch, name, version, build, kind, phase, state, asked_by, started) VALUES "
-                "(:action, :patch, :name, :version, :build, :kind, :phase, :phase, :asked_by, :started)",
+                "INSERT INTO transactions (action, patch, name, version, build, kind, floor, downgrade, "
+                "phase, state, asked_by, started) VALUES (:action, :patch, :name, :version, :build, :kind, "
+                ":floor, :downgrade, :phase, :phase, :asked_by, :started)",
                 {
-                    "patch": None, "name": None, "version": None, "build": None, "kind": None, **facts,
-                    "action": action, "phase": Phase.BEGUN.value, "asked_by": asked_by,
-                    "started": time.time(),
+                    "patch": None, "name": None, "version": None, "build": None, "kind": None, "floor": None,
+                    "downgrade": False, **facts, "action": action, "phase": Phase.BEGUN.value,
+                    "asked_by": asked_by, "started": started,
                 },
             )  # fmt: skip
             txn = cursor.lastrowid
@@ -575,48 +676,31 @@ class Database:
         )
         return [ChangeRow(**{**dict(row), "adopts": bool(row["adopts"])}) for row in rows]
 
-    # --- steps, held patches --------------------------------------------------------------------------------
-
-    def add_step(
-        self,
-        txn: int,
-        step: str,
-        *,
-        target: str | None = None,
-        instance: str | None = None,
-        detail: str = "",
-        took: float | None = None,
-        at: str | None = None,
-    ) -> dict[str, Any]:
-        at = timestamp() if at is None else at
-        with self.write(durable=False) as sql:
-            cursor = sql.execute(
-                "INSERT INTO steps (txn, at, step, target, instance, detail, took) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (txn, at, step, target, instance, detail, took),
-            )
-        return {
-            "seq": cursor.lastrowid, "at": at, "step": step, "target": target, "instance": instance,
-            "detail": detail, "took": took,
-        }  # fmt: skip
-
-    def steps(self, txn: int) -> list[dict[str, Any]]:
-        rows = self._all(
-            "SELECT seq, at, step, target, instance, detail, took FROM steps WHERE txn = ? ORDER BY seq", txn
-        )
-        return [dict(row) for row in rows]
+    # --- held patches, marks --------------------------------------------------------------------------------
 
     def hold(self, patch: str, reason: str) -> None:
         with self.write() as sql:
             sql.execute("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", (patch, reason, timestamp()))
+            self.record("patch.held", patch=patch, reason=reason)
 
     def held(self, patch: str) -> str | None:
         row = self._one("SELECT reason FROM held WHERE patch = ?", patch)
         return None if row is None else str(row["reason"])
 
     def unhold(self, patch: str) -> None:
+        if self.held(patch) is None:
+            return
         with self.write() as sql:
             sql.execute("DELETE FROM held WHERE patch = ?", (patch,))
+            self.record("patch.unheld", patch=patch)
+
+    def marks(self, target: str) -> Marks | None:
+        row = self._one("SELECT highest, floor FROM marks WHERE target = ?", target)
+        return None if row is None else Marks(highest=row["highest"], floor=row["floor"])
+
+    def set_marks(self, target: str, marks: Marks) -> None:
+        with self.write() as sql:
+            sql.execute("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", (target, marks.highest, marks.floor))
 
 
 def _state_error(path: Path, error: sqlite3.Error) -> StateError:
@@ -654,4 +738,5 @@ def _generation(row: sqlite3.Row) -> GenerationRow:
 
 def _transaction(row: sqlite3.Row) -> TransactionRow:
     values = dict(row)
-    return TransactionRow(**{**values, "phase": Phase(values["phase"]), "cleaned": bool(values["cleaned"])})
+    values |= {name: bool(values[name]) for name in ("cleaned", "downgrade")}
+    return TransactionRow(**{**values, "phase": Phase(values["phase"])})

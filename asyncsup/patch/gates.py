@@ -25,6 +25,8 @@ class TargetFacts:
         content_matches: the target's files are already what the patch would make them.
         allow: the kinds of patch its configuration takes.
         held: why this very patch is on hold, None when it is not.
+        highest: the highest build a patch has brought the target to, whatever it has now; None before the
+            first one.
         build_floor: the highest floor that a patch applied to the target has set; None when none did.
     """
 
@@ -35,6 +37,7 @@ class TargetFacts:
     content_matches: bool
     allow: frozenset[Kind]
     held: str | None
+    highest: int | None = None
     build_floor: int | None = None
 
 
@@ -67,14 +70,23 @@ class Assessment:
 
 
 def assess(
-    manifest: Manifest, patch_id: str, facts: TargetFacts, *, now: datetime, signed: bool = False
+    manifest: Manifest,
+    patch_id: str,
+    facts: TargetFacts,
+    *,
+    now: datetime,
+    seen: datetime | None = None,
+    signed: bool = False,
+    retry_held: bool = False,
 ) -> Assessment:
     """Judge every gate.
 
     Args:
         patch_id: SHA-256 of the package.
         now: an aware datetime.
+        seen: the latest time this host has seen, when its clock is behind that.
         signed: the package carries the signatures that the trust policy asks for; a downgrade needs them.
+        retry_held: whoever asks wants it tried again although it is on hold.
     """
     same = manifest.build == facts.build and (facts.patch == patch_id or facts.content_matches)
     gates = (
@@ -85,7 +97,12 @@ def assess(
             # What is already there needs no permission any more: repeating an applied patch stays a success.
             (_open(name, "already applied") for name in ("requires", "expired", "kind", "held"))
             if same
-            else (_requires(manifest, facts), _expired(manifest, now), _kind(manifest, facts), _held(facts))
+            else (
+                _requires(manifest, facts),
+                _expired(manifest, now, seen),
+                _kind(manifest, facts),
+                _held(facts, retry_held),
+            )
         ),
     )
     return Assessment(target=facts.name, gates=gates, already=same and all(gate.ok for gate in gates))
@@ -128,7 +145,9 @@ def _region(manifest: Manifest, facts: TargetFacts) -> Gate:
 def _build(manifest: Manifest, facts: TargetFacts, *, same: bool, signed: bool) -> Gate:
     if same:
         return _open("build", f"{facts.name} already is at build {facts.build} with this content")
-    if manifest.build > facts.build:
+    # After a rollback the target has a lower build than it once had, and what it once had may come again.
+    top = max(facts.build, facts.highest if facts.highest is not None else facts.build)
+    if manifest.build > facts.build and manifest.build >= top:
         return _open("build", f"{facts.build} to {manifest.build}")
     if manifest.build == facts.build:
         return _closed(
@@ -136,7 +155,8 @@ def _build(manifest: Manifest, facts: TargetFacts, *, same: bool, signed: bool) 
             f"{facts.name} is at build {facts.build} with other content; give the patch a higher build",
             "gate.build_conflict",
         )
-    lower = f"{facts.name} is at build {facts.build}, the patch is build {manifest.build}"
+    been = f"is at build {facts.build}" if top == facts.build else f"was at build {top} before"
+    lower = f"{facts.name} {been}, the patch is build {manifest.build}"
     if not manifest.downgrade:
         return _closed("build", f"{lower}; only a signed patch with `downgrade` may lower it", "gate.build")
     floor = max(
@@ -146,7 +166,7 @@ def _build(manifest: Manifest, facts: TargetFacts, *, same: bool, signed: bool) 
         return _closed("build", f"{lower}, below the floor {floor} that no downgrade may pass", "gate.floor")
     if not signed:
         return _closed("build", f"{lower}; a downgrade is taken only when it is signed", "gate.build")
-    return _open("build", f"downgrade from {facts.build} to {manifest.build}")
+    return _open("build", f"downgrade from {top} to {manifest.build}")
 
 
 def _requires(manifest: Manifest, facts: TargetFacts) -> Gate:
@@ -166,10 +186,17 @@ def _requires(manifest: Manifest, facts: TargetFacts) -> Gate:
     )
 
 
-def _expired(manifest: Manifest, now: datetime) -> Gate:
+def _expired(manifest: Manifest, now: datetime, seen: datetime | None) -> Gate:
     if manifest.expires is None:
         return _open("expired", "does not expire")
-    moment = manifest.expires.isoformat().replace("+00:00", "Z")
+    moment = _moment(manifest.expires)
+    if seen is not None:
+        return _closed(
+            "expired",
+            f"patch expires {moment}, and whether it has cannot be told: the clock says {_moment(now)}, but "
+            f"it has been {_moment(seen)} already; set it right, or say that it is (--trust-clock)",
+            "gate.clock",
+        )
     if now < manifest.expires:
         return _open("expired", f"expires {moment}")
     return _closed("expired", f"patch expired {moment}; build it again", "gate.expired")
@@ -183,9 +210,11 @@ def _kind(manifest: Manifest, facts: TargetFacts) -> Gate:
     return _closed("kind", f"patch is {manifest.kind.value}, {facts.name} takes {taken}", "gate.kind")
 
 
-def _held(facts: TargetFacts) -> Gate:
+def _held(facts: TargetFacts, retry_held: bool) -> Gate:
     if facts.held is None:
         return _open("held", "not on hold")
+    if retry_held:
+        return _open("held", f"tried again as asked for; on hold: {facts.held}")
     return _closed("held", f"patch is on hold: {facts.held}", "gate.held")
 
 
@@ -195,6 +224,10 @@ def _open(name: str, detail: str) -> Gate:
 
 def _closed(name: str, detail: str, code: str) -> Gate:
     return Gate(name=name, ok=False, detail=detail, code=code)
+
+
+def _moment(time: datetime) -> str:
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,10 +38,12 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.failpoints import failpoint
-from asyncsup.patch import fs
+from asyncsup.patch import audit, fs
+from asyncsup.patch.audit import Head
 from asyncsup.patch.database import (
     OPEN_PHASES,
     GenerationRow,
+    Marks,
     PartRow,
     Phase,
     TargetRow,
@@ -116,13 +119,15 @@ class TargetState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchInfo:
-    """The patch of a transaction, for the history."""
+    """The patch of a transaction, for the history, and for what is remembered of it for good."""
 
     id: str
     name: str
     version: str
     build: int
     kind: str
+    build_floor: int | None = None
+    downgrade: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +264,7 @@ class Store:
             _check_overlaps(rows)
             failpoint("store.register.recorded")
             current = self._state.pointer.entries()
+            self._check_known(rows, current)
             moved = {row.name: self._entry(row) for row in rows if not self._is_settled(row, current)}
             if moved:
                 self._state.pointer.flip(moved, point="store.register")
@@ -281,12 +287,43 @@ class Store:
         elif self._never_patched(row.name):
             self._database.update_generation(row.name, row.confirmed, build=target.build)
         if row != known:
-            self._database.put_target(row)
+            with self._database.write():
+                self._database.put_target(row)
+                self._database.record(
+                    "target.registered",
+                    target=row.name,
+                    root=str(row.root),
+                    layout=row.layout,
+                    persist=list(row.persist),
+                    build=self._database.generation(row.name, row.confirmed).build,
+                )
         return row
 
+    def _check_known(self, rows: Sequence[TargetRow], current: Mapping[str, str]) -> None:
+        """What the pointer shows must be in the database. An older copy of it, put back, would have the
+        pointer moved, and what is newer removed."""
+        for row in rows:
+            entry = current.get(row.name, "")
+            if not entry.startswith("../"):
+                continue
+            number = self._state.number_in(row.name, entry)
+            if self._database.find_generation(row.name, number) is None:
+                raise StateError(
+                    f"the pointer shows generation {number} of {row.name}, which state.db does not know; is "
+                    "it an older copy? Put the right one back",
+                    code="state.generation",
+                    target=row.name,
+                )
+
     def _begin_anew(self, row: TargetRow, build: int) -> TargetRow:
-        """A generation in which nothing is managed yet, for a target that is new or has another layout."""
-        number = max((old.number for old in self._database.generations(row.name)), default=-1) + 1
+        """A generation in which nothing is managed yet, for a target that is new or has another layout.
+
+        The layout changes no file, so one that was patched keeps its build.
+        """
+        before = self._database.generations(row.name)
+        number = max((old.number for old in before), default=-1) + 1
+        if before and not self._never_patched(row.name):
+            build = self._database.generation(row.name, row.confirmed).build
         overlay = row.layout == Layout.OVERLAY.value
         if overlay:
             OverlayFiles(self._state, row).create_empty(number)
@@ -509,11 +546,21 @@ class Store:
 
     # --- transactions ---------------------------------------------------------------------------------------
 
-    def begin(self, *, action: Action, patch: PatchInfo | None, targets: Sequence[str], asked_by: str) -> int:
+    def begin(
+        self,
+        *,
+        action: Action,
+        patch: PatchInfo | None,
+        targets: Sequence[str],
+        asked_by: str,
+        request: Mapping[str, Any] | None = None,
+    ) -> int:
         """Open a transaction over `targets`, durably; returns its number.
 
         A rollback without `patch` is recorded as one of the patch that is current.
 
+        Args:
+            request: everything else about it that the audit is to hold: who asked, what was decided.
         Raises:
             TargetBusyError: another transaction has one of them.
             TargetNotFoundError, UsageError: a target is not known, or none or one twice is named.
@@ -538,10 +585,70 @@ class Store:
                     )
                 sources[target] = self.state(target).generation
             facts = self._current_patch(targets[0]) if patch is None else _facts(patch)
-            txn = self._database.add_transaction(
-                action=action, facts=facts, asked_by=asked_by, sources=sources
+            txn = self._add_transaction(
+                "txn.begun", action, facts, asked_by=asked_by, sources=sources, request=request or {}
             )
         failpoint("store.begin.recorded")
+        return txn
+
+    def write_down_attempt(
+        self,
+        *,
+        action: Action,
+        patch: PatchInfo | Mapping[str, Any],
+        targets: Sequence[str],
+        asked_by: str,
+        verdict: str,
+        error: str | None,
+        code: str | None,
+        request: Mapping[str, Any],
+    ) -> int:
+        """Something was asked for that came to no transaction; durable. Returns the number it is found under.
+
+        Args:
+            patch: as much as is known of it.
+        """
+        facts = _facts(patch) if isinstance(patch, PatchInfo) else patch
+        sources = {target: self.state(target).generation for target in targets}
+        with self._database.write():
+            outcome = {"verdict": verdict, "error": error, "code": code}
+            txn = self._add_transaction(
+                "txn.attempted",
+                action,
+                facts,
+                asked_by=asked_by,
+                sources=sources,
+                request={**request, **outcome},
+            )
+            self._database.update_transaction(
+                txn, phase=Phase.ABORTED, state=verdict, verdict=verdict, error=error, code=code, ended=True
+            )
+        return txn
+
+    def _add_transaction(
+        self,
+        event: str,
+        action: Action,
+        facts: Mapping[str, Any],
+        *,
+        asked_by: str,
+        sources: Mapping[str, int],
+        request: Mapping[str, Any],
+    ) -> int:
+        started = time.time()
+        txn = self._database.add_transaction(
+            action=action, facts=facts, asked_by=asked_by, sources=sources, started=started
+        )
+        self._database.record(
+            event,
+            txn=txn,
+            at=timestamp(started),
+            action=action,
+            asked_by=asked_by,
+            sources=[{"target": target, "generation": number} for target, number in sources.items()],
+            **facts,
+            **request,
+        )
         return txn
 
     def _current_patch(self, target: str) -> dict[str, Any]:
@@ -654,7 +761,7 @@ class Store:
                     {part.target: self._state.entry(part.target, _destination(part)) for part in parts},
                     point="store.switch",
                 )
-                self._database.update_transaction(txn, phase=Phase.SWITCHED)
+                self._advance(txn, Phase.SWITCHED, "txn.switched")
                 failpoint("store.switch.recorded")
 
     def switch_back(self, txn: int) -> None:
@@ -680,11 +787,16 @@ class Store:
                             point="store.switch_back",
                         )
                 if switched or row.phase is Phase.SWITCHED:
-                    self._database.update_transaction(txn, phase=Phase.SWITCHED_BACK)
+                    self._advance(txn, Phase.SWITCHED_BACK, "txn.switched_back")
                     failpoint("store.switch_back.recorded")
                 for part in parts:
                     self._files(part.target).remove_names(part)
                     failpoint("store.switch_back.unlinked")
+
+    def _advance(self, txn: int, phase: Phase, event: str) -> None:
+        with self._database.write():
+            self._database.update_transaction(txn, phase=phase)
+            self._database.record(event, txn=txn)
 
     def _carry_back(self, parts: Sequence[PartRow]) -> None:
         for part in parts:
@@ -711,7 +823,7 @@ class Store:
                     f"transaction {txn} is {row.phase.value} and cannot be confirmed", code="state.order"
                 )
             failpoint("store.commit.begun")
-            self._confirm(txn, parts)
+            self._confirm(row, parts)
             try:
                 failpoint("store.commit.recorded")
                 self._tidy(txn, parts)
@@ -720,13 +832,34 @@ class Store:
                 log.warning("transaction %d is committed, but tidying up failed: %s", txn, error)
                 self.record(txn, "tidy", detail=f"failed: {error}")
 
-    def _confirm(self, txn: int, parts: Sequence[PartRow]) -> None:
+    def _confirm(self, row: TransactionRow, parts: Sequence[PartRow]) -> None:
+        builds = {
+            part.target: self._database.generation(part.target, _destination(part)).build for part in parts
+        }
         with self._database.write() as sql:
-            self._database.update_transaction(txn, phase=Phase.COMMITTED, verdict="committed", ended=True)
+            self._database.update_transaction(row.txn, phase=Phase.COMMITTED, verdict="committed", ended=True)
             for part in parts:
                 sql.execute(
                     "UPDATE targets SET confirmed = ? WHERE name = ?", (_destination(part), part.target)
                 )
+                if row.action == "apply":
+                    before = self._database.marks(part.target)
+                    self._database.set_marks(
+                        part.target,
+                        raised(before, builds[part.target], floor=row.floor, downgrade=row.downgrade),
+                    )
+            self._database.record(
+                "txn.confirmed",
+                txn=row.txn,
+                targets=[
+                    {
+                        "target": part.target,
+                        "generation": _destination(part),
+                        "build": builds[part.target],
+                    }
+                    for part in parts
+                ],
+            )
 
     def _tidy(self, txn: int, parts: Sequence[PartRow]) -> None:
         for part in parts:
@@ -752,7 +885,9 @@ class Store:
                     self._files(part.target).undo(part)
                 self._carried.discard((txn, part.target))
             failpoint("store.abort.undone")
-            self._database.update_transaction(txn, phase=Phase.ABORTED, error=reason, ended=True)
+            with self._database.write():
+                self._database.update_transaction(txn, phase=Phase.ABORTED, error=reason, ended=True)
+                self._database.record("txn.undone", txn=txn, error=reason)
 
     def finish(
         self,
@@ -762,18 +897,24 @@ class Store:
         state: str | None = None,
         error: str | None = None,
         code: str | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Write down what became of a transaction. One that is neither confirmed nor aborted is aborted.
 
         Args:
             state: how it ended, where that is not what happened on disk.
             error, code: why it was not committed.
+            facts: what else the audit is to hold of its end.
         """
         if self._database.transaction(txn).phase in OPEN_PHASES:
             self.abort(txn, error)
-        self._database.update_transaction(
-            txn, state=state, verdict=verdict, error=error, code=code, ended=True
-        )
+        with self._database.write():
+            self._database.update_transaction(
+                txn, state=state, verdict=verdict, error=error, code=code, ended=True
+            )
+            self._database.record(
+                "txn.ended", txn=txn, verdict=verdict, error=error, code=code, **(facts or {})
+            )
 
     # --- recovery -------------------------------------------------------------------------------------------
 
@@ -800,38 +941,48 @@ class Store:
             except (OSError, AsyncsupError):
                 # Its files are right all the same; it is no reason for the others not to start.
                 log.exception("%s: could not be tidied up", target.name)
+        self._database.write_notes()
         return recovered
 
     def _recover(self, row: TransactionRow) -> Recovered:
         parts = self._database.parts(row.txn)
         targets = tuple(part.target for part in parts)
 
-        def did(action: Literal["dropped", "switched_back", "completed", "lost"]) -> Recovered:
+        def does(action: Literal["dropped", "switched_back", "completed", "lost"]) -> Recovered:
+            """Say what is about to be done: it is written down together with that."""
             log.warning("transaction %d on %s: %s", row.txn, ", ".join(targets), action)
             self.record(row.txn, "recover", detail=action.replace("_", " "))
             return Recovered(txn=row.txn, action=action, targets=targets, patch=row.patch)
 
         try:
             if row.phase is Phase.COMMITTED and not self._is_at(parts, [part.source for part in parts]):
+                done = does("completed")
                 self._tidy(row.txn, parts)
-                return did("completed")
+                return done
             if row.phase is Phase.COMMITTED:
                 # Only a disk that lied about a sync can bring this about.
-                self._database.update_transaction(row.txn, phase=Phase.SWITCHED_BACK)
+                done = does("lost")
+                self._advance(row.txn, Phase.SWITCHED_BACK, "txn.switched_back")
                 why = "it was confirmed, but the disk had not kept the switch"
                 self.finish(row.txn, verdict="rolled_back", error=why, code="state.lost")
-                return did("lost")
+                return done
             switched = row.phase is not Phase.BEGUN or self._is_switched(parts)
             why = "the supervisor ended " + ("before it was confirmed" if switched else "before the switch")
+            done = does("switched_back" if switched else "dropped")
             self.finish(row.txn, verdict="rolled_back", error=why, code="patch.interrupted")
+            return done
         except (OSError, AsyncsupError) as error:
             if row.phase is not Phase.COMMITTED and self._is_switched(parts):
                 raise  # The files are those of a patch nobody has confirmed.
             # The files are right; what is left over keeps the targets from being patched, no more.
             log.exception("transaction %d: could not be tidied up", row.txn)
             self.record(row.txn, "recover", detail=f"could not be tidied up: {error}")
-            return did("completed" if row.phase is Phase.COMMITTED else "dropped")
-        return did("switched_back" if switched else "dropped")
+            return Recovered(
+                txn=row.txn,
+                action="completed" if row.phase is Phase.COMMITTED else "dropped",
+                targets=targets,
+                patch=row.patch,
+            )
 
     def _is_switched(self, parts: Sequence[PartRow]) -> bool:
         """What the pointer says. All targets of a transaction move together."""
@@ -863,13 +1014,23 @@ class Store:
         """It may be tried again."""
         self._database.unhold(patch_id)
 
+    # --- what is remembered for good ------------------------------------------------------------------------
+
+    def marks(self, target: str) -> Marks | None:
+        """What no patch of the target may go below; None before the first one. Neither pruning nor a release,
+        another layout or another configuration makes it forget."""
+        return self._database.marks(target)
+
     # --- keeping and letting go -----------------------------------------------------------------------------
 
-    def prune(self, target: str, keep: int) -> list[int]:
+    def prune(self, target: str, keep: int, *, by: Mapping[str, Any] | None = None) -> list[int]:
         """Remove old generations, but for `keep` on the way back from the current one.
 
         Never one that is in use: the current one, those of an open transaction, those that a reader holds by
         a shared ``flock`` on the folder. Returns what was removed.
+
+        Args:
+            by: who asked, for the audit.
         """
         with self._locks[target], self._reporting(target):
             with self._database.lock:
@@ -892,16 +1053,27 @@ class Store:
                     continue
                 failpoint("store.prune.discarded")
                 if rows[number].state == "live" and rows[number].place == "store":
-                    self._database.update_generation(target, number, state="pruned")
+                    with self._database.write():
+                        self._database.update_generation(target, number, state="pruned")
+                        self._database.record(
+                            "target.pruned",
+                            target=target,
+                            generation=number,
+                            build=rows[number].build,
+                            keep=keep,
+                            by=by,
+                        )
                 if there:
                     pruned.append(number)
             return sorted(pruned)
 
-    def release(self, target: str) -> list[str]:
+    def release(self, target: str, *, by: Mapping[str, Any] | None = None) -> list[str]:
         """Make all managed files ordinary files of the root again; returns their paths.
 
         Generations are not gone back to afterwards. At every instant a reader finds the same content.
 
+        Args:
+            by: who asked, for the audit.
         Raises:
             TargetBusyError: a transaction has the target.
         """
@@ -912,20 +1084,21 @@ class Store:
                     target=target,
                     txn=row.txn,
                 )
-            self._set_releasing(target, True)
+            self._set_releasing(target, True, event="target.releasing", by=by)
             failpoint("store.release.begun")
             with self._reporting(target):
                 released = self._files(target).release()
             failpoint("store.release.done")
-            self._set_releasing(target, False)
+            self._set_releasing(target, False, event="target.released", files=len(released))
             return released
 
-    def _set_releasing(self, target: str, releasing: bool) -> None:
+    def _set_releasing(self, target: str, releasing: bool, *, event: str, **fields: Any) -> None:
         with self._database.write() as sql:
             sql.execute(
                 "UPDATE targets SET releasing = ?, confirmed = ? WHERE name = ?",
                 (releasing, self._state.number(target), target),
             )
+            self._database.record(event, target=target, **fields)
 
     # --- history --------------------------------------------------------------------------------------------
 
@@ -939,32 +1112,52 @@ class Store:
         detail: str = "",
         took: float | None = None,
         at: str | None = None,
-    ) -> dict[str, Any]:
-        """Add a step to a transaction; returns it as `transaction` lists it. ``took`` in seconds.
+    ) -> None:
+        """Add a step to a transaction; ``took`` in seconds. Never blocks.
 
         On disk with the next thing that has to be.
         """
-        return self._database.add_step(
-            txn, step, target=target, instance=instance, detail=detail, took=took, at=at
+        self.note(
+            "txn.step", txn=txn, at=at, step=step, target=target, instance=instance, detail=detail, took=took
         )
+
+    def note(self, event: str, *, txn: int | None = None, at: str | None = None, **fields: Any) -> None:
+        """Have something written down in the audit with whatever is written next. Never blocks."""
+        self._database.note(event, txn=txn, at=at, **fields)
+
+    def head(self) -> Head:
+        """The newest record of the audit, with everything noted so far, durable: it may be told to others."""
+        self._database.write_notes()
+        found = self._database.head()
+        assert found is not None, "a chain begins with the database"
+        return found
 
     def history(self, target: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         """The newest transactions, newest first."""
         return [self._describe(row) for row in self._database.transactions(target, limit)]
 
     def transaction(self, txn: int) -> dict[str, Any]:
-        """One transaction, with ``steps`` and ``files``.
+        """One transaction, with ``steps``, ``files``, ``request`` (who asked for what, and what was decided
+        before it began) and ``audit`` (the records about it).
 
         Raises:
             PatchNotFoundError: there is none of that number.
         """
         row = self._database.transaction(txn)
+        self._database.write_notes()
+        records = [(found, audit.decode(found.line) or {}) for found in self._database.records(txn=txn)]
         files = [
             {"target": part.target, "path": change.path, "op": change.op, "note": change.note}
             for part in self._database.parts(txn)
             for change in self._database.changes(txn, part.target)
         ]
-        return {**self._describe(row), "steps": self._database.steps(txn), "files": files}
+        return {
+            **self._describe(row),
+            "request": next((_request(fields) for _, fields in records if "asked_by" in fields), {}),
+            "steps": [_step(fields) for _, fields in records if fields.get("event") == "txn.step"],
+            "files": files,
+            "audit": [{"seq": found.seq, "hash": found.hash} for found, _ in records],
+        }
 
     def find_transaction(self, reference: str) -> dict[str, Any]:
         """A transaction by its number, or the newest of a patch by the beginning of its id.
@@ -1069,6 +1262,15 @@ class Store:
         return files.no_room(tightest)
 
 
+def raised(before: Marks | None, build: int, *, floor: int | None, downgrade: bool) -> Marks:
+    """What is remembered once a patch to `build` is confirmed. A downgrade lowers the highest build to its
+    own; nothing lowers the floor."""
+    if before is None:
+        return Marks(highest=build, floor=floor)
+    floors = [each for each in (before.floor, floor) if each is not None]
+    return Marks(highest=build if downgrade else max(before.highest, build), floor=max(floors, default=None))
+
+
 def _destination(part: PartRow) -> int:
     assert part.destination is not None
     return part.destination
@@ -1109,4 +1311,17 @@ def _facts(patch: PatchInfo) -> dict[str, Any]:
         "version": patch.version,
         "build": patch.build,
         "kind": patch.kind,
+        "floor": patch.build_floor,
+        "downgrade": patch.downgrade,
     }
+
+
+def _request(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Who asked for what, and what was decided, out of the first record of a transaction."""
+    return {key: fields[key] for key in ("by", "package", "trust", "wish", "gates") if key in fields}
+
+
+def _step(fields: Mapping[str, Any]) -> dict[str, Any]:
+    took = fields.get("took_us")
+    named = {key: fields.get(key) for key in ("seq", "at", "step", "target", "instance", "detail")}
+    return {**named, "took": None if took is None else took / 1e6}

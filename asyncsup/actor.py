@@ -1,0 +1,71 @@
+"""Who asked for something, as the system tells it and not as they claim."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actor:
+    """Somebody who asked for something.
+
+    Attributes:
+        via: a connection to the control socket, a file in the inbox (its owner), this supervisor by itself,
+            or `asyncsup doctor`.
+        user: the name of `uid` when it was asked for; None where it has none.
+        address: of a peer that is no local process.
+    """
+
+    via: Literal["control", "inbox", "supervisor", "doctor"]
+    uid: int | None = None
+    gid: int | None = None
+    pid: int | None = None
+    user: str | None = None
+    address: str | None = None
+
+    @classmethod
+    def of_peer(cls, address: str) -> Actor:
+        """Who is behind a message: the process that has connected, as the kernel tells it and libzmq hands it
+        on (``localhost:UID:GID:PID``)."""
+        _, *numbers = address.rsplit(":", 3)
+        if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+            return cls(via="control", address=address or "unknown")
+        uid, gid, pid = map(int, numbers)
+        return cls(via="control", uid=uid, gid=gid, pid=pid, user=_user(uid))
+
+    @classmethod
+    def of_owner(cls, path: Path) -> Actor:
+        """Who owns a file in the inbox."""
+        try:
+            status = path.stat()
+        except OSError:
+            return cls(via="inbox")
+        return cls(via="inbox", uid=status.st_uid, gid=status.st_gid, user=_user(status.st_uid))
+
+    @classmethod
+    def this_process(cls, via: Literal["supervisor", "doctor"]) -> Actor:
+        """This very process."""
+        return cls(via=via, uid=os.getuid(), gid=os.getgid(), pid=os.getpid(), user=_user(os.getuid()))
+
+    def __str__(self) -> str:
+        if self.via == "supervisor":
+            return "the supervisor"
+        if self.uid is None:
+            return self.address or "unknown"
+        facts = [f"uid {self.uid}"] + ([f"pid {self.pid}"] if self.pid is not None else [])
+        who = f"{self.user} ({', '.join(facts)})" if self.user is not None else ", ".join(facts)
+        return f"inbox, file of {who}" if self.via == "inbox" else who
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
+
+
+def _user(uid: int) -> str | None:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return None
