@@ -751,7 +751,12 @@ def _patch_apply(session: Session) -> int:
     reports = []
     for index, package in enumerate(packages):
         try:
-            params = {**package, "wait_busy": args.wait, "retry_held": args.retry_held or None}
+            params = {
+                **package,
+                "wait_busy": args.wait,
+                "retry_held": args.retry_held or None,
+                "trust_clock": args.trust_clock or None,
+            }
             report = transact(session, "patch.apply", params)
         except AsyncsupError:
             left = [str(each["name"]) for each in packages[index + 1 :]]
@@ -792,6 +797,9 @@ def _patch_apply_arguments(parser: argparse.ArgumentParser) -> None:
     _busy_options(parser)
     parser.add_argument(
         "--retry-held", action="store_true", help="apply it although it was rolled back before"
+    )
+    parser.add_argument(
+        "--trust-clock", action="store_true", help="the clock is right, although it has been set back"
     )
 
 
@@ -928,6 +936,144 @@ def _patch_show(session: Session) -> int:
 
 def _patch_show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID", help="number of a transaction, or the beginning of a patch's id")
+
+
+# --- the audit ----------------------------------------------------------------------------------------------
+
+
+def _audit_verify(session: Session) -> int:
+    args, out = session.args, session.out
+    if args.file is not None:
+        from asyncsup.patch.ledger import examine_export
+
+        try:
+            with open(args.file, "rb") as file:
+                value = examine_export(file, args.heads).to_json()
+        except OSError as error:
+            raise _file_error(error) from None
+    elif args.state_dir is not None:
+        from pathlib import Path
+
+        from asyncsup.patch.ledger import examine_state
+
+        value = examine_state(Path(args.state_dir), args.heads).to_json()
+    else:
+        value = session.client.call("audit.verify", heads=args.heads)
+    from asyncsup.render_audit import judgement_lines
+
+    out.result(value, lambda: judgement_lines(value, ink=out.ink))
+    return 0 if value["ok"] else 1
+
+
+def _audit_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--head",
+        dest="heads",
+        action="append",
+        default=[],
+        type=_hash,
+        metavar="HASH",
+        help="of a record, kept elsewhere: it must be among them; may be repeated",
+    )
+    where = parser.add_mutually_exclusive_group()
+    _state_dir_option(where)
+    where.add_argument("--file", metavar="FILE", help="what `audit export` wrote, instead")
+
+
+def _audit_list(session: Session) -> int:
+    from functools import partial
+
+    from asyncsup.render_audit import record_lines
+
+    args, out = session.args, session.out
+    for record in _audit_pages(session, after=args.after, txn=args.txn, limit=args.limit):
+        value = _record(record)
+        out.row(value, partial(record_lines, value, ink=out.ink))
+    return 0
+
+
+def _record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as a value; one that was tampered with need not be JSON any more."""
+    import json
+
+    try:
+        value = json.loads(record["line"])
+    except ValueError:
+        value = None
+    known = value if isinstance(value, dict) else {"event": "unreadable", "line": record["line"]}
+    return {**known, "seq": record["seq"], "hash": record["hash"]}
+
+
+def _audit_list_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-n", "--limit", type=_natural, default=50, metavar="N", help="the last N (50)")
+    add("--after", type=int, metavar="SEQ", help="N from the one behind record number SEQ on, instead")
+    add("--txn", type=int, metavar="N", help="only of this transaction")
+    _state_dir_option(parser)
+
+
+def _audit_export(session: Session) -> int:
+    for record in _audit_pages(session, after=0, txn=None, limit=None):
+        session.out.verbatim(record["line"] + "\n")
+        if session.out.closed:
+            break
+    return 0
+
+
+def _audit_pages(
+    session: Session, *, after: int | None, txn: int | None, limit: int | None
+) -> Iterable[Mapping[str, Any]]:
+    """Records of a supervisor, or of a state directory, page by page; without a limit all there are."""
+    if session.args.state_dir is not None:
+        yield from _audit_of(session.args.state_dir, after=after, txn=txn, limit=limit)
+        return
+    left = limit
+    while left is None or left > 0:
+        size = 1000 if left is None else min(left, 1000)
+        page = session.client.call(
+            "audit.list", {"after": after, "txn": txn, "limit": size}, timeout=QUERY_SECONDS
+        )["records"]
+        if not page:
+            return
+        yield from page
+        after = int(page[-1]["seq"])
+        left = None if left is None else left - len(page)
+
+
+def _audit_of(
+    state_dir: str, *, after: int | None, txn: int | None, limit: int | None
+) -> Iterable[Mapping[str, Any]]:
+    from pathlib import Path
+
+    from asyncsup.patch.database import Database
+    from asyncsup.patch.ledger import read_records
+
+    database = Database.open_to_read(Path(state_dir, "state.db"))
+    try:
+        left = limit
+        while left is None or left > 0:
+            rows = read_records(database, after=after, txn=txn, limit=1000 if left is None else left)
+            yield from (row.to_json() for row in rows)
+            if not rows:
+                return
+            after = rows[-1].seq
+            left = None if left is None else left - len(rows)
+    finally:
+        database.close()
+
+
+def _audit_export_arguments(parser: argparse.ArgumentParser) -> None:
+    _state_dir_option(parser)
+
+
+def _state_dir_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--state-dir", metavar="DIR", help="read a state directory, without a supervisor")
+
+
+def _hash(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no SHA-256 of 64 hexadecimal digits")
+    return text.lower()
 
 
 # --- patches: without a supervisor --------------------------------------------------------------------------
@@ -1266,6 +1412,11 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     },
     "target": {
         "release": Verb("give up patching a target", _target_release_arguments, _target_release),
+    },
+    "audit": {
+        "verify": Verb("check that the audit is as it was written", _audit_verify_arguments, _audit_verify),
+        "list": Verb("list what was written down", _audit_list_arguments, _audit_list),
+        "export": Verb("print every record, as it is hashed", _audit_export_arguments, _audit_export),
     },
     "console": Verb("open the Patch Overseer prompt", _none, _console),
     "init": Verb("write a commented asyncsup.toml", _init_arguments, _init),

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import binascii
 import logging
-import pwd
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from asyncsup.actor import Actor
 from asyncsup.config import describe
 from asyncsup.errors import (
     AsyncsupError,
@@ -73,11 +73,13 @@ class Call:
     """The parameters of one request, read with their types; what is not read at all is an error.
 
     Attributes:
-        asked_by: the local user and process behind the socket, for people and for the audit.
+        actor: the local user and process behind the socket.
+        asked_by: the same for people.
     """
 
-    def __init__(self, params: Mapping[str, Any], asked_by: str) -> None:
-        self.asked_by = asked_by
+    def __init__(self, params: Mapping[str, Any], actor: Actor) -> None:
+        self.actor = actor
+        self.asked_by = str(actor)
         self._params = params
         self._read: set[str] = set()
 
@@ -225,7 +227,7 @@ class ControlServer:
             self._running[key] = scope
             try:
                 return Result(
-                    id=request.id, result=await handler(self, Call(request.params, _caller(address)))
+                    id=request.id, result=await handler(self, Call(request.params, Actor.of_peer(address)))
                 )
             except AsyncsupError as error:
                 return failure_of(request.id, error)
@@ -461,8 +463,8 @@ class ControlServer:
     def _source(self, call: Call) -> Source:
         crc32 = call.optional_string("crc32")
         sha256 = call.optional_string("sha256")
-        if sha256 is not None and (len(sha256) != 64 or not set(sha256.lower()) <= set("0123456789abcdef")):
-            raise RequestError(f"sha256: must be 64 hexadecimal digits, is {sha256!r:.80}")
+        if sha256 is not None:
+            _check_sha256("sha256", sha256)
         return self.supervisor.overseer.source(
             path=call.optional_string("path"),
             upload=call.optional_string("upload"),
@@ -513,7 +515,7 @@ class ControlServer:
             only=call.boolean("only", False),
             together=call.boolean("together", False),
         )
-        wish = Wish(asked_by=call.asked_by, wait_busy=call.boolean("wait_busy", True))
+        wish = Wish(actor=call.actor, wait_busy=call.boolean("wait_busy", True))
         call.finish()
         if (build is not None and generation is not None) or (way.only and way.together):
             raise RequestError("give one of to_build and to_generation, and one of only and together")
@@ -523,32 +525,33 @@ class ControlServer:
     async def patch_commit(self, call: Call) -> Any:
         reference = call.string("id")
         call.finish()
-        return await self.supervisor.overseer.commit(reference)
+        return await self.supervisor.overseer.commit(reference, actor=call.actor)
 
     @method("patch.abort")
     async def patch_abort(self, call: Call) -> Any:
         reference = call.string("id")
         call.finish()
-        return await self.supervisor.overseer.abort(reference, asked_by=call.asked_by)
+        return await self.supervisor.overseer.abort(reference, actor=call.actor)
 
     @method("patch.prune")
     async def patch_prune(self, call: Call) -> Any:
         target, keep = call.optional_string("target"), call.optional_integer("keep", at_most=10_000)
         call.finish()
-        return {"pruned": await self.supervisor.overseer.prune(target, keep)}
+        return {"pruned": await self.supervisor.overseer.prune(target, keep, actor=call.actor)}
 
     @method("target.release")
     async def target_release(self, call: Call) -> Any:
         target = call.string("target")
         call.finish()
-        return {"released": await self.supervisor.overseer.release(target, asked_by=call.asked_by)}
+        return {"released": await self.supervisor.overseer.release(target, actor=call.actor)}
 
     def _wish(self, call: Call) -> Wish:
         return Wish(
-            asked_by=call.asked_by,
+            actor=call.actor,
             target=call.optional_string("target"),
             wait_busy=call.boolean("wait_busy", True),
             retry_held=call.boolean("retry_held", False),
+            trust_clock=call.boolean("trust_clock", False),
         )
 
     @method("patch.list")
@@ -569,6 +572,23 @@ class ControlServer:
         call.finish()
         return await self.supervisor.overseer.show(reference)
 
+    # --- the audit ------------------------------------------------------------------------------------------
+
+    @method("audit.verify")
+    async def audit_verify(self, call: Call) -> Any:
+        heads = call.strings("heads")
+        call.finish()
+        for head in heads:
+            _check_sha256("heads", head)
+        return await self.supervisor.overseer.examine_audit([head.lower() for head in heads])
+
+    @method("audit.list")
+    async def audit_list(self, call: Call) -> Any:
+        after, txn = (call.optional_integer(key, at_most=2**53) for key in ("after", "txn"))
+        limit = call.integer("limit", 100, at_most=1000)
+        call.finish()
+        return await self.supervisor.overseer.audit(after=after, txn=txn, limit=limit)
+
 
 def failure_of(request_id: RequestId, error: AsyncsupError) -> Failure:
     """The one place where an error becomes a JSON-RPC error object."""
@@ -580,16 +600,9 @@ def failure_of(request_id: RequestId, error: AsyncsupError) -> Failure:
     )
 
 
-def _caller(address: str) -> str:
-    """``uid 0 (root), pid 4711`` from libzmq's ``localhost:UID:GID:PID``."""
-    parts = address.rsplit(":", 3)
-    if len(parts) != 4 or not parts[1].isdigit():
-        return address or "unknown"
-    try:
-        user = pwd.getpwuid(int(parts[1])).pw_name
-    except KeyError:
-        return f"uid {parts[1]}, pid {parts[3]}"
-    return f"{user} (uid {parts[1]}, pid {parts[3]})"
+def _check_sha256(key: str, text: str) -> None:
+    if len(text) != 64 or not set(text.lower()) <= set("0123456789abcdef"):
+        raise RequestError(f"{key}: must be 64 hexadecimal digits, is {text!r:.80}")
 
 
 def _signal_number(text: str) -> int:

@@ -834,9 +834,14 @@ def transaction_lines(value: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = Non
             ("started", moment(value.get("started"), date=True, tz=tz)),
             ("took", duration(value.get("took"))),
             ("asked by", _listed(value.get("asked_by"))),
+            *_request_pairs(value.get("request") or {}),
             ("error", clean(_error_text(value.get("error")))),
+            ("audit", _records_text(value.get("audit") or ())),
         ]
     )
+    for decided in (value.get("request") or {}).get("gates") or ():
+        lines.append(f"target {ink('bold', clean(decided.get('target', '')))}")
+        lines += _gate_lines(decided.get("gates") or (), ink)
     steps: Sequence[Value] = value.get("steps") or ()
     if steps:
         lines.append("steps")
@@ -846,6 +851,37 @@ def transaction_lines(value: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = Non
     files: Sequence[Value] = value.get("files") or ()
     lines += [line.removeprefix("  ") for line in _file_lines(files, ink)]
     return lines
+
+
+def _request_pairs(request: Value) -> list[tuple[str, str]]:
+    """What was asked for, and what vouched for it."""
+    package: Value = request.get("package") or {}
+    trust: Value = request.get("trust") or {}
+    wish: Value = request.get("wish") or {}
+    owner: Value = package.get("owner") or {}
+    file = clean(package.get("file") or "")
+    if owner:
+        file += f", owned by {clean(owner.get('user') or 'uid')} ({clean(owner.get('uid', '?'))})"
+    asked = [name.replace("_", "-") for name in ("retry_held", "trust_clock") if wish.get(name)]
+    return [
+        ("file", file),
+        ("verified by", clean(trust.get("checked_against") or "")),
+        ("signed by", _listed([_signer_text(signer) for signer in trust.get("signers") or ()])),
+        ("not counted", _listed([each.get("reason", "?") for each in trust.get("uncounted") or ()])),
+        ("trust", trust_text(trust.get("mode")) if trust.get("mode") else ""),
+        ("asked for", _listed(asked)),
+    ]
+
+
+def _signer_text(signer: Value) -> str:
+    return f"{signer.get('principals', '?')} {signer.get('fingerprint', '?')}"
+
+
+def _records_text(records: Sequence[Value]) -> str:
+    if not records:
+        return ""
+    first, last = records[0].get("seq"), records[-1].get("seq")
+    return f"records {_number(first)} to {_number(last)}, head {clean(records[-1].get('hash'))}"
 
 
 def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:

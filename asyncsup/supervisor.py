@@ -26,6 +26,7 @@ import anyio.abc
 import zmq
 
 import asyncsup
+from asyncsup.actor import Actor
 from asyncsup.channel import TargetChannel
 from asyncsup.child import raise_descriptor_limit, seal_descriptors
 from asyncsup.config import Config
@@ -96,6 +97,13 @@ class Supervisor:
         self._lock_runtime_dir(settings.runtime_dir)
         self.store = Store.open(settings.state_dir)
         self._cleanup.callback(self.store.close)
+        self.store.note(
+            "supervisor.started",
+            by=Actor.this_process("supervisor").to_json(),
+            version=asyncsup.__version__,
+            trust=self.config.patch.trust,
+            signatures_required=self.config.patch.signatures_required,
+        )
         raise_descriptor_limit()
         seal_descriptors()
         self.store.register(
@@ -230,6 +238,7 @@ class Supervisor:
         if not self._stopping.is_set():
             log.info("stopping (%s)", reason)
             self.events.emit("supervisor.stopping", reason=reason)
+            self.store.note("supervisor.stopping", reason=reason)
             self._stopping.set()
         return alive
 

@@ -90,6 +90,11 @@ class Output:
         if self.is_live:
             self._write(text)
 
+    def verbatim(self, text: str) -> None:
+        """A result that is JSON already, and has one form only."""
+        if not self.quiet:
+            self._write(text)
+
     def note(self, text: str) -> None:
         """A remark on stderr."""
         if not self.quiet:

@@ -48,6 +48,10 @@ class Row:
     line: bytes
     hash: str | None
 
+    def to_json(self) -> dict[str, Any]:
+        """With the line as it is, which is JSON itself, unless it was tampered with."""
+        return {"seq": self.seq, "hash": self.hash, "line": self.line.decode(errors="replace")}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:

@@ -26,6 +26,7 @@ from typing import Any, Final
 from asyncsup.errors import PatchNotFoundError, StateError, TargetNotFoundError
 from asyncsup.patch import audit
 from asyncsup.patch.audit import Head, Row
+from asyncsup.patch.marks import Marks
 
 SCHEMA_VERSION: Final = 2
 
@@ -214,14 +215,6 @@ class TransactionRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Marks:
-    """What no patch may go below: the highest build a target has had, and the highest floor that was set."""
-
-    highest: int
-    floor: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Note:
     """Something to be written down in the audit."""
 
@@ -275,6 +268,37 @@ class Database:
             raise
         return database
 
+    @classmethod
+    def open_to_read(cls, path: Path) -> Database:
+        """Open a database that is there and write nothing to it, whether a supervisor has it open or not."""
+        if not path.is_file():
+            raise StateError(f"there is no {path}", code="state.database_missing")
+        connection = None
+        try:
+            connection = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+            )
+            connection.row_factory = sqlite3.Row
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+        except sqlite3.Error as error:
+            if connection is not None:
+                connection.close()
+            raise _state_error(path, error) from error
+        if version != SCHEMA_VERSION:
+            connection.close()
+            raise _wrong_version(path, version)
+        return cls(connection, path)
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything that is read in the block is as it was at one instant."""
+        with self.lock, self._translated():
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("ROLLBACK")
+
     def _prepare(self) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
@@ -284,10 +308,7 @@ class Database:
                 f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
             )
         elif version != SCHEMA_VERSION:
-            raise StateError(
-                f"{self._path} has schema version {version}, this asyncsup knows {SCHEMA_VERSION}",
-                code="state.version",
-            )
+            raise _wrong_version(self._path, version)
         if self.head() is None:
             self.record("chain.begun", format=audit.FORMAT, chain=secrets.token_hex(16))
 
@@ -311,10 +332,8 @@ class Database:
                         yield self._connection
                         self._write_notes()
                         if self._newest is not None:
-                            head = f"{self._newest.seq} {self._newest.hash}"
-                            self._connection.execute(
-                                "INSERT OR REPLACE INTO meta VALUES ('head', ?)", (head,)
-                            )
+                            self.set_meta("head", f"{self._newest.seq} {self._newest.hash}")
+                            self.set_meta("clock", repr(max(self.clock(), time.time())))
                         self._connection.execute("COMMIT")
                     except BaseException:
                         if self._connection.in_transaction:
@@ -382,6 +401,16 @@ class Database:
         self._newest = Head(seq=1 if before is None else before.seq + 1, hash=audit.digest(line))
         values = (self._newest.seq, note.txn, line.decode(), self._newest.hash)
         self._connection.execute("INSERT INTO audit VALUES (?, ?, ?, ?)", values)
+
+    def clock(self) -> float:
+        """The latest time at which anything was written down; 0.0 when nothing was."""
+        return float(self.meta("clock") or 0.0)
+
+    def trust_clock(self, **fields: Any) -> None:
+        """Whatever the time was before, now is the time."""
+        with self.write():
+            self.record("clock.trusted", before=timestamp(self.clock()), **fields)
+            self.set_meta("clock", "0.0")
 
     def head(self) -> Head | None:
         """The newest record. What is noted counts as well as what is there: were the last ones removed, the
@@ -687,6 +716,10 @@ class Database:
         row = self._one("SELECT reason FROM held WHERE patch = ?", patch)
         return None if row is None else str(row["reason"])
 
+    def all_held(self) -> dict[str, str]:
+        """Every patch that is on hold, and why."""
+        return {row["patch"]: row["reason"] for row in self._all("SELECT patch, reason FROM held")}
+
     def unhold(self, patch: str) -> None:
         if self.held(patch) is None:
             return
@@ -698,9 +731,19 @@ class Database:
         row = self._one("SELECT highest, floor FROM marks WHERE target = ?", target)
         return None if row is None else Marks(highest=row["highest"], floor=row["floor"])
 
+    def all_marks(self) -> dict[str, Marks]:
+        rows = self._all("SELECT target, highest, floor FROM marks")
+        return {row["target"]: Marks(highest=row["highest"], floor=row["floor"]) for row in rows}
+
     def set_marks(self, target: str, marks: Marks) -> None:
         with self.write() as sql:
             sql.execute("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", (target, marks.highest, marks.floor))
+
+
+def _wrong_version(path: Path, version: int) -> StateError:
+    return StateError(
+        f"{path} has schema version {version}, this asyncsup knows {SCHEMA_VERSION}", code="state.version"
+    )
 
 
 def _state_error(path: Path, error: sqlite3.Error) -> StateError:

@@ -193,8 +193,9 @@ def _expired(manifest: Manifest, now: datetime, seen: datetime | None) -> Gate:
     if seen is not None:
         return _closed(
             "expired",
-            f"patch expires {moment}, and whether it has cannot be told: the clock says {_moment(now)}, but "
-            f"it has been {_moment(seen)} already; set it right, or say that it is (--trust-clock)",
+            f"patch expires {moment}, and whether it has cannot be told: the clock says "
+            f"{_moment(now.replace(microsecond=0))}, but it has been {_moment(seen.replace(microsecond=0))} "
+            "already; set it right, or say that it is (--trust-clock)",
             "gate.clock",
         )
     if now < manifest.expires:
@@ -227,7 +228,7 @@ def _closed(name: str, detail: str, code: str) -> Gate:
 
 
 def _moment(time: datetime) -> str:
-    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
+    return time.isoformat().replace("+00:00", "Z")
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
+from asyncsup.actor import Actor
 from asyncsup.errors import (
     AllowedSignersError,
     AsyncsupError,
@@ -39,7 +41,9 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.patch import fs
+from asyncsup.patch.audit import Head
 from asyncsup.patch.checksum import has_checksum, read_checksum
+from asyncsup.patch.clock import SeenClock
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Limits, Package, open_package
@@ -67,6 +71,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asyncsup.patch")
 
+_TRUST_DETAILS: Final = ("required", "signers", "uncounted", "signature")
+"""What an error about signatures says of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -85,6 +92,13 @@ class Source:
     identity: tuple[int, ...] | None = None
     in_inbox: bool = False
 
+    @property
+    def checked_against(self) -> str | None:
+        """What says that it is the package that is meant."""
+        if self.sha256 is not None:
+            return "sha256 beside it" if self.sidecar else "sha256"
+        return None if self.crc32 is None else "crc32"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
@@ -94,12 +108,17 @@ class Wish:
         target: the only target to patch, or the one that a prototype package is for.
         wait_busy: wait for targets that something else is being done to, instead of refusing.
         retry_held: apply it although it was rolled back before.
+        trust_clock: the clock is right, whatever the time has been before.
     """
 
-    asked_by: str
+    actor: Actor
     target: str | None = None
     wait_busy: bool = True
     retry_held: bool = False
+    trust_clock: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"target": self.target, "retry_held": self.retry_held, "trust_clock": self.trust_clock}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +137,15 @@ class WayBack:
     only: bool = False
     together: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "reference": self.reference,
+            "build": self.extent.build,
+            "generation": self.extent.generation,
+            "only": self.only,
+            "together": self.together,
+        }
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
@@ -126,13 +154,16 @@ class _Job:
     Attributes:
         answer: what the client is told: the report, also of a patch that waits for its commit.
         end: the report at the end.
+        request: who asked for what, and what was decided so far; for the audit.
     """
 
     report: Report
+    request: dict[str, Any]
     answer: asyncio.Future[dict[str, Any]]
     end: asyncio.Future[dict[str, Any]]
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     transaction: Transaction | None = None
+    targets: Sequence[str] = ()
     because: str = "cancelled"
 
     def cancel(self, because: str) -> None:
@@ -160,6 +191,7 @@ class PatchOverseer:
         self._tasks = tasks
         self._jobs: set[_Job] = set()
         self._refusing = False
+        self._clock = SeenClock(self._store.last_seen())
         self._limits = Limits(package_bytes=supervisor.config.patch.max_package)
         self.uploads = Uploads(
             supervisor.config.supervisor.state_dir / "uploads", supervisor.config.patch.max_package
@@ -289,16 +321,23 @@ class PatchOverseer:
         """
         return self._up_to_now(await anyio.to_thread.run_sync(self._store.find_transaction, reference))
 
+    async def examine_audit(self, anchors: Sequence[str]) -> dict[str, Any]:
+        """Whether the audit is as it was written; `anchors` are hashes that were kept elsewhere."""
+        return (await anyio.to_thread.run_sync(self._store.examine, anchors)).to_json()
+
+    async def audit(self, *, after: int | None, txn: int | None, limit: int) -> dict[str, Any]:
+        """Records of the audit, each as the very line that its hash is of."""
+        read = partial(self._store.records, after=after, txn=txn, limit=limit)
+        rows = await anyio.to_thread.run_sync(read)
+        head = await anyio.to_thread.run_sync(self._store.head)
+        return {"records": [row.to_json() for row in rows], "head": head.to_json()}
+
     def _up_to_now(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """What the store knows of a transaction, and what is not written down before its end."""
+        """What the store knows of a transaction, and what it cannot know."""
         for job in self._jobs:
-            if job.transaction is None or job.transaction.txn != entry["txn"]:
-                continue
-            if job.transaction.waits_for_commit:
+            mine = job.transaction is not None and job.transaction.txn == entry["txn"]
+            if mine and job.transaction is not None and job.transaction.waits_for_commit:
                 entry["verdict"] = "uncommitted"
-            if "steps" in entry:
-                known = {(step["step"], step["at"]) for step in entry["steps"]}
-                entry["steps"] += [s for s in job.transaction.steps if (s["step"], s["at"]) not in known]
         return entry
 
     def uncommitted(self, target: str) -> int | None:
@@ -318,8 +357,11 @@ class PatchOverseer:
         Raises:
             AsyncsupError: it was not applied; ``details["report"]`` is the report.
         """
-        job = self._new_job("apply", wish.asked_by)
+        job = self._new_job("apply", wish)
         job.report.file = None if self.uploads.has(source.path) else source.path.name
+        job.request["package"] = {"file": job.report.file}
+        if source.in_inbox:
+            job.request["package"]["owner"] = Actor.of_owner(source.path).to_json()
         self._tasks.start_soon(self._apply_job, job, source, wish)
         return await self._answer(job)
 
@@ -329,7 +371,8 @@ class PatchOverseer:
         Raises:
             AsyncsupError: as `apply` does, and as `goals_of_target` and `goals_of_patch` do.
         """
-        job = self._new_job("rollback", wish.asked_by)
+        job = self._new_job("rollback", wish)
+        job.request["back"] = way.to_json()
         self._tasks.start_soon(self._finish_job, job, self._take_back(job, way, wish))
         return await self._answer(job)
 
@@ -338,7 +381,7 @@ class PatchOverseer:
         targets = [self._supervisor.targets[name] for name in goals]
         return await self._carry_out(job, targets, partial(self._roll_back, way), wish)
 
-    async def commit(self, reference: str) -> dict[str, Any]:
+    async def commit(self, reference: str, *, actor: Actor) -> dict[str, Any]:
         """Commit a patch that waits for it; returns its report.
 
         Raises:
@@ -348,17 +391,19 @@ class PatchOverseer:
         job = self._job(reference, "commit")
         if job.transaction is None or not job.transaction.waits_for_commit:
             raise PatchNotFoundError(f"patch {reference} does not wait for a commit (yet)", id=reference)
+        self._store.note("txn.commit_asked", txn=job.report.txn, by=actor.to_json())
         job.transaction.commit_requested.set()
         return await asyncio.shield(job.end)
 
-    async def abort(self, reference: str, *, asked_by: str) -> dict[str, Any]:
+    async def abort(self, reference: str, *, actor: Actor) -> dict[str, Any]:
         """End a patch that is under way, at whatever step it is, and put everything back; returns its report.
 
         Raises:
             PatchNotFoundError: no such patch is under way.
         """
         job = self._job(reference, "abort")
-        job.cancel(f"aborted by {asked_by}")
+        self._store.note("txn.abort_asked", txn=job.report.txn, by=actor.to_json())
+        job.cancel(f"aborted by {actor}")
         await asyncio.wait([job.end])
         error = job.end.exception()
         if isinstance(error, AsyncsupError):
@@ -366,19 +411,19 @@ class PatchOverseer:
             return report
         return job.end.result()
 
-    async def prune(self, target: str | None, keep: int | None) -> dict[str, list[int]]:
+    async def prune(self, target: str | None, keep: int | None, *, actor: Actor) -> dict[str, list[int]]:
         """Remove old generations nobody reads; returns their numbers by target."""
         known = [self._known(target)] if target is not None else self._with_root()
         limit = keep if keep is not None else self._supervisor.config.patch.keep
-        return {
-            each.name: await anyio.to_thread.run_sync(self._store.prune, each.name, limit) for each in known
-        }
+        prune = partial(self._store.prune, keep=limit, by=actor.to_json())
+        return {each.name: await anyio.to_thread.run_sync(prune, each.name) for each in known}
 
-    async def release(self, name: str, *, asked_by: str) -> list[str]:
+    async def release(self, name: str, *, actor: Actor) -> list[str]:
         """Turn a target's managed files back into ordinary ones; returns their paths."""
         target = self._known(name)
-        async with target.hold("release", asked_by, on_preempt=lambda _: None):
-            return await anyio.to_thread.run_sync(self._store.release, target.name)
+        async with target.hold("release", str(actor), on_preempt=lambda _: None):
+            release = partial(self._store.release, target.name, by=actor.to_json())
+            return await anyio.to_thread.run_sync(release)
 
     async def apply_arrivals(self) -> None:
         """Apply what comes into the inbox, in order of build, until cancelled (``[patch] auto``)."""
@@ -401,18 +446,19 @@ class PatchOverseer:
         if self._trust == "digest" and source.sha256 is None:
             log.warning("%s waits in the inbox for %s.sha256", name, name)
             return
-        await self.apply(source, Wish(asked_by="inbox (auto)"))
+        await self.apply(source, Wish(actor=Actor.of_owner(source.path)))
 
     # --- jobs -----------------------------------------------------------------------------------------------
 
-    def _new_job(self, action: Any, asked_by: str) -> _Job:
+    def _new_job(self, action: Any, wish: Wish) -> _Job:
         if self._refusing:
             raise ShuttingDownError("the supervisor is stopping and takes no new patch")
         loop = asyncio.get_running_loop()
         report = Report(
-            action=action, asked_by=asked_by, trust=self._trust, facts=self._supervisor.root_facts
+            action=action, asked_by=str(wish.actor), trust=self._trust, facts=self._supervisor.root_facts
         )
-        job = _Job(report, loop.create_future(), loop.create_future())
+        request = {"by": wish.actor.to_json(), "wish": wish.to_json()}
+        job = _Job(report, request, loop.create_future(), loop.create_future())
         self._jobs.add(job)
         return job
 
@@ -463,6 +509,8 @@ class PatchOverseer:
                 log.exception("a patch failed unexpectedly")
                 outcome = PatchError(f"{type(error).__name__}: {error}", code="internal")
                 outcome.details["report"] = job.report.to_json("refused", outcome)
+            if job.report.txn is None:
+                await self._write_down_attempt(job, outcome)
             settle(outcome)
             _resolve(job, outcome)
         finally:
@@ -470,14 +518,55 @@ class PatchOverseer:
                 future.cancel()  # unless it is resolved: the supervisor itself is being torn down
             self._jobs.discard(job)
 
+    async def _write_down_attempt(self, job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:
+        """Nothing was begun, but it was asked for, and by whom and why it came to nothing is remembered."""
+        error = outcome if isinstance(outcome, AsyncsupError) else None
+        answer: dict[str, Any] = outcome if isinstance(outcome, dict) else outcome.details["report"]
+        facts = {key: answer[key] for key in ("patch", "name", "version", "build", "kind")}
+        write = partial(
+            self._store.write_down_attempt,
+            action=job.report.action,
+            patch=facts,
+            targets=job.targets,
+            asked_by=job.report.asked_by,
+            verdict=answer["verdict"],
+            error=error.message if error is not None else None,
+            code=error.error_code if error is not None else None,
+            request={**job.request, "gates": _gates(job.report)},
+        )
+        try:
+            with anyio.CancelScope(shield=True):
+                answer["txn"] = await anyio.to_thread.run_sync(write)
+                answer["audit"] = (await anyio.to_thread.run_sync(self._store.head)).to_json()
+        except AsyncsupError as failure:
+            log.error("what was asked for could not be written down: %s", failure.message)  # noqa: TRY400 - foreseen
+
     async def _apply_package(self, job: _Job, source: Source, wish: Wish) -> dict[str, Any]:
+        if wish.trust_clock:
+            await anyio.to_thread.run_sync(partial(self._store.trust_clock, by=wish.actor.to_json()))
+            self._clock.trust(time.time())
+        trust = job.request["trust"] = {"mode": self._trust, "checked_against": source.checked_against}
         with await self._open(source, must_be_trusted=True) as package:
             job.report.patch = package.id
+            job.request["package"] |= {
+                "id": package.id,
+                "format": package.format,
+                "size": package.size,
+                "signatures": sorted(package.signatures),
+            }
             # Before anything else in it is believed.
-            trust = _trust_gate(await anyio.to_thread.run_sync(self._check_signatures, package))
+            try:
+                endorsement = await anyio.to_thread.run_sync(self._check_signatures, package)
+            except PatchMalformedError as error:
+                trust |= {key: error.details[key] for key in _TRUST_DETAILS if key in error.details}
+                raise
+            if endorsement is not None:
+                trust |= endorsement.to_json()
+                job.report.signers = trust["signers"]
             job.report.manifest = package.manifest
             targets = self._targets_of(package.manifest, wish.target)
-            return await self._carry_out(job, targets, partial(self._apply_to, package, wish, trust), wish)
+            work = partial(self._apply_to, package, wish, _trust_gate(endorsement))
+            return await self._carry_out(job, targets, work, wish)
 
     async def _carry_out(
         self, job: _Job, targets: Sequence[Target], work: Work, wish: Wish
@@ -485,6 +574,7 @@ class PatchOverseer:
         """Hold the targets, do the work, and turn its end into a report."""
         label = "rollback" if job.report.action == "rollback" else "patch"
         verdict: Verdict = "refused"
+        job.targets = [target.name for target in targets]
         async with AsyncExitStack() as holds:
             for target in targets:
                 holds.callback(self._supervisor.end_if_essential_is_down, target)
@@ -492,7 +582,7 @@ class PatchOverseer:
                 # In one order everywhere: two patches that share targets cannot wait for each other.
                 for target in sorted(targets, key=lambda target: target.name):
                     await holds.enter_async_context(
-                        target.hold(label, wish.asked_by, on_preempt=job.cancel, wait_busy=wish.wait_busy)
+                        target.hold(label, str(wish.actor), on_preempt=job.cancel, wait_busy=wish.wait_busy)
                     )
                 verdict = await work(job, targets)
             if job.scope.cancelled_caught:
@@ -539,6 +629,8 @@ class PatchOverseer:
             version=manifest.version,
             build=manifest.build,
             kind=manifest.kind.value,
+            build_floor=manifest.build_floor,
+            downgrade=manifest.downgrade,
         )
         await self._run(job, change, info)
         return "committed"
@@ -623,7 +715,12 @@ class PatchOverseer:
             participant.enlist()
         names = [participant.target.name for participant in change.participants]
         begin = partial(
-            self._store.begin, action=change.action, patch=info, targets=names, asked_by=job.report.asked_by
+            self._store.begin,
+            action=change.action,
+            patch=info,
+            targets=names,
+            asked_by=job.report.asked_by,
+            request={**job.request, "gates": _gates(job.report)},
         )
         with anyio.CancelScope(shield=True):
             txn = await anyio.to_thread.run_sync(begin)
@@ -642,10 +739,11 @@ class PatchOverseer:
         finally:
             verdict: Verdict = "committed" if error is None else verdict_of(error)
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(
+                head = await anyio.to_thread.run_sync(
                     partial(self._write_down, transaction, verdict, error, info, names)
                 )
-            transaction.publish("patch.ended", verdict=verdict)
+            job.report.audit = head.to_json()
+            transaction.publish("patch.ended", verdict=verdict, audit=head.to_json())
 
     def _uncommitted(self, job: _Job) -> None:
         if not job.answer.done():
@@ -658,23 +756,19 @@ class PatchOverseer:
         error: AsyncsupError | None,
         info: PatchInfo | None,
         targets: Sequence[str],
-    ) -> None:
-        """Everything the store is to remember of a transaction that has ended; in a worker thread."""
-        for step in transaction.steps:
-            self._store.record(
-                transaction.txn,
-                step["step"],
-                target=step["target"],
-                instance=step["instance"],
-                detail=step["detail"],
-                took=step["took"],
-                at=step["at"],
-            )
+    ) -> Head:
+        """Everything the store is to remember of a transaction that has ended; in a worker thread.
+
+        Returns the audit's last record of it.
+        """
+        participants = transaction.change.participants
+        answers = [record.to_json() for each in participants for record in each.records.values()]
         self._store.finish(
             transaction.txn,
             verdict=verdict,
             error=error.message if error else None,
             code=error.error_code if error else None,
+            facts={"instances": answers},
         )
         if _is_the_patchs_fault(error) and info is not None:
             self._store.hold(info.id, error.message)
@@ -682,7 +776,9 @@ class PatchOverseer:
             if info is not None:
                 self._store.unhold(info.id)
             for name in targets:
-                self._store.prune(name, self._supervisor.config.patch.keep)
+                by = Actor(via="supervisor").to_json()
+                self._store.prune(name, self._supervisor.config.patch.keep, by=by)
+        return self._store.head()
 
     def _settle(self, source: Source, outcome: dict[str, Any] | AsyncsupError) -> None:
         """Move a zip out of the inbox, with its report, once it has been dealt with."""
@@ -737,7 +833,14 @@ class PatchOverseer:
         assert settings.allowed_signers is not None, "the configuration was checked"
         # Read each time: a key that is taken out of the file counts no longer.
         signers = load_signers(settings.allowed_signers)
-        return check_package(package, signers, required=settings.signatures_required, now=datetime.now(UTC))
+        now, seen = self._time()
+        # Were the clock set back, keys that are not valid any more would come back to life.
+        return check_package(package, signers, required=settings.signatures_required, now=seen or now)
+
+    def _time(self) -> tuple[datetime, datetime | None]:
+        """Now by the clock, and when the clock is behind it the latest time that was seen."""
+        behind = self._clock.behind()
+        return datetime.now(UTC), None if behind is None else datetime.fromtimestamp(behind, UTC)
 
     async def _judge_signatures(self, package: Package) -> Gate | None:
         """As `_check_signatures`, where a refusal is an answer as well."""
@@ -811,6 +914,7 @@ class PatchOverseer:
         state = self._store.state(target.name)
         known = [instance.hello for instance in target.instances if instance.hello is not None]
         matches = await anyio.to_thread.run_sync(self._store.content_matches, target.name, manifest)
+        marks = self._store.marks(target.name)
         facts = TargetFacts(
             name=target.name,
             region=target.config.region,
@@ -818,10 +922,15 @@ class PatchOverseer:
             patch=state.patch,
             content_matches=matches,
             allow=target.config.patch.allow,
-            held=None if wish.retry_held else self._store.held(package.id),
+            held=self._store.held(package.id),
+            highest=marks.highest if marks is not None else None,
+            build_floor=marks.floor if marks is not None else None,
         )
         signed = trust is not None and trust.ok
-        assessment = assess(manifest, package.id, facts, now=datetime.now(UTC), signed=signed)
+        now, seen = self._time()
+        assessment = assess(
+            manifest, package.id, facts, now=now, seen=seen, signed=signed, retry_held=wish.retry_held
+        )
         if trust is not None:
             assessment = replace(
                 assessment, gates=(trust, *assessment.gates), already=assessment.already and trust.ok
@@ -866,6 +975,19 @@ def _was_not_tried(source: Source, error: AsyncsupError) -> bool:
     opened = error.details["report"]["patch"] is not None
     mistyped = {"digest.crc32"} if source.sidecar else {"digest.crc32", "digest.sha256"}
     return not opened and error.error_code in mistyped
+
+
+def _gates(report: Report) -> list[dict[str, Any]]:
+    """What was decided about each target, for the audit."""
+    return [
+        {
+            "target": part.target.name,
+            "build": part.build_before,
+            "gates": [gate_json(gate) for gate in part.assessment.gates],
+        }
+        for part in report.parts
+        if part.assessment.gates
+    ]
 
 
 def _trust_gate(endorsement: Endorsement | None) -> Gate | None:

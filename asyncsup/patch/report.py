@@ -69,6 +69,10 @@ class Report:
     txn: int | None = None
     parts: list[Part] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    signers: list[dict[str, Any]] = field(default_factory=list)
+    """Whose signatures counted, where the configuration asks for some."""
+    audit: dict[str, Any] | None = None
+    """The audit's last record about it: whoever keeps its hash can tell later that nothing was taken away."""
     began: float = field(default_factory=time.monotonic)
 
     def to_json(self, verdict: Verdict, error: AsyncsupError | None = None) -> dict[str, Any]:
@@ -89,6 +93,8 @@ class Report:
             "at": timestamp(),
             "took": time.monotonic() - self.began,
             "trust": self.trust,
+            "signers": self.signers,
+            "audit": self.audit,
             "targets": [self._target(part) for part in self.parts],
             "steps": self.steps,
         }

@@ -39,19 +39,20 @@ from asyncsup.errors import (
 )
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import audit, fs
-from asyncsup.patch.audit import Head
+from asyncsup.patch.audit import Head, Row
 from asyncsup.patch.database import (
     OPEN_PHASES,
     GenerationRow,
-    Marks,
     PartRow,
     Phase,
     TargetRow,
     TransactionRow,
     timestamp,
 )
+from asyncsup.patch.ledger import Judgement, examine_state, read_records
 from asyncsup.patch.look import identity
 from asyncsup.patch.manifest import Manifest
+from asyncsup.patch.marks import Marks, raised
 from asyncsup.patch.overlay_files import OverlayFiles
 from asyncsup.patch.plan import FilePlan
 from asyncsup.patch.space import Need
@@ -207,6 +208,10 @@ class Store:
 
     def close(self) -> None:
         """Close the database and give up the lock."""
+        try:
+            self._database.write_notes()
+        except StateError as error:
+            log.error("the last records of the audit were not written: %s", error.message)  # noqa: TRY400
         self._state.close()
 
     def _check_pointer(self) -> None:
@@ -1021,6 +1026,14 @@ class Store:
         another layout or another configuration makes it forget."""
         return self._database.marks(target)
 
+    def last_seen(self) -> float:
+        """The latest time that anything was written down at, in seconds since the epoch."""
+        return self._database.clock()
+
+    def trust_clock(self, *, by: Mapping[str, Any]) -> None:
+        """Whatever the time was before, now is the time: somebody says so."""
+        self._database.trust_clock(by=by)
+
     # --- keeping and letting go -----------------------------------------------------------------------------
 
     def prune(self, target: str, keep: int, *, by: Mapping[str, Any] | None = None) -> list[int]:
@@ -1131,6 +1144,20 @@ class Store:
         found = self._database.head()
         assert found is not None, "a chain begins with the database"
         return found
+
+    def examine(self, anchors: Sequence[str] = ()) -> Judgement:
+        """Whether the audit is as it was written, and the rest of the database as the audit says.
+
+        Args:
+            anchors: hashes of records that were kept elsewhere.
+        """
+        self._database.write_notes()
+        return examine_state(self._state.path, anchors)
+
+    def records(self, *, after: int | None = None, txn: int | None = None, limit: int) -> list[Row]:
+        """Records of the audit, as `read_records`."""
+        self._database.write_notes()
+        return read_records(self._database, after=after, txn=txn, limit=limit)
 
     def history(self, target: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
         """The newest transactions, newest first."""
@@ -1260,15 +1287,6 @@ class Store:
             fs.rooms(Need(place=place, size=size, inodes=0) for place in places), key=lambda room: room.free
         )
         return files.no_room(tightest)
-
-
-def raised(before: Marks | None, build: int, *, floor: int | None, downgrade: bool) -> Marks:
-    """What is remembered once a patch to `build` is confirmed. A downgrade lowers the highest build to its
-    own; nothing lowers the floor."""
-    if before is None:
-        return Marks(highest=build, floor=floor)
-    floors = [each for each in (before.floor, floor) if each is not None]
-    return Marks(highest=build if downgrade else max(before.highest, build), floor=max(floors, default=None))
 
 
 def _destination(part: PartRow) -> int:

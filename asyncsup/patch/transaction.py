@@ -523,11 +523,13 @@ class Transaction:
     def _note(
         self, step: str, target: str | None, instance: str | None, detail: str, *, took: float | None = None
     ) -> None:
+        at = timestamp()
         record = {
-            "seq": len(self.steps) + 1, "at": timestamp(), "step": step, "target": target,
-            "instance": instance, "detail": detail, "took": took,
+            "seq": len(self.steps) + 1, "at": at, "step": step, "target": target, "instance": instance,
+            "detail": detail, "took": took,
         }  # fmt: skip
         self.steps.append(record)
+        self._store.record(self.txn, step, target=target, instance=instance, detail=detail, took=took, at=at)
         self.publish("patch.step", **{k: v for k, v in record.items() if k not in {"seq", "at"}})
 
     def _publish_progress(self) -> None:

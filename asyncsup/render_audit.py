@@ -1,0 +1,65 @@
+"""The audit as text for people. Pure; see `asyncsup.render`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import tzinfo
+from typing import Final
+
+from asyncsup.render import PLAIN, Ink, Value, clean, moment, plural
+
+_SAID_ELSEWHERE: Final = frozenset({"seq", "at", "event", "hash", "prev", "txn", "by", "asked_by"})
+
+
+def record_lines(record: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = None) -> list[str]:
+    """One record."""
+    facts = ", ".join(
+        f"{clean(key)} {_fact(value)}"
+        for key, value in record.items()
+        if key not in _SAID_ELSEWHERE and value not in (None, "", [], {}, False)
+    )
+    txn = f"txn {clean(record['txn'])}" if record.get("txn") is not None else ""
+    seq = f"{clean(record.get('seq', '?')):>6}"
+    when = ink("grey", moment(record.get("at"), date=True, tz=tz))
+    event = ink("cyan", f"{clean(record.get('event', '?')):<18}")
+    parts = (seq, when, event, txn, _who(record), facts)
+    return ["  ".join(part for part in parts if part).rstrip()]
+
+
+def _who(record: Value) -> str:
+    by = record.get("by")
+    if record.get("asked_by"):
+        return clean(record["asked_by"])
+    if isinstance(by, Mapping):
+        return clean(by.get("user") or by.get("via") or "")
+    return ""
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, Mapping):
+        facts = (
+            f"{clean(key)} {_fact(item)}" for key, item in value.items() if item not in (None, "", False)
+        )
+        return f"({', '.join(facts)})"
+    if isinstance(value, list):
+        return f"[{', '.join(_fact(item) for item in value)}]"
+    return clean(value)
+
+
+def judgement_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """What became of an examination of the audit."""
+    records = plural(int(value.get("records") or 0), "record")
+    if value.get("ok"):
+        lines = [ink("green", f"the chain holds: {records}")]
+    else:
+        lines = [ink("red", f"the audit is not as it was written ({records})")]
+    faults = value.get("faults") or ()
+    lines += [f"  {clean(fault.get('message', '?'))} [{clean(fault.get('code', '?'))}]" for fault in faults]
+    unsaid = int(value.get("fault_count") or 0) - len(faults)
+    if unsaid > 0:
+        lines.append(f"  and {unsaid} more")
+    head: Value = value.get("head") or {}
+    if head:
+        when = moment(value.get("at"), date=True)
+        lines.append(f"head: record {clean(head.get('seq', '?'))}, {when}, {clean(head.get('hash', ''))}")
+    return lines
