@@ -14,13 +14,12 @@ class Actor:
     """Somebody who asked for something.
 
     Attributes:
-        via: a connection to the control socket, a file in the inbox (its owner), this supervisor by itself,
-            or `asyncsup doctor`.
+        via: a connection to the control socket, a file in the inbox (its owner), or this supervisor itself.
         user: the name of `uid` when it was asked for; None where it has none.
         address: of a peer that is no local process.
     """
 
-    via: Literal["control", "inbox", "supervisor", "doctor"]
+    via: Literal["control", "inbox", "supervisor"]
     uid: int | None = None
     gid: int | None = None
     pid: int | None = None
@@ -47,9 +46,11 @@ class Actor:
         return cls(via="inbox", uid=status.st_uid, gid=status.st_gid, user=_user(status.st_uid))
 
     @classmethod
-    def this_process(cls, via: Literal["supervisor", "doctor"]) -> Actor:
-        """This very process."""
-        return cls(via=via, uid=os.getuid(), gid=os.getgid(), pid=os.getpid(), user=_user(os.getuid()))
+    def this_process(cls) -> Actor:
+        """The user this very process runs as."""
+        return cls(
+            via="supervisor", uid=os.getuid(), gid=os.getgid(), pid=os.getpid(), user=_user(os.getuid())
+        )
 
     def __str__(self) -> str:
         if self.via == "supervisor":

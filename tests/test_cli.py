@@ -1024,6 +1024,7 @@ def test_a_day_with_the_real_supervisor(
     assert (serve.folder / "work/job.json").read_text() == "1"
     assert [txn["action"] for txn in run("patch", "history", "--json").json["transactions"]] == [
         "rollback",
+        "apply",  # what was there already
         "apply",
     ]
     assert run("patch", "show", "1").status == 0

@@ -85,6 +85,11 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and _canonical(value) == line else None
 
 
+def plain_text(text: str) -> str:
+    """What can be written down of a text: a file's name in it may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _canonical(value: Mapping[str, Any]) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
@@ -97,8 +102,7 @@ def _plain(value: Any) -> Any:
             if item is not None
         }
     if isinstance(value, str):
-        # A file's name may be any bytes, and nothing may keep a record from being written.
-        return value.encode("utf-8", "backslashreplace").decode()
+        return plain_text(value)
     if isinstance(value, float):
         return round(value * 1e6)
     if isinstance(value, list | tuple):

@@ -640,6 +640,7 @@ class Database:
         cleaned: bool = False,
     ) -> None:
         """Change what is given; the first `ended` sets the time."""
+        error = None if error is None else audit.plain_text(error)
         with self.write() as sql:
             sql.execute(
                 "UPDATE transactions SET phase = coalesce(:phase, phase), "
@@ -708,6 +709,7 @@ class Database:
     # --- held patches, marks --------------------------------------------------------------------------------
 
     def hold(self, patch: str, reason: str) -> None:
+        reason = audit.plain_text(reason)
         with self.write() as sql:
             sql.execute("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", (patch, reason, timestamp()))
             self.record("patch.held", patch=patch, reason=reason)
