@@ -942,18 +942,18 @@ def _patch_show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit_verify(session: Session) -> int:
+    from pathlib import Path
+
     args, out = session.args, session.out
     if args.file is not None:
         from asyncsup.patch.ledger import examine_export
 
         try:
-            with open(args.file, "rb") as file:
+            with Path(args.file).open("rb") as file:
                 value = examine_export(file, args.heads).to_json()
         except OSError as error:
             raise _file_error(error) from None
     elif args.state_dir is not None:
-        from pathlib import Path
-
         from asyncsup.patch.ledger import examine_state
 
         value = examine_state(Path(args.state_dir), args.heads).to_json()
