@@ -18,8 +18,12 @@ from asyncsup.config.problems import Problem
 from asyncsup.config.reader import parse_config
 from asyncsup.config.settings import (
     Config,
+    HooksConfig,
+    LivenessConfig,
     LogConfig,
     PatchConfig,
+    ProbeConfig,
+    ReadyConfig,
     SupervisorConfig,
     TargetConfig,
     TargetPatchConfig,
@@ -40,6 +44,10 @@ __all__ = [
     "PatchConfig",
     "TargetConfig",
     "LogConfig",
+    "ProbeConfig",
+    "ReadyConfig",
+    "LivenessConfig",
+    "HooksConfig",
     "TargetPatchConfig",
     "find_config",
     "load_config",

@@ -23,6 +23,8 @@ MAX_SOCKET_PATH: Final = 107
 """Bytes: what `sun_path` of a UNIX socket address holds without its final NUL."""
 
 RELOADS: Final = ("reload_signal", "reload_command")
+READY_KEYS: Final = ("http", "tcp", "exec", "log", "fd", "notify")
+LIVENESS_KEYS: Final = ("http", "tcp", "exec")
 COMMANDS: Final = ("command", "stop_command", "reload_command")
 _SHELL_WORDS: Final = frozenset({"|", "||", "&", "&&", ">", ">>", "<", "2>", "2>&1"})
 
@@ -118,6 +120,8 @@ class Checks:
             self._reload(target)
             self._delays(target)
             self._user(target)
+            self._probes(target)
+            self._oneshot(target)
         self._dependencies(targets)
         self._roots(targets, supervisor, patch)
         self._log_files(targets)
@@ -175,6 +179,48 @@ class Checks:
                     target.top.place(key),
                     f"only root may start processes as another {key}",
                     "run asyncsup as root, or remove the key",
+                )
+
+    def _probes(self, target: TargetRead) -> None:
+        """One answer each to the questions whether an instance is ready, and whether it is alive."""
+        for table, keys in (("ready", READY_KEYS), ("liveness", LIVENESS_KEYS)):
+            read = target.tables[table]
+            asked = [key for key in keys if key in read.places and getattr(target.config, table)]
+            for key in asked[1:]:
+                self._report.problem(
+                    read.place(key),
+                    f"{asked[0]} and {key} cannot both be set",
+                    "remove one of them; a command (exec) can ask for several things",
+                )
+            if not asked and not read.failed:
+                for key in read.places:
+                    if read.has_own(key):
+                        self._report.problem(
+                            read.place(key), "has no meaning alone", f"set one of {', '.join(keys)} as well"
+                        )
+        if target.config.watchdog_timeout is not None and not target.config.says_notify:
+            if target.config.protocol != "sdk" and "protocol" not in target.top.failed:
+                self._report.problem(
+                    target.top.place("watchdog_timeout"),
+                    "needs a program that can say that it is alive",
+                    'set protocol to "notify" or "sdk", or use [target.NAME.liveness]',
+                )
+
+    def _oneshot(self, target: TargetRead) -> None:
+        config, top = target.config, target.top
+        if not config.oneshot:
+            return
+        for key, bad in (
+            ("restart", config.restart in {"always", "unless-stopped"}),
+            ("min_uptime", top.has_own("min_uptime")),
+            ("watchdog_timeout", config.watchdog_timeout is not None),
+        ):
+            if bad and key in top.places and key not in top.failed:
+                self._report.problem(top.place(key), "has no meaning for a oneshot, which is to end")
+        for table in ("ready", "liveness"):
+            if any(key in target.tables[table].places for key in READY_KEYS):
+                self._report.problem(
+                    top.place("oneshot"), f"a oneshot is ready when it has ended; remove [{table}]"
                 )
 
     def _dependencies(self, targets: Mapping[str, TargetRead]) -> None:
@@ -273,7 +319,7 @@ class Checks:
             for stream, path in (("stdout", target.config.log.stdout), ("stderr", target.config.log.stderr)):
                 if not isinstance(path, Path):
                     continue
-                place, text = target.log.place(stream), str(path)
+                place, text = target.tables["log"].place(stream), str(path)
                 if INSTANCE not in text and target.config.instances > 1:
                     self._report.problem(
                         place,

@@ -20,6 +20,7 @@ from asyncsup.config.problems import Layer, Place, Report, Source
 from asyncsup.config.settings import (
     Config,
     Entries,
+    HooksConfig,
     LogConfig,
     PatchConduct,
     PatchConfig,
@@ -61,7 +62,11 @@ _OTHER_NAMES: Final[Mapping[str, str]] = MappingProxyType({
     "exitcodes": "success_exit_codes", "stopsignal": "stop_signal", "killsignal": "stop_signal",
     "stopwaitsecs": "stop_timeout", "graceful_timeout": "stop_timeout", "kill_timeout": "stop_timeout",
     "stdout_logfile": "log.stdout", "stderr_logfile": "log.stderr", "stdout": "log.stdout",
-    "stderr": "log.stderr", "rlimits": "limits",
+    "stderr": "log.stderr", "rlimits": "limits", "type": "oneshot", "watchdogsec": "watchdog_timeout",
+    "runtimemaxsec": "max_age", "cron": "schedule", "cron_restart": "schedule",
+    "readiness_probe": "ready", "liveness_probe": "liveness", "notification_fd": "ready.fd",
+    "ready_log_line": "ready.log", "execstartpre": "hooks.pre_start", "execstartpost": "hooks.post_start",
+    "execstoppost": "hooks.post_stop",
 })  # fmt: skip
 """What other supervisors call our keys: nearer to what is meant than the nearest spelling."""
 
@@ -89,7 +94,8 @@ class TargetRead(NamedTuple):
 
     config: TargetConfig
     top: TableRead
-    log: TableRead
+    tables: Mapping[str, TableRead]
+    """Of the tables in it, those that have keys of their own, by name: `log`, `ready` ..."""
 
 
 def parse_config(
@@ -267,7 +273,7 @@ class Reader:
         values.setdefault("command", ())
         if values.get("layout") != "tree" and not top.has_own("persist"):
             values.pop("persist", None)  # a default meant for the targets of the other layout
-        log = TableRead(own, {}, {}, frozenset())
+        tables: dict[str, TableRead] = {}
         for key, option in keys.items():
             if isinstance(option.type, ValueType):
                 continue
@@ -279,14 +285,13 @@ class Reader:
                 if known is None:
                     self._check_variable_names(subs)
                 values[key] = MappingProxyType(self._entries(option.type, subs, name))
-            elif subs:
-                read = self._read(option.type, subs, name)
+            else:
+                here = [] if key in own.table and subs else [Layer(own.source, (*own.keys, key), {})]
+                read = self._read(option.type, [*here, *subs], name)
                 given = {**conduct, **read.values} if option.type is TargetPatchConfig else read.values
                 values[key] = option.type(**given)
-                log = read if option.type is LogConfig else log
-            elif option.type is TargetPatchConfig:
-                values[key] = TargetPatchConfig(**conduct)
-        return TargetRead(TargetConfig(name=name, **values), top, log)
+                tables[key] = read
+        return TargetRead(TargetConfig(name=name, **values), top, tables)
 
     # --- tables ---------------------------------------------------------------------------------------------
 
@@ -451,6 +456,7 @@ def _table_of(name: str) -> str | None:
         "patch": options(PatchConfig),
         "target.NAME": options(TargetConfig),
         "target.NAME.log": options(LogConfig),
+        "target.NAME.hooks": options(HooksConfig),
         "target.NAME.limits": LIMITS,
     }
     homes = [table for table, keys in tables.items() if name in keys]

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 from asyncsup.config import values
-from asyncsup.config.values import UNLIMITED, ValueType, choice, integer, toml_text
+from asyncsup.config.values import UNLIMITED, Condition, ValueType, choice, integer, toml_text
 
 if TYPE_CHECKING:
     from asyncsup.patch.manifest import Kind
@@ -149,6 +149,63 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeConfig:
+    """What `.ready` and `.liveness` have in common: one question, and how often it is asked."""
+
+    http: Annotated[str | None, values.URL] = None
+    """GET it; an answer from 200 to 399 is a good one."""
+    tcp: Annotated[str | None, values.ADDRESS] = None
+    """Connect to it."""
+    exec: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Run it, as the instance itself is run; exit status 0 is a good answer."""
+    interval: Timeout = 10.0
+    """From one answer to the next question."""
+    timeout: Timeout = 2.0
+    """How long one answer may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyConfig(ProbeConfig):
+    """`[target.NAME.ready]`: how it is known from outside that an instance can do its work."""
+
+    interval: Timeout = 0.2
+    log: Annotated[str | None, values.PATTERN] = None
+    """A line of its output matches."""
+    fd: Annotated[int | None, integer(3, 1023)] = None
+    """It writes a newline to this descriptor (s6)."""
+    notify: Annotated[bool, values.BOOLEAN] = False
+    """It says READY=1 to NOTIFY_SOCKET (sd_notify), whatever its protocol."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivenessConfig(ProbeConfig):
+    """`[target.NAME.liveness]`: how it is known that an instance still does its work."""
+
+    failure_threshold: Annotated[int, integer(1, 1000)] = 3
+    """After this many bad answers in a row the instance is ended, and its restart policy applies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HooksConfig:
+    """`[target.NAME.hooks]`: commands that are run at points in the life of an instance, or of a patch."""
+
+    pre_start: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Before the program; if it fails, so does the start."""
+    post_start: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Once the instance is ready."""
+    pre_stop: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Before the stop signal; within `stop_timeout`."""
+    post_stop: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Once the process and its group have ended, however they did."""
+    pre_patch: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Once for each patch of the target, before its instances are asked; if it fails, the patch is refused."""
+    post_patch: Annotated[tuple[str, ...] | None, values.COMMAND] = None
+    """Once for each patch, when its instances have taken it up; if it fails, the patch is undone."""
+    timeout: Timeout = 30.0
+    """How long each may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetConfig:
     """`[target.NAME]`, with `[defaults]` and `[patch]` already beneath it.
 
@@ -171,8 +228,14 @@ class TargetConfig:
     instances: Annotated[int, integer(0, 10_000)] = 1
     autostart: Annotated[bool, values.BOOLEAN] = True
     """Start with the supervisor."""
-    depends_on: Annotated[tuple[str, ...], values.STRINGS] = ()
-    """Targets that must be ready before this one is started."""
+    depends_on: Annotated[Mapping[str, Condition], values.DEPENDS] = field(default_factory=_empty)
+    """What must have become of which targets before this one is started."""
+    oneshot: Annotated[bool, values.BOOLEAN] = False
+    """Its instances are meant to end: it is ready when they have, with success."""
+    schedule: Annotated[str | None, values.SCHEDULE] = None
+    """When it is started (oneshot) or restarted: a cron expression, in local time."""
+    max_age: Annotated[float | None, values.TIMEOUT] = None
+    """How long an instance may be up: it is then restarted, or, if it is a oneshot, ended."""
 
     root: Annotated[Path | None, values.PATH] = None
     """The resources: what patches change. A target without one cannot be patched."""
@@ -208,13 +271,23 @@ class TargetConfig:
     reload_signal: Annotated[signal.Signals | None, values.RELOAD_SIGNAL] = None
     reload_command: Annotated[tuple[str, ...] | None, values.COMMAND] = None
     reload_timeout: Timeout = 10.0
+    watchdog_timeout: Annotated[float | None, values.TIMEOUT] = None
+    """How long an instance may be silent: no WATCHDOG=1 (sd_notify), no answer to a ping (SDK)."""
 
+    ready: ReadyConfig = field(default_factory=ReadyConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
+    hooks: HooksConfig = field(default_factory=HooksConfig)
     log: LogConfig = field(default_factory=LogConfig)
     limits: Annotated[Mapping[str, int], Entries(values.LIMIT_COUNT, values.LIMITS)] = field(
         default_factory=_empty
     )
     """rlimit name to value in the units of setrlimit(2); `UNLIMITED` for no limit."""
     patch: TargetPatchConfig = field(default_factory=TargetPatchConfig)
+
+    @property
+    def says_notify(self) -> bool:
+        """Whether its instances are given a NOTIFY_SOCKET."""
+        return self.protocol == "notify" or self.ready.notify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

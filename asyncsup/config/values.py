@@ -254,6 +254,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return by_folded[found[0]] if found else None
 
 
+Condition = Literal["started", "ready", "exited-ok"]
+"""What has become of a target before one that depends on it may start."""
+
 Schema = Mapping[str, Any]
 """A JSON Schema; what it cannot say (a signal's name, a program that exists) is left to `ValueType.read`."""
 
@@ -453,6 +456,68 @@ def _read_persist(value: Any, scope: Scope) -> tuple[str, ...]:
     return tuple(paths)
 
 
+def _read_depends(value: Any, scope: Scope) -> Mapping[str, Condition]:
+    if not isinstance(value, Mapping):
+        return MappingProxyType(dict.fromkeys(_read_strings(value, scope), "ready"))
+    conditions: dict[str, Condition] = {}
+    for name, condition in value.items():
+        try:
+            conditions[name] = CONDITION.read(condition, scope)
+        except BadValueError as bad:
+            raise BadValueError(f"{quoted(name)} is {bad.problem}", bad.hint) from None
+    return MappingProxyType(conditions)
+
+
+def _read_url(value: Any, scope: Scope) -> str:
+    from urllib.parse import urlsplit  # noqa: PLC0415 - only where a probe is configured
+
+    text = scope.text(value, per_instance=True)
+    hint = 'write it as "http://127.0.0.1:8080/health"'
+    try:
+        parts = urlsplit(text.replace(INSTANCE, "0"))
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not text.isascii() or not text.isprintable() or " " in text:
+        raise BadValueError("not a URL of http or https", hint)
+    return text
+
+
+def _read_address(value: Any, scope: Scope) -> str:
+    text = scope.text(value, per_instance=True)
+    host, _, port = text.replace(INSTANCE, "0").rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port[:9]) < 65_536:
+        raise BadValueError("not HOST:PORT", 'write it as "127.0.0.1:8080", or "[::1]:8080"')
+    return text
+
+
+def _read_schedule(value: Any, scope: Scope) -> str:
+    text = _read_text(value, scope)
+    try:
+        from cronsim import CronSim, CronSimError  # noqa: PLC0415 - only where something has a schedule
+    except ImportError:
+        raise BadValueError("needs the package cronsim", 'pip install "asyncsup[schedule]"') from None
+    from datetime import datetime  # noqa: PLC0415
+
+    try:
+        next(CronSim(text, datetime.now().astimezone()), None)
+    except CronSimError as error:
+        hint = 'write minute, hour, day, month, weekday: "30 3 * * *" is half past three every night'
+        raise BadValueError(f"not a cron expression: {str(error)[:1].lower()}{str(error)[1:]}", hint) from None
+    return text
+
+
+def _read_pattern(value: Any, scope: Scope) -> str:
+    # No variables: `$` has a meaning of its own in patterns.
+    if not isinstance(value, str) or not value:
+        raise BadValueError(f"must be a regular expression, got {type_name(value)}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise BadValueError(f"not a regular expression: {error}") from None
+    return value
+
+
 def _read_allow(value: Any, scope: Scope) -> frozenset[Kind]:
     from asyncsup.patch.manifest import Kind  # noqa: PLC0415 - slow to import, and most never need it
 
@@ -573,6 +638,18 @@ EXIT_CODES: Final = ValueType(
     schema={"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
 )
 PERSIST: Final = ValueType("array of paths below root", _read_persist, schema=_STRING_ARRAY)
+CONDITION: Final = choice(Condition)
+DEPENDS: Final = ValueType(
+    "array of strings, or table of conditions",
+    _read_depends,
+    schema={
+        "anyOf": [_STRING_ARRAY, {"type": "object", "additionalProperties": CONDITION.schema}],
+    },
+)
+SCHEDULE: Final = ValueType("cron expression", _read_schedule)
+URL: Final = ValueType("URL", _read_url)
+ADDRESS: Final = ValueType('"HOST:PORT"', _read_address)
+PATTERN: Final = ValueType("regular expression", _read_pattern)
 ALLOW: Final = ValueType('array of "warm", "cold"', _read_allow, schema=_STRING_ARRAY)
 INHERIT: Final = ValueType(
     "boolean or array of variable names",

@@ -1,0 +1,132 @@
+"""Questions that are asked of a program from outside: does it answer over HTTP, TCP, or to a command?
+
+A probe is a coroutine function that returns why it failed, or None. `Probes` asks again and again on behalf
+of one process, first until it is ready and then whether it is still alive; it decides nothing: what follows
+is the instance's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final
+from urllib.parse import urlsplit
+
+import anyio
+import anyio.to_thread
+
+from asyncsup.config.settings import LivenessConfig, ProbeConfig
+from asyncsup.logs import Cursor, OutputStream
+
+Probe = Callable[[], Awaitable[str | None]]
+"""Why the program is not well, in a few words; None when it is."""
+
+RunCommand = Callable[[tuple[str, ...], float], Awaitable[str | None]]
+"""Runs a command as the instance, with a deadline in seconds; why it failed, or None."""
+
+USER_AGENT: Final = "asyncsup"
+LONGEST_TAIL: Final = 64 << 10
+"""Of an unfinished line this much is kept to look for the pattern in."""
+
+
+def probe_of(config: ProbeConfig, run_command: RunCommand) -> Probe | None:
+    """The question a table of the configuration asks; None when it asks none from outside."""
+    if config.http is not None:
+        return partial(ask_http, config.http, config.timeout)
+    if config.tcp is not None:
+        return partial(ask_tcp, config.tcp, config.timeout)
+    if config.exec is not None:
+        return partial(run_command, config.exec, config.timeout)
+    return None
+
+
+async def ask_http(url: str, timeout: float) -> str | None:
+    """GET a URL; an answer from 200 to 399 is a good one, and redirects are not followed."""
+    try:
+        with anyio.fail_after(timeout):
+            status = await anyio.to_thread.run_sync(_get, url, timeout, abandon_on_cancel=True)
+    except TimeoutError:
+        return f"{url}: no answer within {timeout:g} s"
+    except (OSError, http.client.HTTPException) as error:
+        return f"{url}: {_words(error)}"
+    return None if 200 <= status < 400 else f"{url}: status {status}"
+
+
+def _get(url: str, timeout: float) -> int:
+    parts = urlsplit(url)
+    assert parts.hostname is not None, "the configuration was checked"
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname, parts.port, timeout=timeout)
+    try:
+        path = parts.path or "/"
+        target = f"{path}?{parts.query}" if parts.query else path
+        connection.request("GET", target, headers={"User-Agent": USER_AGENT, "Connection": "close"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+async def ask_tcp(address: str, timeout: float) -> str | None:
+    """Connect to ``HOST:PORT``; that it accepts is enough."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(timeout):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except TimeoutError:
+        return f"{address}: no connection within {timeout:g} s"
+    except OSError as error:
+        return f"{address}: {_words(error)}"
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return None
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, socket.gaierror):
+        return "the host's name is not known"
+    return str(error) or type(error).__name__
+
+
+async def until_ready(probe: Probe, interval: float, on_failure: Callable[[str], None]) -> None:
+    """Return as soon as the answer is a good one."""
+    while (failure := await probe()) is not None:
+        on_failure(failure)
+        await asyncio.sleep(interval)
+
+
+async def until_dead(probe: Probe, config: LivenessConfig) -> str:
+    """Return why, once ``failure_threshold`` answers in a row were bad ones."""
+    failures = 0
+    while True:
+        await asyncio.sleep(config.interval)
+        failure = await probe()
+        failures = 0 if failure is None else failures + 1
+        if failure is not None and failures >= config.failure_threshold:
+            times = f"{failures} times in a row" if failures > 1 else "once"
+            return f"liveness failed {times}: {failure}"
+
+
+async def until_line(stream: OutputStream, begin: Cursor, pattern: str) -> None:
+    """Return once a line of the output, from ``begin`` on, has the pattern in it."""
+    wanted, cursor, tail = re.compile(pattern), begin, ""
+    while True:
+        growth = stream.growth()
+        try:
+            text, cursor = stream.read(cursor)
+            if not text:
+                await growth
+                continue
+        finally:
+            growth.cancel()
+        *lines, tail = (tail + text).split("\n")
+        if any(wanted.search(line) for line in lines) or wanted.search(tail):
+            return
+        tail = tail[-LONGEST_TAIL:]
