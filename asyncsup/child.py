@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import resource
 import shlex
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from asyncsup.errors import SpawnError
 from asyncsup.restart import Exit
@@ -37,6 +38,9 @@ _ULIMIT_UNITS: Mapping[str, int] = {
 # Whatever this process ignores (Python: SIGPIPE and SIGXFSZ; `nohup`: SIGHUP) a child would ignore as well.
 _RESETTABLE_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
+FIRST_FREE_DESCRIPTOR: Final = 256
+"""Above every number that a program may ask for."""
+
 _SOFT_NOFILE, _HARD_NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
@@ -49,6 +53,8 @@ class SpawnSpec:
     env: Mapping[str, str]
     stdout: int
     stderr: int
+    descriptors: Mapping[int, int] = field(default_factory=dict)
+    """Further ones: number in the program to number here."""
     umask: int | None = None
     user: str | None = None
     group: str | None = None
@@ -130,6 +136,7 @@ def spawn(spec: SpawnSpec) -> Child:
                         (os.POSIX_SPAWN_DUP2, null, 0),
                         (os.POSIX_SPAWN_DUP2, spec.stdout, 1),
                         (os.POSIX_SPAWN_DUP2, spec.stderr, 2),
+                        *((os.POSIX_SPAWN_DUP2, fd, number) for number, fd in spec.descriptors.items()),
                     ],
                 )
             finally:
@@ -144,6 +151,16 @@ def spawn(spec: SpawnSpec) -> Child:
     finally:
         os.close(before)
     return Child(pid)
+
+
+def out_of_the_way(fd: int) -> int:
+    """Move a descriptor to where no number lies that a program asks for; the old one is closed.
+
+    A spawn puts descriptors under their numbers one after the other: none may be overwritten before its turn.
+    """
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_DESCRIPTOR)
+    os.close(fd)
+    return moved
 
 
 def seal_descriptors() -> None:

@@ -10,7 +10,7 @@ from typing import Final
 from asyncsup.errors import SpawnError
 
 NEVER_INHERITED: Final = frozenset(
-    {"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC"}
+    {"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"}
 )
 """Addressed to the supervisor itself by whoever started it; an instance would answer in its name."""
 

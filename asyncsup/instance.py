@@ -14,14 +14,15 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from asyncsup import lifecycle
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
-from asyncsup.child import Child, SpawnSpec, spawn, when_group_empty
+from asyncsup.child import Child, SpawnSpec, out_of_the_way, spawn, when_group_empty
 from asyncsup.config import TargetConfig
 from asyncsup.environment import build_environment
 from asyncsup.errors import SpawnError, TargetNotRunningError
@@ -30,6 +31,7 @@ from asyncsup.lifecycle import Event, State
 from asyncsup.logs import OutputStream, RotatingFile
 from asyncsup.patch.statedir import PYCACHE
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
+from asyncsup.watch import Watch
 from target_sdk import protocol
 from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswer
 
@@ -37,6 +39,12 @@ log = logging.getLogger("asyncsup.instance")
 
 LAST_ESCALATION_SECONDS: Final = 5.0
 """How long after SIGKILL a process may take to vanish before that is worth a word."""
+
+ENV_HOOK: Final = "ASYNCSUP_HOOK"
+ENV_EXIT_STATUS: Final = "ASYNCSUP_EXIT_STATUS"
+ENV_EXIT_SIGNAL: Final = "ASYNCSUP_EXIT_SIGNAL"
+
+NONE: Final[Mapping[int, int]] = MappingProxyType({})
 
 ToldBy = Literal["sdk", "signal", "command", "nobody"]
 
@@ -108,7 +116,12 @@ class Instance:
     """A slot for one process, ``NAME:INDEX``. The slot lives as long as its target; processes come and go."""
 
     def __init__(
-        self, config: TargetConfig, index: int, runtime: Runtime, on_change: Callable[[], None]
+        self,
+        config: TargetConfig,
+        index: int,
+        runtime: Runtime,
+        on_change: Callable[[], None],
+        on_old: Callable[[Instance], None],
     ) -> None:
         self.config = config
         self.index = index
@@ -124,6 +137,7 @@ class Instance:
         self.token = ""
         self._runtime = runtime
         self._on_change = on_change
+        self._on_old = on_old
         self._policy = RestartPolicy(
             mode=config.restart,
             delay=config.restart_delay,
@@ -135,6 +149,12 @@ class Instance:
         )
         self._history = RestartHistory()
         self._child: Child | None = None
+        """The program; before it, the `pre_start` hook."""
+        self._program_runs = False
+        self._watch: Watch | None = None
+        self._cleaning: asyncio.Task[None] | None = None
+        """The `post_stop` hook: nothing is started before it has ended."""
+        self._hooks: set[asyncio.Task[None]] = set()
         self._ready_at: float | None = None
         self._since = time.monotonic()
         self._doomed: str | None = None
@@ -152,7 +172,7 @@ class Instance:
 
     @property
     def ready(self) -> bool:
-        return self.state in lifecycle.READY
+        return self.state in lifecycle.READY and self._doomed is None
 
     @property
     def streams(self) -> Mapping[str, OutputStream]:
@@ -223,8 +243,10 @@ class Instance:
         alive = self.state in lifecycle.ALIVE
         self._cancel_timer()
         self._apply(Event.STOP, reason)
-        if alive:
+        if self._child is not None:
             self._terminate()
+        elif alive:
+            self._apply(Event.GONE, "not started yet")
 
     def kill(self) -> None:
         """SIGKILL at once, for whoever cannot wait for `stop_timeout`."""
@@ -304,7 +326,8 @@ class Instance:
         if self.hello is not None and build is not None:
             self.hello = Hello(**{**self.hello.params(), "build": build})
         self.failure = None
-        self._became_ready("said ready")
+        if self.config.readiness == "sdk":
+            self._became_ready("said ready")
 
     def said_status(self, text: str) -> None:
         self.status_text = text[:1000]
@@ -339,6 +362,8 @@ class Instance:
         extend = fields.get("EXTEND_TIMEOUT_USEC", "")
         if extend.isascii() and extend.isdecimal() and len(extend) < 15:
             self.said_extend(int(extend) / 1e6)
+        if self._watch is not None:
+            self._said_watchdog(self._watch, fields)
         if fields.get("STOPPING") == "1":
             self.said_stopping()
         if fields.get("RELOADING") == "1" and lifecycle.accepts(self.state, Event.RELOAD):
@@ -348,8 +373,17 @@ class Instance:
                 self._reload_confirmed.set_result(None)
             elif self.state is State.RELOADING:
                 self._apply(Event.RELOADED, "said ready")
-            elif self.config.protocol == "notify":
+            elif self.config.readiness == "notify":
                 self._became_ready("said ready")
+
+    def _said_watchdog(self, watch: Watch, fields: Mapping[str, str]) -> None:
+        if fields.get("WATCHDOG") == "trigger":
+            watch.is_silent()
+        elif fields.get("WATCHDOG") == "1" and self.ready:
+            watch.is_alive()
+        microseconds = fields.get("WATCHDOG_USEC", "")
+        if microseconds.isascii() and microseconds.isdecimal() and len(microseconds) < 15:
+            watch.change_watchdog(int(microseconds) / 1e6 or None)
 
     # --- the machine ----------------------------------------------------------------------------------------
 
@@ -372,33 +406,91 @@ class Instance:
         asyncio.get_running_loop().call_soon(self._on_change)
 
     def _wake_waiters(self) -> None:
+        """Let whoever waits for a condition look again."""
         waiters, self._waiters = self._waiters, []
         for future in waiters:
             if not future.done():
                 future.set_result(None)
 
     def _spawn(self) -> None:
+        """Start the program, after the hook before it and after the one behind its predecessor."""
+        if self._cleaning is not None:
+            self._cleaning.add_done_callback(lambda _: self._spawn() if self._may_spawn else None)
+            return
         self._ready_at = None
         self._doomed = None
         self.hello = None
         self.status_text = ""
         self.failure = None
         self.token = secrets.token_hex(16)
-        try:
-            self._child = self._spawn_command(self.config.command, {})
-        except SpawnError as error:
-            self._ended(error.message)
+        hooks = self.config.hooks
+        if hooks.pre_start is None:
+            self._spawn_program()
             return
+        try:
+            self._child = self._spawn_command(hooks.pre_start, {ENV_HOOK: "pre_start"})
+        except SpawnError as error:
+            self._ended(f"pre_start: {error.message}")
+            return
+        self._child.on_exit(self._pre_start_ended)
+        self._arm(hooks.timeout, lambda: self._end(f"pre_start did not end within {hooks.timeout:g} s"))
+
+    @property
+    def _may_spawn(self) -> bool:
+        return self.state is State.STARTING and self._child is None
+
+    def _pre_start_ended(self, ended: Exit) -> None:
+        if self.state is State.STARTING and self._doomed is None:
+            if ended.status == 0:
+                self._child = None
+                self._cancel_timer()
+                self._spawn_program()
+                return
+            self._doomed = f"pre_start: {ended}"
+        self._exited(ended)
+
+    def _spawn_program(self) -> None:
+        readiness = self.config.readiness
+        output = self.streams["stdout"]
+        with contextlib.ExitStack() as child_ends:
+            descriptor, passed = None, {}
+            if self.config.ready.fd is not None:
+                descriptor, child_end = os.pipe2(os.O_CLOEXEC)
+                passed = {self.config.ready.fd: out_of_the_way(child_end)}
+                child_ends.callback(os.close, passed[self.config.ready.fd])
+            begin = output.end()
+            try:
+                self._child = self._spawn_command(self.config.command, {}, passed)
+            except SpawnError as error:
+                if descriptor is not None:
+                    os.close(descriptor)
+                self._ended(error.message)
+                return
+        self._program_runs = True
         self._runtime.channel.admit(self.token, self)
         self._child.on_exit(self._exited)
-        if self.config.protocol != "none":
+        self._watch = Watch(
+            self.config,
+            expand=self._expand,
+            run_command=lambda command, deadline: self.run_command(command, {}, deadline),
+            ping=lambda deadline: self._runtime.channel.request(self.token, "ping", {}, deadline=deadline),
+            on_ready=self._became_ready,
+            on_dead=self._end,
+            on_old=self._too_old,
+        )
+        if readiness == "uptime":
+            if self.config.min_uptime > 0:
+                self._arm(self.config.min_uptime, self._survived)
+            else:
+                self._survived()
+            return
+        if readiness != "exit":
             self._arm(self.config.start_timeout, self._start_timed_out)
-        elif self.config.min_uptime > 0:
-            self._arm(self.config.min_uptime, self._survived)
-        else:
-            self._survived()
+        self._watch.await_ready(output, begin, descriptor)
 
-    def _spawn_command(self, command: tuple[str, ...], extra: Mapping[str, str]) -> Child:
+    def _spawn_command(
+        self, command: tuple[str, ...], extra: Mapping[str, str], descriptors: Mapping[int, int] = NONE
+    ) -> Child:
         """Run a command as this instance: its environment, folder, user, limits and output."""
         expand = self._expand
         environment = build_environment(
@@ -421,6 +513,7 @@ class Instance:
                         env=environment,
                         stdout=opened["stdout"],
                         stderr=opened.get("stderr", opened["stdout"]),
+                        descriptors=descriptors,
                         umask=self.config.umask,
                         user=self.config.user,
                         group=self.config.group,
@@ -429,6 +522,49 @@ class Instance:
                 )
         except OSError as error:
             raise SpawnError(f"{command[0]}: no place for its output: {error}") from None
+
+    async def run_command(
+        self, command: tuple[str, ...], extra: Mapping[str, str], deadline: float
+    ) -> str | None:
+        """Run a command as this instance, to its end; why it failed, or None. Cancelled, it is killed.
+
+        Args:
+            deadline: seconds.
+        """
+        finished: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        try:
+            child = self._spawn_command(command, {"MAINPID": str(self.pid or ""), **extra})
+        except SpawnError as error:
+            return error.message
+        child.on_exit(lambda ended: None if finished.done() else finished.set_result(ended))
+        try:
+            async with asyncio.timeout(deadline):
+                ended = await finished
+        except TimeoutError:
+            return f"did not end within {deadline:g} s"
+        finally:
+            if not finished.done() or finished.cancelled():
+                child.signal_group(signal.SIGKILL)
+        return None if ended.status == 0 else str(ended)
+
+    async def run_hook(self, name: str, command: tuple[str, ...], extra: Mapping[str, str]) -> str | None:
+        """Run a hook to its end; why it failed, or None. A failure is also said to whoever follows."""
+        failure = await self.run_command(command, {ENV_HOOK: name, **extra}, self.config.hooks.timeout)
+        if failure is not None:
+            log.warning("%s: hook %s: %s", self.name, name, failure)
+        self._runtime.events.emit(
+            "instance.hook", target=self.config.name, instance=self.name, hook=name, failure=failure
+        )
+        return failure
+
+    def _in_background(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[None]:
+        async def run() -> None:
+            await work
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._hooks.add(task)
+        task.add_done_callback(self._hooks.discard)
+        return task
 
     def _own_environment(self) -> dict[str, str]:
         config, facts = self.config, self._runtime.root_facts(self.config.name)
@@ -446,8 +582,10 @@ class Instance:
             # Source of equal size and equal mtime second would run the bytecode of the build before.
             cache = self._runtime.state_dir / PYCACHE / config.name / str(facts.generation)
             own["PYTHONPYCACHEPREFIX"] = str(cache)
-        if config.protocol == "notify":
+        if config.speaks_notify:
             own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)
+            if config.watchdog_timeout is not None:
+                own["WATCHDOG_USEC"] = str(int(config.watchdog_timeout * 1e6))
         return own
 
     def _expand(self, text: str) -> str:
@@ -473,6 +611,9 @@ class Instance:
     def close(self) -> None:
         """Let go of descriptors; the process, if there is one, is not touched."""
         self._cancel_timer()
+        self._end_watch()
+        for task in self._hooks:
+            task.cancel()
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
@@ -485,21 +626,64 @@ class Instance:
             self._cancel_timer()
             self._ready_at = time.monotonic()
             self._apply(Event.READY, reason)
+            assert self._watch is not None
+            self._watch.became_ready()
+            if self.config.hooks.post_start is not None:
+                self._in_background(self.run_hook("post_start", self.config.hooks.post_start, {}))
 
     def _start_timed_out(self) -> None:
-        self._doomed = f"not ready within {self.config.start_timeout:g} s"
-        log.warning("%s: %s; ending it", self.name, self._doomed)
-        self._terminate()
+        last = self._watch.last_failure if self._watch is not None else ""
+        because = f" ({last})" if last else ""
+        self._end(f"not ready within {self.config.start_timeout:g} s{because}")
 
-    def _terminate(self) -> None:
-        """Ask the process group to end, and see to it that it does."""
+    def _end(self, reason: str, number: int | None = None) -> None:
+        """End a process that nobody asked to stop; what follows is the restart policy's business."""
+        if self._child is None or self._doomed is not None or self.state is State.STOPPING:
+            return
+        self._doomed = reason
+        self.detail = reason
+        log.warning("%s: %s; ending it", self.name, reason)
+        self._wake_waiters()
+        self._terminate(number)
+
+    def _too_old(self) -> None:
+        if self.config.oneshot:
+            self._end(f"not done within max_age ({self.config.max_age:g} s)")
+        else:
+            self._on_old(self)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def _terminate(self, number: int | None = None) -> None:
+        """Ask the process group to end, and see to it that it does.
+
+        Args:
+            number: this signal at once, whatever is configured.
+        """
         assert self._child is not None
+        self._end_watch()
         self._arm(self.config.stop_timeout, self._kill)
+        if number is not None or not self._program_runs:
+            self._send(number or signal.SIGTERM)
+        elif self.config.hooks.pre_stop is not None:
+            self._in_background(self._ask_to_end_after(self.config.hooks.pre_stop, self._child))
+        else:
+            self._ask_to_end(self._child)
+
+    async def _ask_to_end_after(self, hook: tuple[str, ...], child: Child) -> None:
+        await self.run_hook("pre_stop", hook, {})
+        if self._child is child:
+            self._ask_to_end(child)
+
+    def _ask_to_end(self, child: Child) -> None:
         if self.config.stop_command is None:
             self._send(self.config.stop_signal)
             self._send(signal.SIGCONT)  # a stopped process could not act on the signal
             return
-        child, pid = self._child, self._child.pid
+        pid = child.pid
 
         def ended(result: Exit) -> None:
             if result.status != 0 and self._child is child:
@@ -532,6 +716,7 @@ class Instance:
 
     def _exited(self, ended: Exit) -> None:
         assert self._child is not None
+        self._end_watch()
         for stream in self._streams.values():
             stream.drain()
         self._runtime.channel.dismiss(self.token)
@@ -550,11 +735,27 @@ class Instance:
         self._cancel_timer()
         for stream in self._streams.values():
             stream.drain()
-        if self.state is State.STOPPING:
-            self.last_exit = LastExit(ended=ended, at=timestamp(), reason=f"stopped: {ended}")
-            self._apply(Event.GONE, str(ended))
-        else:
+        if self._program_runs and self.config.hooks.post_stop is not None:
+            self._cleaning = self._in_background(self._clean_up(self.config.hooks.post_stop, ended))
+        self._program_runs = False
+        if self.state is not State.STOPPING:
             self._ended(ended if self._doomed is None else self._doomed)
+        elif self._cleaning is not None:
+            self._cleaning.add_done_callback(lambda _: self._stopped(ended))
+        else:
+            self._stopped(ended)
+
+    def _stopped(self, ended: Exit) -> None:
+        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=f"stopped: {ended}")
+        self._apply(Event.GONE, str(ended))
+
+    async def _clean_up(self, hook: tuple[str, ...], ended: Exit) -> None:
+        status = "" if ended.status is None else str(ended.status)
+        number = "" if ended.signal is None else str(ended.signal)
+        try:
+            await self.run_hook("post_stop", hook, {ENV_EXIT_STATUS: status, ENV_EXIT_SIGNAL: number})
+        finally:
+            self._cleaning = None
 
     def _ended(self, ended: Exit | str) -> None:
         now = time.monotonic()
@@ -604,21 +805,8 @@ class Instance:
 
     async def _reload_by_command(self, deadline: float) -> str | None:
         assert self.config.reload_command is not None
-        finished: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        try:
-            child = self._spawn_command(self.config.reload_command, {"MAINPID": str(self.pid or "")})
-        except SpawnError as error:
-            return f"reload_command: {error.message}"
-        child.on_exit(lambda ended: None if finished.done() else finished.set_result(ended))
-        try:
-            async with asyncio.timeout(deadline):
-                ended = await finished
-        except TimeoutError:
-            return f"reload_command did not end within {deadline:g} s"
-        finally:
-            if not finished.done() or finished.cancelled():
-                child.signal_group(signal.SIGKILL)
-        return None if ended.status == 0 else f"reload_command: {ended}"
+        failure = await self.run_command(self.config.reload_command, {}, deadline)
+        return None if failure is None else f"reload_command: {failure}"
 
     async def _reload_by_signal(self, deadline: float) -> str | None:
         assert self.config.reload_signal is not None

@@ -327,7 +327,7 @@ class OutputStream:
     def tail(self, lines: int) -> tuple[str, Cursor]:
         """The last ``lines`` lines, across rotated files, and the cursor after them."""
         wanted: list[bytes] = []
-        cursor = self._end()
+        cursor = self.end()
         for path in reversed(list(self.file.generations())):
             end = cursor.offset if path == self.file.path else path.stat().st_size
             wanted = [_last_lines(path, end, lines - sum(part.count(b"\n") for part in wanted)), *wanted]
@@ -359,7 +359,8 @@ class OutputStream:
                 break
         return b"".join(parts).decode("utf-8", "replace"), cursor
 
-    def _end(self) -> Cursor:
+    def end(self) -> Cursor:
+        """The place after everything there is."""
         try:
             status = self.file.path.stat()
         except FileNotFoundError:

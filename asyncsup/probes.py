@@ -34,12 +34,16 @@ LONGEST_TAIL: Final = 64 << 10
 """Of an unfinished line this much is kept to look for the pattern in."""
 
 
-def probe_of(config: ProbeConfig, run_command: RunCommand) -> Probe | None:
-    """The question a table of the configuration asks; None when it asks none from outside."""
+def probe_of(config: ProbeConfig, run_command: RunCommand, expand: Callable[[str], str]) -> Probe | None:
+    """The question a table of the configuration asks; None when it asks none from outside.
+
+    Args:
+        expand: puts in what differs from instance to instance.
+    """
     if config.http is not None:
-        return partial(ask_http, config.http, config.timeout)
+        return partial(ask_http, expand(config.http), config.timeout)
     if config.tcp is not None:
-        return partial(ask_tcp, config.tcp, config.timeout)
+        return partial(ask_tcp, expand(config.tcp), config.timeout)
     if config.exec is not None:
         return partial(run_command, config.exec, config.timeout)
     return None

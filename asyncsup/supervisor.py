@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,8 @@ from asyncsup.notify import NotifySocket
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.overseer import PatchOverseer
 from asyncsup.patch.store import Layout, Store, TargetRoot
-from asyncsup.target import Target
+from asyncsup.schedule import keep
+from asyncsup.target import Dependency, Target
 from asyncsup.together import together
 from target_sdk.protocol import PROTOCOL_VERSION
 
@@ -152,9 +153,16 @@ class Supervisor:
                 config, self._runtime, spawn_gate=gate, on_wanted=self._remember_wanted
             )
         for target in self.targets.values():
-            target.dependencies = [self.targets[name] for name in target.config.depends_on]
+            target.dependencies = [
+                Dependency(target=self.targets[name], condition=condition)
+                for name, condition in target.config.depends_on.items()
+            ]
         for target in self.targets.values():
-            target.dependents = [other for other in self.targets.values() if target in other.dependencies]
+            target.dependents = [
+                other for other in self.targets.values() if target.name in other.config.depends_on
+            ]
+        for target in self.targets.values():
+            target.held_down = target.config.schedule is not None and not self.store.wanted(target.name)
         self._cleanup.callback(self._close_instances)
 
     def _lock_runtime_dir(self, runtime_dir: Path) -> None:
@@ -190,6 +198,10 @@ class Supervisor:
                     self.events.emit("supervisor.started", pid=os.getpid(), version=asyncsup.__version__)
                     log.info("ready at %s, pid %d", self.config.supervisor.endpoint, os.getpid())
                     tasks.start_soon(self._autostart)
+                    if schedules := {
+                        t.name: t.config.schedule for t in self.targets.values() if t.config.schedule
+                    }:
+                        tasks.start_soon(keep, schedules, self._due)
                     if self.config.patch.auto:
                         tasks.start_soon(self.overseer.apply_arrivals)
                     await self._stopping.wait()
@@ -283,12 +295,36 @@ class Supervisor:
 
         async with anyio.create_task_group() as starts:
             for target in self.targets.values():
-                stays_down = target.config.restart == "unless-stopped" and not self.store.wanted(target.name)
+                remembers = target.config.restart == "unless-stopped" or target.config.schedule is not None
+                stays_down = remembers and not self.store.wanted(target.name)
                 if target.config.autostart and not stays_down:
                     starts.start_soon(start, target)
 
+    def _due(self, name: str) -> None:
+        """The schedule of a target says so: start it if it is a oneshot, else restart it."""
+        target = self.targets[name]
+        running = any(instance.pid is not None for instance in target.instances)
+        skip = "stopped by command" if target.held_down else "busy" if target.busy else None
+        if skip is None and target.config.oneshot and running:
+            skip = "its last run has not ended"
+        self.events.emit("target.due", target=name, skipped=skip)
+        if skip is not None or self._stopping.is_set():
+            log.warning("%s: due, but %s", name, skip or "the supervisor is stopping")
+            return
+        act = target.start if target.config.oneshot else target.restart
+        self._tasks.start_soon(
+            self._act_on_schedule, partial(act, target.instances, asked_by="schedule", wait=True)
+        )
+
+    async def _act_on_schedule(self, act: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await act()
+        except AsyncsupError as error:
+            log.warning("schedule: %s", error.message)
+
     def _remember_wanted(self, name: str, wanted: bool) -> None:
-        if self.config.targets[name].restart == "unless-stopped":
+        config = self.config.targets[name]
+        if config.restart == "unless-stopped" or config.schedule is not None:
             self.store.set_wanted(name, wanted)
 
     def end_if_essential_is_down(self, target: Target) -> None:
@@ -401,9 +437,9 @@ class Supervisor:
         self.refuse_while_stopping()
         jobs = [partial(selection.target.start, selection.instances, asked_by=asked_by, wait=wait)]
         jobs += [
-            partial(dependency.start, dependency.instances, asked_by=asked_by, wait=False)
-            for dependency in _closure(selection.target)
-            if not dependency.satisfied and not dependency.wanted
+            partial(other.start, other.instances, asked_by=asked_by, wait=False)
+            for other, satisfied in _closure(selection.target)
+            if not satisfied and not other.wanted
         ]
         await together(jobs)
 
@@ -443,15 +479,16 @@ class Supervisor:
             raise ShuttingDownError("the supervisor is stopping and takes no new work")
 
 
-def _closure(target: Target) -> list[Target]:
-    """What a target depends on, directly or not, nearest last."""
-    found: dict[str, Target] = {}
+def _closure(target: Target) -> list[tuple[Target, bool]]:
+    """What a target depends on, directly or not, nearest last; and whether all is well with it."""
+    found: dict[str, tuple[Target, bool]] = {}
 
     def visit(each: Target) -> None:
         for dependency in each.dependencies:
-            if dependency.name not in found:
-                visit(dependency)
-                found[dependency.name] = dependency
+            other = dependency.target
+            if other.name not in found:
+                visit(other)
+                found[other.name] = other, dependency.satisfied
 
     visit(target)
     return list(found.values())

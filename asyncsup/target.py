@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,6 +19,7 @@ from typing import Any, Final
 import anyio
 
 from asyncsup.config import TargetConfig
+from asyncsup.config.values import Condition
 from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
@@ -29,7 +30,7 @@ from asyncsup.errors import (
     TargetNotRunningError,
 )
 from asyncsup.instance import Instance, ReloadOutcome, Runtime
-from asyncsup.lifecycle import State
+from asyncsup.lifecycle import ALIVE, State
 from target_sdk.protocol import Reload
 
 log = logging.getLogger("asyncsup.target")
@@ -39,6 +40,26 @@ STOP_GRACE_SECONDS: Final = 10.0
 
 SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.FAILED, State.BACKOFF})
 """States that answer the question whether a start has worked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dependency:
+    """What has to have become of another target before one may start."""
+
+    target: Target
+    condition: Condition
+
+    @property
+    def satisfied(self) -> bool:
+        holds: Callable[[Instance], bool] = {
+            "started": lambda i: i.state in ALIVE or i.state is State.EXITED,
+            "ready": lambda i: i.ready or i.state is State.EXITED,
+            "exited-ok": lambda i: i.state is State.EXITED,
+        }[self.condition]
+        return bool(self.target.instances) and all(holds(instance) for instance in self.target.instances)
+
+    def __str__(self) -> str:
+        return self.target.name if self.condition == "ready" else f"{self.target.name} ({self.condition})"
 
 
 @dataclass(slots=True, eq=False)
@@ -76,11 +97,14 @@ class Target:
         self.config = config
         self.name = config.name
         self.wanted = False
-        """Whether an operator (or autostart) wants it up."""
-        self.dependencies: Sequence[Target] = ()
+        """Whether an operator (or autostart, or its schedule) wants it up."""
+        self.held_down = False
+        """Whether an operator has stopped it: its schedule does not start it then."""
+        self.dependencies: Sequence[Dependency] = ()
         self.dependents: Sequence[Target] = ()
         self.instances = [
-            Instance(config, index, runtime, self._changed) for index in range(config.instances)
+            Instance(config, index, runtime, self._changed, self._too_old)
+            for index in range(config.instances)
         ]
         self._runtime = runtime
         self._spawn_gate = spawn_gate
@@ -94,11 +118,6 @@ class Target:
     @property
     def ready(self) -> bool:
         return bool(self.instances) and all(instance.ready for instance in self.instances)
-
-    @property
-    def satisfied(self) -> bool:
-        """Whether what depends on this target may start."""
-        return bool(self.instances) and all(i.ready or i.state is State.EXITED for i in self.instances)
 
     @property
     def state(self) -> str:
@@ -124,14 +143,14 @@ class Target:
 
     def _changed(self) -> None:
         """An instance has changed its state: whoever was waiting for this target may start."""
-        for target in self.dependents if self.satisfied else ():
+        for target in self.dependents:
             target.start_waiting()
 
     def start_waiting(self) -> None:
         """Start the instances that wait for dependencies, once all of those are satisfied. It needs no
         operation: a client that gave up has not taken its wish back.
         """
-        if all(target.satisfied for target in self.dependencies):
+        if all(dependency.satisfied for dependency in self.dependencies):
             for instance in self.instances:
                 if instance.state is State.WAITING:
                     instance.start("what it depends on is ready")
@@ -338,6 +357,22 @@ class Target:
         result: list[tuple[str, ReloadOutcome]] = await self._perform("reload", asked_by, work)
         return result
 
+    def _too_old(self, instance: Instance) -> None:
+        """Restart an instance that has reached `max_age`; the queue sees to it that it is one at a time."""
+        pid, reason = instance.pid, f"max_age ({self.config.max_age:g} s)"
+
+        async def work() -> None:
+            if instance.pid == pid and instance.ready:
+                await self.stop_instances([instance], reason)
+                await self.spawn_instances([instance], reason)
+                await self.wait_settled([instance])
+
+        self._enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
+
+    async def run_hook(self, name: str, command: tuple[str, ...], extra: Mapping[str, str]) -> str | None:
+        """Run one of the hooks that belong to a patch, as the first instance; why it failed, or None."""
+        return await self.instances[0].run_hook(name, command, extra) if self.instances else None
+
     # --- steps, for operations and for the transaction that holds the target --------------------------------
 
     async def spawn_instances(
@@ -348,7 +383,7 @@ class Target:
         Args:
             whatever_it_depends_on: do not wait: they ran a moment ago as well.
         """
-        blocked = [target.name for target in self.dependencies if not target.satisfied]
+        blocked = [str(dependency) for dependency in self.dependencies if not dependency.satisfied]
         for instance in chosen:
             # A stop that was given up still has its process; the next one comes after it.
             await instance.wait_until(lambda i: i.state is not State.STOPPING)
@@ -362,7 +397,9 @@ class Target:
     async def stop_instances(self, chosen: Sequence[Instance], reason: str) -> None:
         for instance in chosen:
             instance.stop(reason)
+        hooks = self.config.hooks
         limit = self.config.stop_timeout + STOP_GRACE_SECONDS
+        limit += hooks.timeout if hooks.post_stop is not None else 0.0
         with anyio.move_on_after(limit) as scope:
             for instance in chosen:
                 await instance.wait_until(lambda i: i.state not in {State.STOPPING})
@@ -402,8 +439,8 @@ class Target:
         return [(instance.name, outcome) for instance, outcome in zip(chosen, outcomes, strict=True)]
 
     def _want(self, wanted: bool) -> None:
-        if self.wanted != wanted:
-            self.wanted = wanted
+        if (self.wanted, self.held_down) != (wanted, not wanted):
+            self.wanted, self.held_down = wanted, not wanted
             self._on_wanted(self.name, wanted)
 
 

@@ -37,9 +37,12 @@ from asyncsup.config import (
 )
 from asyncsup.config.settings import (
     Entries,
+    HooksConfig,
+    LivenessConfig,
     LogConfig,
     PatchConduct,
     PatchConfig,
+    ReadyConfig,
     SupervisorConfig,
     TargetPatchConfig,
     options,
@@ -105,7 +108,7 @@ def test_the_smallest_configuration_has_every_default() -> None:
 
 def test_the_defaults_are_the_agreed_ones() -> None:
     web = target("")
-    assert (web.instances, web.autostart, web.essential, web.depends_on) == (1, True, False, ())
+    assert (web.instances, web.autostart, web.essential, web.depends_on) == (1, True, False, {})
     assert (web.restart, web.restart_delay, web.restart_max_delay) == ("on-failure", 1.0, 30.0)
     assert (web.start_limit_burst, web.start_limit_interval, web.min_uptime) == (10, 60.0, 1.0)
     assert (web.start_timeout, web.stop_timeout, web.reload_timeout) == (30.0, 10.0, 10.0)
@@ -671,7 +674,7 @@ def test_an_unknown_key_says_what_was_probably_meant(text: str, key: str, hint: 
 
 @pytest.mark.parametrize(
     "key",
-    ["sockets", "watchdog_timeout", "max_age", "ready", "liveness", "hooks", "log.compress", "patch.canary"],
+    ["sockets", "log.compress", "patch.canary"],
 )
 def test_keys_of_later_versions_are_unknown_and_not_ignored(key: str) -> None:
     assert problem_of(f"{key} = 1")["problem"] == "unknown key"
@@ -1673,6 +1676,9 @@ def test_the_page_has_every_key_with_its_type_and_default() -> None:
         "supervisor": expected(SupervisorConfig),
         "patch": expected(PatchConfig),
         "target.NAME": expected(TargetConfig),
+        "target.NAME.ready": expected(ReadyConfig),
+        "target.NAME.liveness": expected(LivenessConfig),
+        "target.NAME.hooks": expected(HooksConfig),
         "target.NAME.log": expected(LogConfig),
         "target.NAME.limits": {name: (kind.name, "inherited") for name, kind in LIMITS.items()},
         "target.NAME.patch": {**expected(TargetPatchConfig), **timing},

@@ -198,13 +198,14 @@ class Checks:
                         self._report.problem(
                             read.place(key), "has no meaning alone", f"set one of {', '.join(keys)} as well"
                         )
-        if target.config.watchdog_timeout is not None and not target.config.says_notify:
-            if target.config.protocol != "sdk" and "protocol" not in target.top.failed:
-                self._report.problem(
-                    target.top.place("watchdog_timeout"),
-                    "needs a program that can say that it is alive",
-                    'set protocol to "notify" or "sdk", or use [target.NAME.liveness]',
-                )
+        config, top = target.config, target.top
+        can_say = config.speaks_notify or config.protocol == "sdk" or "protocol" in top.failed
+        if config.watchdog_timeout is not None and not can_say:
+            self._report.problem(
+                top.place("watchdog_timeout"),
+                "needs a program that can say that it is alive",
+                'set protocol to "notify" or "sdk", or use [target.NAME.liveness]',
+            )
 
     def _oneshot(self, target: TargetRead) -> None:
         config, top = target.config, target.top

@@ -52,6 +52,7 @@ Restart = Literal["always", "on-failure", "unless-stopped", "never"]
 KillMode = Literal["group", "process"]
 LogFormat = Literal["raw", "timestamp", "json"]
 Commit = Literal["auto", "manual"]
+Readiness = Literal["exit", "http", "tcp", "exec", "log", "fd", "notify", "sdk", "uptime"]
 
 
 def _empty() -> Mapping[str, Any]:
@@ -171,7 +172,7 @@ class ReadyConfig(ProbeConfig):
     interval: Timeout = 0.2
     log: Annotated[str | None, values.PATTERN] = None
     """A line of its output matches."""
-    fd: Annotated[int | None, integer(3, 1023)] = None
+    fd: Annotated[int | None, integer(3, 255)] = None
     """It writes a newline to this descriptor (s6)."""
     notify: Annotated[bool, values.BOOLEAN] = False
     """It says READY=1 to NOTIFY_SOCKET (sd_notify), whatever its protocol."""
@@ -198,7 +199,7 @@ class HooksConfig:
     post_stop: Annotated[tuple[str, ...] | None, values.COMMAND] = None
     """Once the process and its group have ended, however they did."""
     pre_patch: Annotated[tuple[str, ...] | None, values.COMMAND] = None
-    """Once for each patch of the target, before its instances are asked; if it fails, the patch is refused."""
+    """Once for each patch, before the target's instances are asked; if it fails, the patch is refused."""
     post_patch: Annotated[tuple[str, ...] | None, values.COMMAND] = None
     """Once for each patch, when its instances have taken it up; if it fails, the patch is undone."""
     timeout: Timeout = 30.0
@@ -285,7 +286,20 @@ class TargetConfig:
     patch: TargetPatchConfig = field(default_factory=TargetPatchConfig)
 
     @property
-    def says_notify(self) -> bool:
+    def readiness(self) -> Readiness:
+        """What makes an instance ready. What is asked from outside goes before what it says itself."""
+        if self.oneshot:
+            return "exit"
+        asked: tuple[Readiness, ...] = ("http", "tcp", "exec", "log", "fd")
+        for key in asked:
+            if getattr(self.ready, key) is not None:
+                return key
+        if self.speaks_notify:
+            return "notify"
+        return "sdk" if self.protocol == "sdk" else "uptime"
+
+    @property
+    def speaks_notify(self) -> bool:
         """Whether its instances are given a NOTIFY_SOCKET."""
         return self.protocol == "notify" or self.ready.notify
 

@@ -503,7 +503,9 @@ def _read_schedule(value: Any, scope: Scope) -> str:
         next(CronSim(text, datetime.now().astimezone()), None)
     except CronSimError as error:
         hint = 'write minute, hour, day, month, weekday: "30 3 * * *" is half past three every night'
-        raise BadValueError(f"not a cron expression: {str(error)[:1].lower()}{str(error)[1:]}", hint) from None
+        raise BadValueError(
+            f"not a cron expression: {str(error)[:1].lower()}{str(error)[1:]}", hint
+        ) from None
     return text
 
 

@@ -176,6 +176,7 @@ class Transaction:
         async with self._rollback_on_error() as undo:
             undo.push("staging", self._discard)
             await self._stage()
+            await self._run_hooks("pre_patch", "patch.hook_refused")
             undo.push("preparing", self._abort_prepared)
             await self._prepare()
             if self.change.kind is Kind.COLD:
@@ -192,6 +193,7 @@ class Transaction:
                 await self._start()
             else:
                 await self._reload()
+            await self._run_hooks("post_patch", "patch.hook_failed")
             await self._probation()
             if self.change.manual_commit:
                 await self._await_commit()
@@ -211,6 +213,28 @@ class Transaction:
             with self._step("stage", participant.target.name) as step:
                 await anyio.to_thread.run_sync(participant.stage, self.txn, progress)
                 step["detail"] = f"{_files(participant.changed)} for build {participant.build_after}"
+
+    async def _run_hooks(self, name: Literal["pre_patch", "post_patch"], code: str) -> None:
+        async def run(participant: Participant) -> None:
+            target = participant.target
+            command: tuple[str, ...] | None = getattr(target.config.hooks, name)
+            if command is None:
+                return
+            environment = {
+                "ASYNCSUP_PATCH": self.change.patch,
+                "ASYNCSUP_PATCH_ACTION": self.change.action,
+                "ASYNCSUP_PATCH_KIND": self.change.kind.value,
+                "ASYNCSUP_BUILD_BEFORE": str(participant.build_before),
+                "ASYNCSUP_BUILD_AFTER": str(participant.build_after),
+            }
+            with self._step(name, target.name):
+                failure = await target.run_hook(name, command, environment)
+                if failure is None:
+                    return
+                refused = PatchTargetRefusedError if name == "pre_patch" else PatchError
+                raise refused(f"the {name} hook of {target.name} failed: {failure}", code=code)
+
+        await together(partial(run, participant) for participant in self.change.participants)
 
     async def _prepare(self) -> None:
         """Ask every instance that can answer; all at once."""
