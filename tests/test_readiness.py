@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from conftest import Serve, wait_for
+from test_patching import FILES, Field
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.client import ControlClient
+from asyncsup.patch.manifest import Kind
 
 SWITCHED = """
 import http.server, os, sys, time
@@ -372,3 +374,60 @@ def test_a_stop_during_the_pre_start_hook_means_no_start(serve: Serve) -> None:
     assert instance(client, "web")["state"] == "stopped"
     assert not (serve.folder / "started").exists()
     client.close()
+
+
+# --- hooks and patches --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def field(serve: Serve) -> Iterator[Field]:
+    made = Field(serve)
+    yield made
+    made.client.close()
+
+
+FACTS = "$ASYNCSUP_PATCH_ACTION $ASYNCSUP_PATCH_KIND $ASYNCSUP_BUILD_BEFORE $ASYNCSUP_BUILD_AFTER"
+
+
+def test_hooks_frame_a_patch_and_its_rollback(field: Field) -> None:
+    hooks = "".join(
+        f"hooks.{name} = ['sh', '-c', 'echo {name} {FACTS} >> notes']\n"
+        for name in ("pre_patch", "post_patch")
+    )
+    field.start("web", each={"web": hooks})
+    field.apply(field.package("web"))
+    field.client.call("patch.rollback", target="web")
+    lines = (field.folder / "web.work" / "notes").read_text().splitlines()
+    assert lines == [
+        "pre_patch apply warm 200 300", "post_patch apply warm 200 300",
+        "pre_patch rollback warm 300 200", "post_patch rollback warm 300 200",
+    ]  # fmt: skip
+
+
+def test_a_pre_patch_hook_can_refuse(field: Field) -> None:
+    field.start("web", each={"web": "hooks.pre_patch = 'false'\n"})
+    error = field.refused(field.package("web"))
+    assert (error.error_code, error.remote_exit_status) == ("patch.hook_refused", 22)
+    assert error.message == "the pre_patch hook of web failed: exit status 1"
+    assert FILES.items() <= field.content("web").items()
+    assert field.instance("web")["restarts"] == 0
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_post_patch_hook_can_undo(field: Field, kind: Kind) -> None:
+    field.start("web", each={"web": "hooks.post_patch = ['sh', '-c', 'exit 4']\n"})
+    error = field.refused(field.package("web", kind=kind))
+    assert (error.error_code, error.remote_exit_status) == ("patch.rolled_back", 23)
+    assert "the post_patch hook of web failed: exit status 4" in error.message
+    assert FILES.items() <= field.content("web").items()
+    field.said("web", "old-a")
+
+
+def test_a_failed_probe_in_probation_undoes_the_patch(field: Field) -> None:
+    alive = "test $(cat ../web/a.txt) = old-a"
+    liveness = f"exec = ['sh', '-c', '{alive}'], interval = '50ms', failure_threshold = 2"
+    field.start("web", each={"web": f"liveness = {{ {liveness} }}\n"})
+    error = field.refused(field.package("web", probation=30.0))
+    assert error.error_code == "patch.rolled_back"
+    assert "liveness failed 2 times in a row" in error.message
+    assert FILES.items() <= field.content("web").items()
