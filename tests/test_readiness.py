@@ -159,12 +159,13 @@ def test_a_liveness_that_fails_once_and_recovers_harms_nobody(serve: Serve) -> N
         "interval = '20ms'\nfailure_threshold = 2\n"
     )
     pid = reached(client, "web", "running")["pid"]
-    well = lambda: (serve.folder / "well").stat().st_size if (serve.folder / "well").exists() else 0  # noqa: E731
+    answers = serve.folder / "well"
+    answers.touch()
     for _ in range(3):
         (serve.folder / "sick").touch()
         wait_for(lambda: not (serve.folder / "sick").exists(), "the failure")
-        before = well()
-        wait_for(lambda: well() > before, "a good answer")  # noqa: B023
+        before = answers.stat().st_size
+        wait_for(lambda: answers.stat().st_size > before, "a good answer")  # noqa: B023
     assert instance(client, "web")["pid"] == pid
     client.close()
 
@@ -295,8 +296,7 @@ def test_a_schedule_starts_a_oneshot_again_and_again_until_it_is_stopped(serve: 
         f"{QUICK}[target.job]\ncommand = ['sh', '-c', 'echo run']\noneshot = true\nautostart = false\n"
         "schedule = '* * * * * *'\n"
     )
-    runs = lambda: client.call("logs", name="job")["chunks"][0]["text"].count("run")  # noqa: E731
-    wait_for(lambda: runs() >= 2, "two runs")
+    wait_for(lambda: client.call("logs", name="job")["chunks"][0]["text"].count("run") >= 2, "two runs")
     client.call("stop", names=["job"])
     with client.subscribe() as events:
         due = wait_for(lambda: [e for e in events.arrived() if e.type == "target.due"], "the next time")
