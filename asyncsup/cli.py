@@ -461,6 +461,29 @@ def _operation_arguments(what: str) -> Callable[[argparse.ArgumentParser], None]
     return configure
 
 
+def _scale(session: Session) -> int:
+    args = session.args
+    text: str = args.number
+    key, value = ("by", int(text)) if text[0] in "+-" else ("instances", int(text))
+    params = {"name": args.name, key: value, "wait": args.wait}
+    answer = session.client.call("scale", params, timeout=args.timeout)
+    told = f"{render.clean(answer['target'])} has {render.plural(answer['instances'], 'instance')}"
+    session.out.result(answer, lambda: [told])
+    return 0
+
+
+def _count(text: str) -> str:
+    if not re.fullmatch(r"[+-]?[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of instances, such as 3, +2 or -1")
+    return text
+
+
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a target")
+    parser.add_argument("number", metavar="N|+N|-N", type=_count, help="how many, or how many more or fewer")
+    _wait_options(parser, "ready")
+
+
 def _signal(session: Session) -> int:
     value = session.ask("signal", names=session.args.names, signal=session.args.signal)
     text = render.clean(session.args.signal)
@@ -1387,6 +1410,7 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "reload": Verb(
         "have targets read their resources again", _operation_arguments("the answer"), _operation("reload")
     ),
+    "scale": Verb("have more or fewer instances of a target", _scale_arguments, _scale),
     "signal": Verb("send a signal to targets", _signal_arguments, _signal),
     "logs": Verb("print what targets write", _logs_arguments, _logs),
     "events": Verb("follow what happens", _events_arguments, _events),

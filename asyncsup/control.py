@@ -35,7 +35,7 @@ from asyncsup.patch.overseer import Source, WayBack, Wish
 from asyncsup.patch.prototype import parse_crc32
 from asyncsup.patch.uploads import CHUNK_BYTES
 from asyncsup.patch.way_back import Extent
-from asyncsup.supervisor import Selection, Supervisor
+from asyncsup.supervisor import MOST_INSTANCES, Selection, Supervisor
 from asyncsup.target import Target
 from asyncsup.together import together
 from target_sdk.protocol import (
@@ -114,6 +114,14 @@ class Call:
             return None
         if isinstance(value, bool) or not 0 <= value <= at_most:
             raise RequestError(f"{key}: must be an integer from 0 to {at_most}, is {value}")
+        return value
+
+    def signed_integer(self, key: str, default: int, *, at_most: int) -> int:
+        value = self._get(key, int, "an integer")
+        if value is None:
+            return default
+        if isinstance(value, bool) or not -at_most <= value <= at_most:
+            raise RequestError(f"{key}: must be an integer from {-at_most} to {at_most}, is {value}")
         return value
 
     def seconds(self, key: str) -> float | None:
@@ -341,6 +349,18 @@ class ControlServer:
             ]
 
         return await self._each(call, reload)
+
+    @method("scale")
+    async def scale(self, call: Call) -> Any:
+        target = self._one(call.string("name"))
+        number = call.optional_integer("instances", at_most=MOST_INSTANCES)
+        by = call.signed_integer("by", 0, at_most=MOST_INSTANCES)
+        wait = call.boolean("wait", True)
+        call.finish()
+        if number is None and by == 0:
+            raise RequestError("instances: missing; say how many, or `by` how many more or fewer")
+        wanted = await self.supervisor.scale(target, number, by, asked_by=call.asked_by, wait=wait)
+        return {"target": target.name, "instances": wanted}
 
     @method("signal")
     async def signal(self, call: Call) -> Any:

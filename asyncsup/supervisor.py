@@ -29,9 +29,10 @@ import asyncsup
 from asyncsup.actor import Actor
 from asyncsup.channel import TargetChannel
 from asyncsup.child import raise_descriptor_limit, seal_descriptors
-from asyncsup.config import Config
+from asyncsup.config import INSTANCE, Config
 from asyncsup.errors import (
     AsyncsupError,
+    RequestError,
     ShuttingDownError,
     StateLockedError,
     TargetNotFoundError,
@@ -53,6 +54,7 @@ from target_sdk.protocol import PROTOCOL_VERSION
 
 log = logging.getLogger("asyncsup")
 
+MOST_INSTANCES: Final = 10_000
 SPAWNS_AT_ONCE: Final = 1
 """A spawn blocks the event loop for a third of a millisecond; between two of them it serves others."""
 
@@ -162,6 +164,7 @@ class Supervisor:
                 other for other in self.targets.values() if target.name in other.config.depends_on
             ]
         for target in self.targets.values():
+            self._scale_as_remembered(target)
             target.held_down = target.config.schedule is not None and not self.store.wanted(target.name)
         self._cleanup.callback(self._close_instances)
 
@@ -322,6 +325,34 @@ class Supervisor:
         except AsyncsupError as error:
             log.warning("schedule: %s", error.message)
 
+    def _scale_as_remembered(self, target: Target) -> None:
+        """An operator's number of instances counts until the configuration says another one."""
+        scaled = self.store.scaled(target.name)
+        if scaled is not None and scaled.configured == target.config.instances:
+            target.resize(scaled.instances)
+
+    async def scale(self, target: Target, number: int | None, by: int, *, asked_by: str, wait: bool) -> int:
+        """Have another number of instances, and leave alone those that stay; returns how many there are.
+
+        Args:
+            number: how many; None: ``by`` more (or fewer) than there are.
+        """
+        self.refuse_while_stopping()
+        wanted = len(target.instances) + by if number is None else number
+        if not 0 <= wanted <= MOST_INSTANCES:
+            raise RequestError(f"instances: must be from 0 to {MOST_INSTANCES}, would be {wanted}")
+        log_paths = [path for path in (target.config.log.stdout, target.config.log.stderr) if path]
+        for path in log_paths:
+            if wanted > 1 and path != "stdout" and INSTANCE not in str(path):
+                raise RequestError(
+                    f"{target.name} writes to {path}, which {wanted} instances would share; "
+                    f"put {INSTANCE} into its name"
+                )
+        await target.scale(wanted, asked_by=asked_by, wait=wait)
+        self.store.set_scaled(target.name, configured=target.config.instances, instances=wanted)
+        self.events.emit("target.scaled", target=target.name, instances=wanted)
+        return wanted
+
     def _remember_wanted(self, name: str, wanted: bool) -> None:
         config = self.config.targets[name]
         if config.restart == "unless-stopped" or config.schedule is not None:
@@ -398,7 +429,8 @@ class Supervisor:
         }
 
     def select(self, names: Sequence[str], *, default_all: bool = False) -> list[Selection]:
-        """Find what names, shell globs and instance names (``web:0``) mean, in the configuration's order.
+        """Find what names of targets and groups, shell globs and instance names (``web:0``) mean, in the
+        configuration's order.
 
         Raises:
             TargetNotFoundError: a name (or glob) matches nothing.
@@ -406,9 +438,13 @@ class Supervisor:
         if (not names and default_all) or "all" in names:
             return [Selection(target=t, instances=t.instances) for t in self.targets.values()]
         chosen: dict[str, set[int]] = {}
+        groups = self.config.groups
         for pattern in names:
             name, colon, index = pattern.partition(":")
-            matches = [t for t in self.targets.values() if fnmatch.fnmatchcase(t.name, name)]
+            members = {member for group in fnmatch.filter(groups, name) for member in groups[group]}
+            matches = [
+                t for t in self.targets.values() if t.name in members or fnmatch.fnmatchcase(t.name, name)
+            ]
             found = False
             for target in matches:
                 wanted = {i.index for i in target.instances if index in {"", "*", str(i.index)}}
@@ -426,8 +462,9 @@ class Supervisor:
     def _no_such(self, pattern: str) -> str:
         import difflib  # noqa: PLC0415 - only on the way to an error
 
-        near = difflib.get_close_matches(pattern.partition(":")[0], self.targets, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.targets) or 'none'}"
+        names = [*self.targets, *self.config.groups]
+        near = difflib.get_close_matches(pattern.partition(":")[0], names, n=1)
+        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
         return f"no target or instance {pattern!r}; {known}"
 
     # --- operations -----------------------------------------------------------------------------------------

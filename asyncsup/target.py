@@ -102,16 +102,14 @@ class Target:
         """Whether an operator has stopped it: its schedule does not start it then."""
         self.dependencies: Sequence[Dependency] = ()
         self.dependents: Sequence[Target] = ()
-        self.instances = [
-            Instance(config, index, runtime, self._changed, self._too_old)
-            for index in range(config.instances)
-        ]
+        self.instances: list[Instance] = []
         self._runtime = runtime
         self._spawn_gate = spawn_gate
         self._on_wanted = on_wanted
         self._queue: deque[_Operation] = deque()
         self._current: _Operation | None = None
         self._wake = asyncio.Event()
+        self.resize(config.instances)
 
     # --- looking --------------------------------------------------------------------------------------------
 
@@ -154,6 +152,13 @@ class Target:
             for instance in self.instances:
                 if instance.state is State.WAITING:
                     instance.start("what it depends on is ready")
+
+    def resize(self, number: int) -> None:
+        """Have so many slots. Those that go must have no process any more."""
+        while len(self.instances) > number:
+            self.instances.pop().close()
+        for index in range(len(self.instances), number):
+            self.instances.append(Instance(self.config, index, self._runtime, self._changed, self._too_old))
 
     # --- the queue ------------------------------------------------------------------------------------------
 
@@ -328,6 +333,28 @@ class Target:
         await self._perform("restart", asked_by, work)
         if wait:
             await self.wait_settled(chosen)
+
+    async def scale(self, number: int, *, asked_by: str, wait: bool) -> None:
+        """Have another number of instances: the last ones go, new ones are started if the target is to be up.
+
+        Raises:
+            StartFailedError: with ``wait``, a new one did not become ready.
+            StopFailedError: a process survives SIGKILL; its slot stays.
+        """
+        started: list[Instance] = []
+
+        async def work() -> None:
+            reason = f"scaled to {number} by {asked_by}"
+            await self.stop_instances(self.instances[number:], reason)
+            before = len(self.instances)
+            self.resize(number)
+            started.extend(self.instances[before:])
+            if self.wanted:
+                await self.spawn_instances(started, reason)
+
+        await self._perform("scale", asked_by, work)
+        if wait and self.wanted:
+            await self.wait_settled(started)
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.

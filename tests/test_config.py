@@ -37,6 +37,7 @@ from asyncsup.config import (
 )
 from asyncsup.config.settings import (
     Entries,
+    GroupConfig,
     HooksConfig,
     LivenessConfig,
     LogConfig,
@@ -1676,6 +1677,7 @@ def test_the_page_has_every_key_with_its_type_and_default() -> None:
         "supervisor": expected(SupervisorConfig),
         "patch": expected(PatchConfig),
         "target.NAME": expected(TargetConfig),
+        "group.NAME": expected(GroupConfig),
         "target.NAME.ready": expected(ReadyConfig),
         "target.NAME.liveness": expected(LivenessConfig),
         "target.NAME.hooks": expected(HooksConfig),
@@ -1712,6 +1714,8 @@ def test_the_examples_of_the_page_show_every_key() -> None:
         data = tomllib.loads(text)
         walk("supervisor", data.get("supervisor", {}), SupervisorConfig)
         walk("patch", data.get("patch", {}), PatchConfig)
+        for body in data.get("group", {}).values():
+            walk("group.NAME", body, GroupConfig)
         for body in [data.get("defaults", {}), *data.get("target", {}).values()]:
             walk("target.NAME", body, TargetConfig)
     missing = {

@@ -6,6 +6,7 @@ at how the settings fit together, and the `Report` of both raises one error.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import tomllib
@@ -20,6 +21,7 @@ from asyncsup.config.problems import Layer, Place, Report, Source
 from asyncsup.config.settings import (
     Config,
     Entries,
+    GroupConfig,
     HooksConfig,
     LogConfig,
     PatchConduct,
@@ -38,10 +40,11 @@ from asyncsup.config.values import (
     ValueType,
     escape,
     nearest,
+    quoted,
     type_name,
 )
 
-_TABLES: Final = ("supervisor", "patch", "defaults", "target")
+_TABLES: Final = ("supervisor", "patch", "defaults", "target", "group")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _TOML_ERROR: Final = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)
 
@@ -205,6 +208,7 @@ class Reader:
         check.supervisor(supervisor, supervisor_read)
         check.patch(patch, patch_read)
         check.targets(targets, supervisor, patch)
+        groups = self._groups(list(targets))
         self.report.raise_problems()
         check.warn(targets)
         if not targets:
@@ -214,6 +218,7 @@ class Reader:
             supervisor=supervisor,
             patch=patch,
             targets=MappingProxyType({name: target.config for name, target in targets.items()}),
+            groups=groups,
             warnings=self.report.warnings,
         )
 
@@ -260,6 +265,32 @@ class Reader:
                     if "command" not in layer.table and "command" not in defaults.table:
                         self.report.problem(layer.place("command"), "is missing", COMMAND_HINT)
         return targets
+
+    def _groups(self, targets: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        """The groups, each with the targets that its names and patterns mean."""
+        groups: dict[str, tuple[str, ...]] = {}
+        table = self._table(self._sources[0], "group")
+        folded = {target.casefold(): target for target in targets}
+        for name in table.table:
+            layer = self._sub(table, name)
+            if layer is None or not self._check_name(layer, name, {}):
+                continue
+            place = Place(layer.source, layer.keys)
+            if (other := folded.get(name.casefold())) is not None:
+                self.report.problem(place, f"there is a target {quoted(other)}: a name means one thing")
+            self._check_keys(layer, options(GroupConfig), "group.NAME")
+            read = self._read(GroupConfig, [layer])
+            wanted = GroupConfig(**read.values).targets
+            found = tuple(t for t in targets if any(fnmatch.fnmatchcase(t, pattern) for pattern in wanted))
+            for pattern in wanted:
+                if self.report.whole and not fnmatch.filter(targets, pattern):
+                    near = nearest(pattern, targets)
+                    hint = f"did you mean {quoted(near)}?" if near else None
+                    self.report.problem(read.place("targets"), f"there is no target {quoted(pattern)}", hint)
+            if not found and not read.failed and not wanted:
+                self.report.problem(place, "has no targets", 'write targets = ["web", "worker*"]')
+            groups[name] = found
+        return MappingProxyType(groups)
 
     def _target(
         self, name: str, layers: Sequence[Layer], inherited: Mapping[str, Any], conduct: Mapping[str, Any]
@@ -433,7 +464,7 @@ def _top_level_hint(name: str) -> str:
         return f'did you mean "{near}"?'
     if table := _table_of(name):
         return f"it belongs under [{table}]"
-    return "the tables are [supervisor], [patch], [defaults] and [target.NAME]"
+    return "the tables are [supervisor], [patch], [defaults], [target.NAME] and [group.NAME]"
 
 
 def _unknown_key_hint(name: str, known: Sequence[str], table: str) -> str | None:
@@ -455,6 +486,7 @@ def _table_of(name: str) -> str | None:
         "supervisor": options(SupervisorConfig),
         "patch": options(PatchConfig),
         "target.NAME": options(TargetConfig),
+        "group.NAME": options(GroupConfig),
         "target.NAME.log": options(LogConfig),
         "target.NAME.hooks": options(HooksConfig),
         "target.NAME.limits": LIMITS,

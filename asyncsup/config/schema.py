@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from asyncsup.config.settings import (
     Entries,
+    GroupConfig,
     Option,
     PatchConfig,
     SupervisorConfig,
@@ -35,6 +36,7 @@ def config_schema() -> dict[str, Any]:
             "patch": _table(PatchConfig),
             "defaults": {"$ref": "#/$defs/target"},
             "target": {"type": "object", "additionalProperties": {"$ref": "#/$defs/target"}},
+            "group": {"type": "object", "additionalProperties": _table(GroupConfig)},
         },
         "$defs": {"target": _table(TargetConfig)},
     }

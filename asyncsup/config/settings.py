@@ -305,6 +305,14 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupConfig:
+    """`[group.NAME]`: one name for several targets, wherever a command takes names."""
+
+    targets: Annotated[tuple[str, ...], values.STRINGS] = ()
+    """Names of targets, or patterns of such."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole configuration that has passed every check. All paths are absolute."""
 
@@ -313,6 +321,8 @@ class Config:
     patch: PatchConfig
     targets: Mapping[str, TargetConfig]
     """By name, in the order of the files."""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=_empty)
+    """By name, the names of their targets, in the order of the files."""
     warnings: tuple[str, ...] = ()
     """What is allowed but probably not meant, one sentence each."""
 

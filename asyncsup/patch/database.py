@@ -41,6 +41,7 @@ CREATE TABLE targets (
     releasing INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE wanted (target TEXT PRIMARY KEY, up INTEGER NOT NULL);
+CREATE TABLE scaled (target TEXT PRIMARY KEY, configured INTEGER NOT NULL, instances INTEGER NOT NULL);
 CREATE TABLE generations (
     target TEXT NOT NULL,
     number INTEGER NOT NULL,
@@ -141,6 +142,14 @@ class TargetRow:
     persist: tuple[str, ...]
     confirmed: int
     releasing: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """How many instances an operator wanted, and how many were configured when that was said."""
+
+    configured: int
+    instances: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -468,6 +477,17 @@ class Database:
     def set_wanted(self, target: str, up: bool) -> None:
         with self.write() as sql:
             sql.execute("INSERT OR REPLACE INTO wanted VALUES (?, ?)", (target, up))
+
+    def scaled(self, target: str) -> Scaled | None:
+        row = self._one("SELECT configured, instances FROM scaled WHERE target = ?", target)
+        return None if row is None else Scaled(**row)
+
+    def set_scaled(self, target: str, scaled: Scaled) -> None:
+        with self.write() as sql:
+            sql.execute(
+                "INSERT OR REPLACE INTO scaled VALUES (?, ?, ?)",
+                (target, scaled.configured, scaled.instances),
+            )
 
     # --- generations and their files ------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ from asyncsup.patch.database import (
     GenerationRow,
     PartRow,
     Phase,
+    Scaled,
     TargetRow,
     TransactionRow,
     timestamp,
@@ -455,6 +456,14 @@ class Store:
     def set_wanted(self, target: str, up: bool) -> None:
         """Remember it beyond this supervisor's life."""
         self._database.set_wanted(target, up)
+
+    def scaled(self, target: str) -> Scaled | None:
+        """How many instances an operator last wanted; None when nobody has said."""
+        return self._database.scaled(target)
+
+    def set_scaled(self, target: str, *, configured: int, instances: int) -> None:
+        """Remember it beyond this supervisor's life, for as long as ``configured`` is configured."""
+        self._database.set_scaled(target, Scaled(configured=configured, instances=instances))
 
     # --- looking --------------------------------------------------------------------------------------------
 
