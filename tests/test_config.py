@@ -662,7 +662,7 @@ def test_tree_settings_in_defaults_leave_other_targets_alone() -> None:
             "target.a.name",
             "the name stands in the header: [target.NAME]",
         ),
-        ("[zzz]", "zzz", "the tables are [supervisor], [patch], [defaults] and [target.NAME]"),
+        ("[zzz]", "zzz", "the tables are [supervisor], [patch], [defaults], [target.NAME] and [group.NAME]"),
     ],
 )
 def test_an_unknown_key_says_what_was_probably_meant(text: str, key: str, hint: str) -> None:
