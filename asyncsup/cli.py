@@ -721,6 +721,15 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upload", action="store_true", help="send the file, do not have the supervisor open it"
     )
+    _drift_option(parser)
+
+
+def _drift_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--drift",
+        choices=("refuse", "keep", "overwrite"),
+        help="what becomes of files that are not what patches have left (default: as configured)",
+    )
 
 
 def _package(session: Session, argument: str) -> dict[str, Any]:
@@ -730,7 +739,12 @@ def _package(session: Session, argument: str) -> dict[str, Any]:
     from asyncsup.patch.checksum import read_checksum
 
     args, out = session.args, session.out
-    params: dict[str, Any] = {"sha256": args.sha256, "crc32": args.crc32, "target": args.target}
+    params: dict[str, Any] = {
+        "sha256": args.sha256,
+        "crc32": args.crc32,
+        "target": args.target,
+        "drift": args.drift,
+    }
     if not os.path.isfile(argument):
         if "/" in argument:
             raise PatchNotFoundError(f"there is no file {argument}", path=argument)
@@ -765,7 +779,7 @@ def _packages(session: Session) -> list[dict[str, Any]]:
     if session.args.sha256 or session.args.crc32:
         raise UsageError("a checksum is that of one package: name it")
     names = in_inbox(session, session.ask("patch.list")["inbox"])
-    return [{"name": name, "target": session.args.target} for name in names]
+    return [{"name": name, "target": session.args.target, "drift": session.args.drift} for name in names]
 
 
 def _patch_apply(session: Session) -> int:
@@ -844,6 +858,7 @@ def _patch_rollback(session: Session) -> int:
         "together": args.together or None,
         "to_build": args.build,
         "to_generation": args.generation,
+        "drift": args.drift,
         "wait_busy": args.wait,
     }
     report = transact(session, "patch.rollback", params)
@@ -868,7 +883,18 @@ def _patch_rollback_arguments(parser: argparse.ArgumentParser) -> None:
     whom = parser.add_mutually_exclusive_group()
     whom.add_argument("--only", action="store_true", help="no other target, though the patch covers others")
     whom.add_argument("--together", action="store_true", help="every other target it covers as well")
+    _drift_option(parser)
     _busy_options(parser)
+
+
+def _patch_drift(session: Session) -> int:
+    value, out = session.ask("patch.drift", target=session.args.target), session.out
+    out.result(value, lambda: render.drift_lines(value, ink=out.ink))
+    return 1 if any(target["files"] for target in value["targets"]) else 0
+
+
+def _patch_drift_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="only of this target")
 
 
 def _patch_settle(verb: str) -> Callable[[Session], int]:
@@ -1429,6 +1455,9 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
         "list": Verb("list what lies in the inbox", _none, _patch_list),
         "history": Verb("list what was applied and rolled back", _patch_history_arguments, _patch_history),
         "show": Verb("show one transaction, step by step", _patch_show_arguments, _patch_show),
+        "drift": Verb(
+            "list files that are not as patches have left them", _patch_drift_arguments, _patch_drift
+        ),
         "commit": Verb("commit a patch that waits for it", _patch_settle_arguments, _patch_settle("commit")),
         "abort": Verb("end a patch that is under way", _patch_settle_arguments, _patch_settle("abort")),
         "rollback": Verb("go back to the build before", _patch_rollback_arguments, _patch_rollback),

@@ -66,6 +66,8 @@ COMMANDS: Final = (
     Command("status", "[NAME]", "show what runs", ("status",), "targets"),
     Command("rollback", "TARGET|ID", "go back to the build before, or take a whole patch back",
             ("patch", "rollback"), "targets"),
+    Command("drift", "[TARGET]", "list files that are not as patches have left them", ("patch", "drift"),
+            "targets"),
     Command("commit", "ID", "commit a patch that waits for it", ("patch", "commit")),
     Command("abort", "ID", "end a patch that is under way, and put everything back", ("patch", "abort")),
     Command("history", "[TARGET]", "list what was applied and rolled back", ("patch", "history"), "targets"),

@@ -32,6 +32,7 @@ from asyncsup.errors import (
 from asyncsup.ipc import Router
 from asyncsup.logs import Cursor
 from asyncsup.patch.overseer import Source, WayBack, Wish
+from asyncsup.patch.plan import POLICIES, Policy
 from asyncsup.patch.prototype import parse_crc32
 from asyncsup.patch.uploads import CHUNK_BYTES
 from asyncsup.patch.way_back import Extent
@@ -305,6 +306,7 @@ class ControlServer:
             instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}
             for instance in target.instances
         }
+        described["drift"] = await self.supervisor.overseer.drift_of(target)
         described["history"] = await self.supervisor.overseer.history(target.name, 5)
         return described
 
@@ -535,7 +537,7 @@ class ControlServer:
             only=call.boolean("only", False),
             together=call.boolean("together", False),
         )
-        wish = Wish(actor=call.actor, wait_busy=call.boolean("wait_busy", True))
+        wish = Wish(actor=call.actor, wait_busy=call.boolean("wait_busy", True), drift=self._policy(call))
         call.finish()
         if (build is not None and generation is not None) or (way.only and way.together):
             raise RequestError("give one of to_build and to_generation, and one of only and together")
@@ -572,7 +574,20 @@ class ControlServer:
             wait_busy=call.boolean("wait_busy", True),
             retry_held=call.boolean("retry_held", False),
             trust_clock=call.boolean("trust_clock", False),
+            drift=self._policy(call),
         )
+
+    def _policy(self, call: Call) -> Policy | None:
+        if call.optional_string("drift") is None:
+            return None
+        wanted = call.choice("drift", POLICIES)
+        return next(policy for policy in POLICIES if policy == wanted)
+
+    @method("patch.drift")
+    async def patch_drift(self, call: Call) -> Any:
+        target = call.optional_string("target")
+        call.finish()
+        return {"targets": await self.supervisor.overseer.drift(target)}
 
     @method("patch.list")
     async def patch_list(self, call: Call) -> Any:

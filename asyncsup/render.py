@@ -29,8 +29,8 @@ _STATE_COLOURS: Final = {
     "waiting": "yellow", "backoff": "yellow", "failed": "red", "lost": "red",
     "stopped": "grey", "exited": "grey",
 }  # fmt: skip
-_OP_WORDS: Final = {"deleted": "deleted", "modified": "modified", "new": "inserted"}
-_OP_ORDER: Final = ("deleted", "modified", "new")
+_OP_WORDS: Final = {"deleted": "deleted", "modified": "modified", "new": "inserted", "keep": "kept"}
+_OP_ORDER: Final = ("deleted", "modified", "new", "keep")
 _VERDICT_COLOURS: Final = {
     "committed": "green",
     "already": "green",
@@ -445,6 +445,9 @@ def show_lines(
     ]
     if paths:
         lines += ["", "output", *_pairs(paths, "  ")]
+    drift: Sequence[Value] = value.get("drift") or ()
+    if drift:
+        lines += ["", ink("yellow", "drifted files"), *_drifted(drift)]
     history: Sequence[Value] = value.get("history") or ()
     if history:
         lines += ["", "last transactions"]
@@ -626,7 +629,7 @@ def _gate_lines(gates: Sequence[Value], ink: Ink) -> list[str]:
 
 
 def _file_lines(files: Sequence[Value], ink: Ink, heading: str = "files") -> list[str]:
-    """Deleted, modified, inserted: the order in which the prototype listed (and did) them."""
+    """Deleted, modified, inserted: the order in which the prototype listed (and did) them; then the rest."""
     colours = {"deleted": "red", "modified": "yellow", "new": "green"}
     lines = [f"  {heading}"] if files else []
     for op in (*_OP_ORDER, None):
@@ -695,6 +698,26 @@ def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
     if report.get("reason"):
         code = f" [{clean(report['code'])}]" if report.get("code") else ""
         lines.append(f"reason: {clean(report['reason'])}{code}")
+    return lines
+
+
+def drift_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """Files that are not as patches have left them, target by target."""
+    lines = []
+    for target in value.get("targets") or ():
+        files: Sequence[Value] = target.get("files") or ()
+        found = ink("yellow", plural(len(files), "file")) if files else ink("green", "nothing")
+        lines.append(f"target {ink('bold', clean(target.get('target', '')))}: {found} drifted")
+        lines += _drifted(files)
+    return lines or ["no target has a root"]
+
+
+def _drifted(files: Sequence[Value]) -> list[str]:
+    column = max((width_of(clean(file.get("path", "?"))) for file in files), default=0)
+    lines = []
+    for file in files:
+        path = clean(file.get("path", "?"))
+        lines.append(f"  {path}{' ' * (column - width_of(path))}  {clean(file.get('note') or '')}".rstrip())
     return lines
 
 

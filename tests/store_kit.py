@@ -17,6 +17,7 @@ import pytest
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, encode_manifest
 from asyncsup.patch.package import Package, open_package
+from asyncsup.patch.plan import Policy
 from asyncsup.patch.store import Layout, PatchInfo, Store, TargetRoot
 
 Tree = dict[str, bytes]
@@ -123,29 +124,29 @@ def begin(store: Store, patch: Package, *targets: str) -> int:
     return store.begin(action="apply", patch=info(patch), targets=targets or ("web",), asked_by="test")
 
 
-def staged(store: Store, patch: Package, *targets: str) -> int:
+def staged(store: Store, patch: Package, *targets: str, policy: Policy = "refuse") -> int:
     """A transaction, staged and ready to switch."""
     txn = begin(store, patch, *targets)
     for target in targets or ("web",):
-        store.stage(txn, target, patch)
+        store.stage(txn, target, patch, policy=policy)
     return txn
 
 
-def apply(store: Store, patch: Package, *targets: str) -> int:
-    txn = staged(store, patch, *targets)
+def apply(store: Store, patch: Package, *targets: str, policy: Policy = "refuse") -> int:
+    txn = staged(store, patch, *targets, policy=policy)
     store.switch(txn)
     store.commit(txn)
     store.finish(txn, verdict="committed")
     return txn
 
 
-def roll_back(store: Store, *targets: str) -> int:
+def roll_back(store: Store, *targets: str, policy: Policy = "refuse") -> int:
     targets = targets or ("web",)
     txn = store.begin(action="rollback", patch=None, targets=targets, asked_by="test")
     for target in targets:
         generation = store.rollback_target(target)
         assert generation is not None
-        store.stage_rollback(txn, target, generation)
+        store.stage_rollback(txn, target, generation, policy=policy)
     store.switch(txn)
     store.commit(txn)
     store.finish(txn, verdict="committed")

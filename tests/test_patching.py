@@ -433,6 +433,58 @@ def test_drift_is_refused_and_named(field: Field) -> None:
     assert field.picture("web") == before
 
 
+def test_each_target_has_its_policy_for_drift_and_everybody_says_what_it_did(field: Field) -> None:
+    field.start("a", "b", layout="overlay", each={"b": 'patch = { drift = "keep" }'})
+    for name in "ab":
+        (field.folder / name / "a.txt").write_text("by hand")
+    package = field.package("a", "b")
+    error = field.refused(package)
+    assert (error.error_code, error.details["target"]) == ("gate.base", "a")
+    assert "`--drift keep` leaves such a file as it is" in error.message
+    plan = {t["target"]: t for t in field.client.call("patch.plan", path=str(package))["targets"]}
+    assert (plan["a"]["refused"]["code"], plan["b"]["refused"]) == ("gate.base", None)
+
+    def of(target: Any) -> dict[str, Any]:
+        return next(file for file in target["files"] if file["path"] == "a.txt")
+
+    assert (of(plan["a"])["decision"], of(plan["b"])["decision"]) == ("refuse", "keep")
+    plan = {
+        t["target"]: t
+        for t in field.client.call("patch.plan", path=str(package), drift="overwrite")["targets"]
+    }
+    assert {of(entry)["decision"] for entry in plan.values()} == {"overwrite"}
+
+    def asyncsup(*words: str, status: int = 0) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "asyncsup", "-c", str(field.serve.config), *words],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert result.returncode == status, result.stdout + result.stderr
+        return result.stdout
+
+    assert "nothing drifted" in asyncsup("patch", "drift")
+    told = asyncsup("patch", "apply", str(package), "--drift", "keep")
+    assert "kept      a.txt  (is not the file the patch was made for" in told
+    for name in "ab":
+        field.said(name, "build=300 a.txt=by hand b.txt=new-b sub/c.txt=new-c")
+    assert "target a: 1 file drifted\n  a.txt  is not the file" in asyncsup("patch", "drift", "a", status=1)
+    assert "drifted files\n  a.txt  is not the file" in asyncsup("show", "a")
+    assert "kept      a.txt" in asyncsup("patch", "show", "1")
+
+    report = field.apply(
+        field.package("a", build=400, before={"a.txt": "new-a"}, files={"a.txt": "newer-a"}),
+        drift="overwrite",
+    )
+    saved = Path(of(report["targets"][0])["saved"])
+    assert saved.read_text() == "by hand"
+    field.said("a", "build=400 a.txt=newer-a")
+    assert field.client.call("patch.drift", target="a")["targets"][0]["files"] == []
+    field.client.call("patch.rollback", target="a")
+    field.said("a", "build=300 a.txt=by hand")
+    with pytest.raises(RemoteError, match="drift: must be one of refuse, keep, overwrite"):
+        field.client.call("patch.rollback", target="a", drift="perhaps")
+
+
 def test_one_byte_flipped_is_refused(field: Field) -> None:
     field.start("web")
     package = field.package("web")

@@ -105,7 +105,7 @@ def test_a_rollback_is_described_before_it_is_done(layout: Layout, bench: Callab
     apply(b.store, b.patch(101, modified={"app.json": b"x"}, new={"n.json": b"1"}, deleted=["rules/us.json"]))
     plan = b.store.describe_rollback("web", 0)
     assert (plan.generation, plan.build, plan.kind) == (0, 100, "warm")
-    assert {(file["path"], file["op"]) for file in plan.files} == {
+    assert {(file.path, file.op) for file in plan.files} == {
         ("app.json", "modified"),
         ("n.json", "deleted"),
         ("rules/us.json", "new"),

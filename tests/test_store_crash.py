@@ -34,6 +34,7 @@ from store_kit import (
 from asyncsup import failpoints
 from asyncsup.errors import AsyncsupError
 from asyncsup.patch.package import Package
+from asyncsup.patch.plan import Policy
 from asyncsup.patch.store import Layout, Store, TargetRoot
 
 ORIGINAL: Tree = {
@@ -54,7 +55,12 @@ SECOND: Tree = {
 }
 THIRD: Tree = {**SECOND, "app.json": b"four", "rules/us.json": b"us 4"}
 
+MINE = b"written by a person"
+MEDDLED: Tree = {path: FIRST[path] for path in FIRST if path != "extra/deep/new.json"} | {"app.json": MINE}
+MEDDLED_LATER: Tree = {**SECOND, "app.json": MINE}
+
 SHAPES = {
+    "pair": (Layout.OVERLAY, Layout.TREE),
     "overlay": (Layout.OVERLAY,),
     "tree": (Layout.TREE,),
     "three": (Layout.OVERLAY, Layout.TREE, Layout.OVERLAY),
@@ -156,6 +162,13 @@ def play_apply(scene: Scene) -> None:
     store.close()
 
 
+def play_overwrite(scene: Scene) -> None:
+    store = scene.open()
+    with scene.patch(300) as patch:
+        apply(store, patch, *scene.names, policy="overwrite")
+    store.close()
+
+
 def play_undo(scene: Scene) -> None:
     store = scene.open()
     with scene.patch(300) as patch:
@@ -170,6 +183,12 @@ def play_undo(scene: Scene) -> None:
 def play_rollback(scene: Scene) -> None:
     store = scene.open()
     roll_back(store, *scene.names)
+    store.close()
+
+
+def play_rollback_keeping(scene: Scene) -> None:
+    store = scene.open()
+    roll_back(store, *scene.names, policy="keep")
     store.close()
 
 
@@ -199,12 +218,21 @@ class Play:
         before: brings the scene into the state it begins in.
         action: what is killed.
         allowed: what the files may be afterwards.
+        policy: what becomes of files that are not what patches have made them.
     """
 
     name: str
     before: Callable[[Scene, Path], None]
     action: Callable[[Scene], None]
     allowed: tuple[Tree, ...]
+    policy: Policy = "refuse"
+
+    @property
+    def shapes(self) -> list[str]:
+        """Mostly three targets of both layouts; the apply with each layout alone as well."""
+        if self.policy != "refuse":
+            return ["pair"]
+        return ["overlay", "tree", "three"] if self.action is play_apply else ["three"]
 
 
 def fresh(scene: Scene, output: Path) -> None:
@@ -223,10 +251,30 @@ def patched_twice(scene: Scene, output: Path) -> None:
     play_apply(scene)
 
 
+def meddled(scene: Scene, output: Path) -> None:
+    """One file is replaced, one removed."""
+    patched(scene, output)
+    for each in scene.targets:
+        (each.root / "app.json").unlink()
+        (each.root / "extra/deep/new.json").unlink()
+        write_tree(each.root, {"app.json": MINE})
+
+
+def meddled_later(scene: Scene, output: Path) -> None:
+    """One file is written through."""
+    patched_twice(scene, output)
+    for each in scene.targets:
+        (each.root / "app.json").resolve().chmod(0o644)
+        write_tree(each.root, {"app.json": MINE})
+
+
 def killed(point: str, before: Callable[[Scene, Path], None], scene: Scene, output: Path) -> None:
     before(scene, output)
     assert in_child(partial(play_apply, scene), f"{point}:kill", output) == -signal.SIGKILL
 
+
+APPLYING = (play_apply, play_overwrite, play_rollback, play_rollback_keeping)
+"""What is confirmed in the end, or never was."""
 
 KILLED_BEFORE_SWITCH = partial(killed, "store.stage.recorded", fresh)
 KILLED_AFTER_SWITCH = partial(killed, "store.switch.renamed", patched)
@@ -241,6 +289,14 @@ PLAYS = [
     Play("recovery before the switch", KILLED_BEFORE_SWITCH, play_recovery, (ORIGINAL,)),
     Play("recovery after the switch", KILLED_AFTER_SWITCH, play_recovery, (FIRST, SECOND)),
     Play("recovery after the commit", KILLED_AFTER_COMMIT, play_recovery, (SECOND,)),
+    Play("overwrite", meddled, play_overwrite, (MEDDLED, SECOND), "overwrite"),
+    Play(
+        "rollback keeping",
+        meddled_later,
+        play_rollback_keeping,
+        (MEDDLED_LATER, {**FIRST, "app.json": MINE}),
+        "keep",
+    ),
     Play("prune", patched_twice, play_prune, (SECOND,)),
     Play("release", patched_twice, play_release, (SECOND,)),
 ]
@@ -260,13 +316,12 @@ def scenes(base: Path) -> Callable[[str], Scene]:
 
 
 def play_cases(*actions: Callable[[Scene], None]) -> list[object]:
-    """Every play with three targets of both layouts; the apply with each layout alone as well."""
+    """Every play with what its action is, or any."""
     return [
         pytest.param(play, shape, id=f"{play.name}-{shape}".replace(" ", "_"))
         for play in PLAYS
         if not actions or play.action in actions
-        for shape in SHAPES
-        if shape == "three" or play.action is play_apply
+        for shape in play.shapes
     ]
 
 
@@ -290,7 +345,7 @@ def test_a_kill_at_any_point_leaves_every_target_wholly_old_or_wholly_new(
         store = scene.open()
         recovered = scene.files()
         assert recovered in play.allowed, point
-        if play.action in {play_apply, play_rollback} and "commit.recorded" not in point:
+        if play.action in APPLYING and "commit.recorded" not in point:
             after_commit = "commit.tidied" in point
             assert recovered == play.allowed[-1 if after_commit else 0], point
         scene.check_sound(store)
@@ -299,6 +354,10 @@ def test_a_kill_at_any_point_leaves_every_target_wholly_old_or_wholly_new(
             if recovered == SECOND:
                 apply(store, patch, *scene.names)
                 assert scene.files() == THIRD, point
+            elif play.policy != "refuse":
+                apply(store, patch, *scene.names, policy="overwrite")
+                named = {path: THIRD[path] for path in ("app.json", "rules/us.json")}
+                assert scene.files() == {**recovered, **named}, point
             else:
                 with scene.patch(300) as again:
                     apply(store, again, *scene.names)
@@ -306,7 +365,7 @@ def test_a_kill_at_any_point_leaves_every_target_wholly_old_or_wholly_new(
         store.close()
 
 
-@pytest.mark.parametrize(("play", "shape"), play_cases(play_apply, play_undo, play_rollback))
+@pytest.mark.parametrize(("play", "shape"), play_cases(*APPLYING, play_undo))
 def test_an_error_at_any_point_is_undone_without_a_restart(
     play: Play, shape: str, scenes: Callable[[str], Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,14 +388,14 @@ def test_an_error_at_any_point_is_undone_without_a_restart(
         failed = True
         try:
             with scene.patch(300) as patch:
-                if play.action is play_rollback:
+                if play.action in {play_rollback, play_rollback_keeping}:
                     txn = store.begin(action="rollback", patch=None, targets=scene.names, asked_by="test")
                     for name in scene.names:
-                        store.stage_rollback(txn, name, 1)
+                        store.stage_rollback(txn, name, 1, policy=play.policy)
                 else:
                     txn = begin(store, patch, *scene.names)
                     for name in scene.names:
-                        store.stage(txn, name, patch)
+                        store.stage(txn, name, patch, policy=play.policy)
                 for name in scene.names:
                     store.carry(txn, name)
                 store.switch(txn)
@@ -383,7 +442,7 @@ def test_every_failpoint_of_the_store_is_passed_by_a_play(
     assert len(named) > 40
     passed: set[str] = set()
     for play in PLAYS:
-        scene = scenes("three")
+        scene = scenes(play.shapes[-1])
         play.before(scene, tmp_path / "output")
         points = points_of(partial(play.action, scene), tmp_path / "output")
         passed |= {point.partition(":")[0] for point in points}

@@ -53,6 +53,7 @@ KillMode = Literal["group", "process"]
 LogFormat = Literal["raw", "timestamp", "json"]
 Commit = Literal["auto", "manual"]
 Readiness = Literal["exit", "http", "tcp", "exec", "log", "fd", "notify", "sdk", "uptime"]
+Drift = Literal["refuse", "keep", "overwrite"]
 
 
 def _empty() -> Mapping[str, Any]:
@@ -105,6 +106,8 @@ class PatchConduct:
     """How long after the switch a failure still undoes the patch, unless the patch itself names a time."""
     commit: Annotated[Commit, choice(Commit)] = "auto"
     """``"manual"``: after its probation a patch waits for `asyncsup patch commit`."""
+    drift: Annotated[Drift, choice(Drift)] = "refuse"
+    """What becomes of files that are not what a patch was made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,16 @@ CREATE TABLE files (
     identity TEXT NOT NULL,            -- inode:size:mtime_ns
     PRIMARY KEY (target, generation, path)
 ) WITHOUT ROWID;
+CREATE TABLE kept (                    -- names under which something stands that is not a patch's
+    target TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    path TEXT NOT NULL,
+    txn INTEGER NOT NULL,              -- the transaction that left it, or moved it into the generation
+    managed INTEGER NOT NULL,          -- whether a patch has ever touched the name, as of this generation
+    origin INTEGER,                    -- as in files: what would be there otherwise
+    note TEXT NOT NULL,
+    PRIMARY KEY (target, generation, path)
+) WITHOUT ROWID;
 CREATE TABLE transactions (
     txn INTEGER PRIMARY KEY AUTOINCREMENT,
     action TEXT NOT NULL,
@@ -176,6 +186,26 @@ class FileRow:
     mode: int
     origin: int | None
     identity: str
+
+
+Origin = tuple[int | None] | None
+"""Which version of a file a generation has, as far as patches go: in the tuple the generation it was written
+for, or None when it was adopted. None where no patch has ever touched the name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRow:
+    """Something stands under a name in a generation that is not what a patch has for it.
+
+    Attributes:
+        origin: of what would stand there otherwise.
+        note: why, as a clause about the file.
+    """
+
+    path: str
+    txn: int
+    origin: Origin
+    note: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -532,7 +562,8 @@ class Database:
                 (state, place, build, target, number),
             )
             if state in {"dropped", "pruned"}:
-                sql.execute("DELETE FROM files WHERE target = ? AND generation = ?", (target, number))
+                for table in ("files", "kept"):
+                    sql.execute(f"DELETE FROM {table} WHERE target = ? AND generation = ?", (target, number))
 
     def files(self, target: str, generation: int) -> dict[str, FileRow]:
         rows = self._all(
@@ -549,6 +580,48 @@ class Database:
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [(target, generation, r.path, r.sha256, r.size, r.mode, r.origin, r.identity) for r in rows],
             )
+
+    def remove_files(self, target: str, generation: int, paths: Iterable[str]) -> None:
+        with self.write() as sql:
+            sql.executemany(
+                "DELETE FROM files WHERE target = ? AND generation = ? AND path = ?",
+                [(target, generation, path) for path in paths],
+            )
+
+    def kept(self, target: str, generation: int) -> dict[str, KeptRow]:
+        rows = self._all(
+            "SELECT path, txn, managed, origin, note FROM kept WHERE target = ? AND generation = ?",
+            target,
+            generation,
+        )
+        return {
+            row["path"]: KeptRow(
+                path=row["path"],
+                txn=row["txn"],
+                origin=(row["origin"],) if row["managed"] else None,
+                note=row["note"],
+            )
+            for row in rows
+        }
+
+    def add_kept(self, target: str, generation: int, rows: Iterable[KeptRow]) -> None:
+        with self.write() as sql:
+            sql.executemany(
+                "INSERT OR REPLACE INTO kept VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (target, generation, r.path, r.txn, bool(r.origin), r.origin and r.origin[0], r.note)
+                    for r in rows
+                ],
+            )
+
+    def origins(self, target: str, generation: int) -> dict[str, Origin]:
+        """Of every name that a patch has touched, as of this generation. Two generations differ by a patch
+        where these do; everything else is the program's own."""
+        origins: dict[str, Origin] = {
+            path: (row.origin,) for path, row in self.files(target, generation).items()
+        }
+        origins.update({path: row.origin for path, row in self.kept(target, generation).items()})
+        return {path: origin for path, origin in origins.items() if origin is not None}
 
     # --- transactions ---------------------------------------------------------------------------------------
 

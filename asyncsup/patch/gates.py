@@ -7,12 +7,14 @@ judges again when the patch is staged.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from asyncsup.patch.manifest import Kind, Manifest
-from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.plan import FilePlan, what_would_do
 from asyncsup.patch.space import Room
 
 
@@ -108,11 +110,19 @@ def assess(
     return Assessment(target=facts.name, gates=gates, already=same and all(gate.ok for gate in gates))
 
 
+_DECIDED: Final = {"keep": "kept", "overwrite": "overwritten", "refuse": "refused"}
+
+
 def files_gate(plans: Sequence[FilePlan]) -> Gate:
     """Closed by the first file that cannot be changed as the patch wants."""
     broken = next((plan for plan in plans if plan.error is not None), None)
     if broken is not None:
-        return Gate(name="files", ok=False, detail=f"{broken.path}: {broken.note}", code=broken.code)
+        detail = f"{broken.path}: {broken.note}{what_would_do([broken])}"
+        return Gate(name="files", ok=False, detail=detail, code=broken.code)
+    decided = Counter(plan.decision for plan in plans if plan.decision is not None)
+    if decided:
+        done = ", ".join(f"{count} {_DECIDED[decision]}" for decision, count in decided.items())
+        return _open("files", f"not all are as the patch expects them: {done}")
     return _open("files", "every file is as the patch expects it")
 
 

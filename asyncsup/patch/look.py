@@ -69,12 +69,17 @@ def regular(name: str, directory: int, row: FileRow | None, *, hashed: bool) -> 
     if managed and row is not None and row.identity == seen:
         digest = row.sha256
     elif hashed or ours:
-        digest = fs.sha256_of(name, directory)
+        try:
+            digest = fs.sha256_of(name, directory)
+        except PermissionError as error:
+            problem = PlanError(code="gate.unreadable", message=f"cannot be read: {error.strerror}")
+            return Found(presence=Presence.ABSENT, problem=problem)
     return Found(
         presence=Presence.MANAGED if managed else Presence.ORDINARY,
         sha256=digest,
         size=status.st_size,
         mode=row.mode if ours and row is not None else stat.S_IMODE(status.st_mode),
+        delivered=bool(ours),
         drifted=bool(ours and row is not None and digest != row.sha256),
         identity=seen,
         owner=(status.st_uid, status.st_gid),

@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, identity, presence_of
 from asyncsup.patch.plan import Found, Presence
 
 ADOPTION_ATTEMPTS: Final = 8
+_ADOPTED: Final = f"{TEMPORARY_PREFIX}adopted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Home:
 
     Attributes:
         fd: its folder.
-        taken: the names it has a file of its own for.
+        taken: the names it has another version of, which stays.
     """
 
     fd: int
@@ -82,16 +83,18 @@ class OverlayRoot:
                         return Found(presence=Presence.ABSENT)  # A link left over; it dangles.
                     with fs.below(generation, folders) as inner:
                         return regular(name, inner, row, hashed=hashed)
-                if status is not None and presence_of(status) is Presence.ORDINARY and not managed:
-                    return regular(name, folder, None, hashed=hashed)
+                if status is not None and presence_of(status) is Presence.ORDINARY:
+                    found = regular(name, folder, None, hashed=hashed)
+                    detached = managed and found.presence is Presence.ORDINARY
+                    return replace(found, presence=Presence.DETACHED) if detached else found
         except FileNotFoundError:
             status = None
         except fs.BlockedPathError as error:
             return Found(presence=Presence.ABSENT, problem=blocked(error))
         if status is None:
-            return Found(presence=Presence.REMOVED if managed else Presence.ABSENT)
-        presence = presence_of(status)
-        return Found(presence=Presence.DETACHED if managed and presence is Presence.ORDINARY else presence)
+            mode = row.mode if managed and row is not None else None
+            return Found(presence=Presence.REMOVED if managed else Presence.ABSENT, mode=mode)
+        return Found(presence=presence_of(status))
 
     def has_link(self, path: str) -> bool:
         """Whether `path` is our leaf link."""
@@ -174,14 +177,19 @@ class OverlayRoot:
                     continue
                 inner = fs.make_below(home.fd, folders, durability, like=self.fd)
                 try:
-                    fs.unlink_quietly(name, inner)
+                    # By a rename: whoever reads the generation itself may find the version from before there.
+                    fs.unlink_quietly(_ADOPTED, inner)
                     try:
-                        same = fs.link_or_copy(name, folder, name, inner, durability)
+                        same = fs.link_or_copy(name, folder, _ADOPTED, inner, durability)
                     except FileNotFoundError:
                         return None
-                    there = fs.lstat(name, inner)
+                    there = fs.lstat(_ADOPTED, inner)
                     if there is None or (same and not os.path.samestat(there, status)):
+                        fs.unlink_quietly(_ADOPTED, inner)
                         return None
+                    os.rename(_ADOPTED, name, src_dir_fd=inner, dst_dir_fd=inner)
+                    # Two names of one file are both left by a rename.
+                    fs.unlink_quietly(_ADOPTED, inner)
                     same_file = same_file and same
                     durability.directory(inner)
                 finally:

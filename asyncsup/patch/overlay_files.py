@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Final
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
-from asyncsup.patch.database import FileRow, PartRow
+from asyncsup.patch.database import FileRow, KeptRow, PartRow
 from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
-from asyncsup.patch.manifest import FileChange
+from asyncsup.patch.manifest import DEFAULT_MODE, FileChange
 from asyncsup.patch.overlay import Home, OverlayRoot
-from asyncsup.patch.plan import FilePlan, Found, Presence
+from asyncsup.patch.plan import Found, Presence
 from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
     PatchSource,
@@ -22,10 +23,13 @@ from asyncsup.patch.target_files import (
     Progress,
     TargetFiles,
     is_file,
+    marked,
     present,
     problem_with,
 )
 
+PUT_IN_PLACE: Final = "was put there by somebody, in place of what a patch had made of it"
+REMOVED: Final = "was delivered by a patch and has since been removed"
 _RELEASED: Final = f"{TEMPORARY_PREFIX}released"
 
 
@@ -36,29 +40,27 @@ class OverlayFiles(TargetFiles):
 
     def look(self, changes: Iterable[FileChange], *, hashed: bool) -> list[Found]:
         number = self.state.number(self.name)
-        rows = self.database.files(self.name, number)
+        rows, kept = self.database.files(self.name, number), self.database.kept(self.name, number)
         with self._root() as root, fs.opened(self.state.generation(self.name, number)) as generation:
             return [
                 problem_with(change.path)
-                or root.look(change.path, rows.get(change.path), generation, hashed=hashed)
+                or marked(
+                    root.look(change.path, rows.get(change.path), generation, hashed=hashed),
+                    kept.get(change.path),
+                )
                 for change in changes
             ]
 
-    def oddities(self, named: frozenset[str]) -> list[FilePlan]:
-        number = self.state.number(self.name)
-        odd = []
-        with self._root() as root, fs.opened(self.state.generation(self.name, number)) as generation:
-            for path, row in sorted(self.database.files(self.name, number).items()):
-                if path in named or not is_file(row):
-                    continue
-                found = root.look(path, row, generation, hashed=False)
-                if found.presence is not Presence.MANAGED:
-                    odd.append(
-                        FilePlan(path=path, op="keep", note="replaced or removed by the program; left so")
-                    )
-                elif found.drifted:
-                    odd.append(FilePlan(path=path, op="keep", note="changed in place by somebody; left so"))
-        return odd
+    @contextlib.contextmanager
+    def folder_of(self, item: Planned) -> Iterator[int]:
+        folders, _ = split(item.change.path)
+        generation = self.state.generation(self.name, self.state.number(self.name))
+        with (
+            self._root() as root,
+            fs.opened(generation) as current,
+            fs.below(root.fd if item.stands_in_root else current, folders) as folder,
+        ):
+            yield folder
 
     def folders_to_make(self, planned: Sequence[Planned]) -> list[str]:
         made: dict[str, None] = {}
@@ -70,10 +72,11 @@ class OverlayFiles(TargetFiles):
 
     def needs_of_layout(self, planned: Sequence[Planned]) -> list[Need]:
         """Links in the root; and from another file system, copies of the files that are adopted."""
-        adopted = [item.found for item in planned if item.found.presence is Presence.ORDINARY]
+        changed = [item for item in planned if not item.kept]
+        adopted = [item.found for item in changed if item.stands_in_root]
         with self._root() as root:
             far = os.fstat(root.fd).st_dev != self.state.path.stat().st_dev
-        links = len(adopted) + sum(item.appears for item in planned) + len(self.folders_to_make(planned))
+        links = len(adopted) + sum(item.appears for item in changed) + len(self.folders_to_make(changed))
         needs = [Need(place=self.row.root, size=links * BLOCK_BYTES, inodes=links)]
         if far and adopted:
             homes = sum(row.state == "live" for row in self.database.generations(self.name))
@@ -86,24 +89,86 @@ class OverlayFiles(TargetFiles):
     def build(
         self, part: PartRow, package: PatchSource, planned: Sequence[Planned], progress: Progress | None
     ) -> None:
-        changed = {item.change.path for item in planned}
+        changed = [item for item in planned if not item.kept]
+        # What stands in the root in place of a link is read there, and is nowhere else.
+        left = {
+            item.change.path for item in planned if item.kept and item.found.presence is not Presence.MANAGED
+        }
         rows = self.database.files(self.name, part.source)
-        unchanged = sorted(present(rows) - changed)
+        inherited = {path: row for path, row in rows.items() if path not in left}
+        unchanged = sorted(present(inherited) - {item.change.path for item in changed})
         with self._root() as root, fs.Durability(self.state.fd, root.fd) as durability:
 
             def fill(folder: int) -> None:
-                with fs.opened(self.state.generation(self.name, part.source)) as source:
-                    for path in unchanged:
-                        self._share(path, source, folder, durability)
+                self._share_all(unchanged, part.source, folder, durability)
 
-            self.place(part, fill, package, planned, progress, model=root.fd, durability=durability)
-            seen = self._adopt(part, root, planned, durability)
-            for item in planned:
-                if item.appears:
-                    root.link(item.change.path, durability)
-            durability.barrier()
+            def deliver(folder: int) -> Mapping[str, FileRow]:
+                return self.write(
+                    part, package, changed, progress, folder=folder, model=root.fd, durability=durability
+                )
+
+            self.place(
+                part,
+                fill,
+                deliver,
+                inherited=inherited,
+                kept=self.kept_after(part, planned),
+                model=root.fd,
+                durability=durability,
+            )
+            seen = self._make_way(part, root, changed, durability)
             failpoint("store.stage.linked")
             self.database.mark_staged(part.txn, self.name, seen)
+
+    def _make_way(
+        self, part: PartRow, root: OverlayRoot, planned: Sequence[Planned], durability: fs.Durability
+    ) -> dict[int, str]:
+        """Make every name of the destination a leaf link that shows, until the switch, what is there now.
+
+        Returns the identities of what was adopted for that, by position in the plan.
+        """
+        seen = self._adopt(part, root, planned, durability)
+        self._forget(part, planned, durability)
+        for item in planned:
+            if item.appears:
+                root.link(item.change.path, durability)
+        durability.barrier()
+        return seen
+
+    def build_like(self, part: PartRow, goal: int, planned: Sequence[Planned]) -> None:
+        """What is kept becomes an ordinary file of the root, where it is not one already."""
+        kept = [item for item in planned if item.kept]
+        inherited = self.database.files(self.name, goal)
+        for item in kept:
+            inherited.pop(item.change.path, None)
+        with self._root() as root, fs.Durability(self.state.fd, root.fd) as durability:
+
+            def fill(folder: int) -> None:
+                self._share_all(sorted(present(inherited)), goal, folder, durability)
+
+            self.place(
+                part,
+                fill,
+                lambda folder: {},
+                inherited=inherited,
+                kept=self.kept_back(part, goal, planned),
+                model=root.fd,
+                durability=durability,
+            )
+            with fs.opened(self.state.generation(self.name, part.source)) as source:
+                for item in kept:
+                    if item.found.presence is Presence.MANAGED:
+                        mode = DEFAULT_MODE if item.found.mode is None else item.found.mode
+                        root.make_ordinary(item.change.path, _RELEASED, source, mode, durability)
+                        failpoint("store.stage_rollback.kept")
+            durability.barrier()
+
+    def _share_all(
+        self, paths: Sequence[str], generation: int, destination: int, durability: fs.Durability
+    ) -> None:
+        with fs.opened(self.state.generation(self.name, generation)) as source:
+            for path in paths:
+                self._share(path, source, destination, durability)
 
     def _share(self, path: str, source: int, destination: int, durability: fs.Durability) -> None:
         folders, name = split(path)
@@ -117,7 +182,7 @@ class OverlayFiles(TargetFiles):
                     os.close(there)
         except FileNotFoundError:
             raise PatchRefusedError(
-                f"{self.name}: {path} is missing from the current generation in {self.state.path}",
+                f"{self.name}: {path} is missing from its generation in {self.state.path}",
                 code="gate.drift",
                 target=self.name,
             ) from None
@@ -125,19 +190,22 @@ class OverlayFiles(TargetFiles):
     def _adopt(
         self, part: PartRow, root: OverlayRoot, planned: Sequence[Planned], durability: fs.Durability
     ) -> dict[int, str]:
-        """Adopt what the patch touches for the first time; identities by position in the plan."""
-        adopting = {item.change.path: item for item in planned if item.found.presence is Presence.ORDINARY}
+        """Adopt the ordinary files that stand where links have to be; identities by position in the plan.
+
+        A file goes into every kept generation that has, as far as patches go, the same version of it as the
+        current one: going back to any of them would have left it standing.
+        """
+        adopting = {item.change.path: item for item in planned if item.stands_in_root}
         if not adopting:
             return {}
         changes = {change.path: change for change in self.database.changes(part.txn, self.name)}
-        kept = self._kept(part)
-        rows = {number: self.database.files(self.name, number) for number in kept}
+        alike = self._alike(part, adopting.keys())
         with contextlib.ExitStack() as stack:
             folders = {
                 number: stack.enter_context(fs.opened(self.state.generation(self.name, number)))
-                for number in kept
+                for number in alike
             }
-            homes = [Home(fd=folders[number], taken=present(rows[number])) for number in kept]
+            homes = [Home(fd=folders[number], taken=adopting.keys() - same) for number, same in alike.items()]
             adopted = root.adopt(
                 {path: self.temporary(part, changes[path]) for path in adopting}, homes, durability
             )
@@ -145,26 +213,95 @@ class OverlayFiles(TargetFiles):
             new_rows = {}
             for path, item in adopting.items():
                 new_rows[path] = row = _adopted_row(path, adopted[path], item.found, folders[part.source])
-                base = item.change.base_sha256
-                if base is not None and row.sha256 != base:
+                made_for = item.found.sha256 if item.plan.drift is not None else item.change.base_sha256
+                if made_for is not None and row.sha256 != made_for:
                     raise PatchRefusedError(
                         f"{self.name}: {path} was changed by the program while the patch was staged",
                         code="gate.base",
                         target=self.name,
                     )
-        self._record_adopted(new_rows, rows)
+        self._record_adopted(part, new_rows, alike)
         failpoint("store.adopt.recorded")
         return {changes[path].position: row.identity for path, row in new_rows.items()}
 
     def _record_adopted(
-        self, new_rows: Mapping[str, FileRow], rows: Mapping[int, Mapping[str, FileRow]]
+        self, part: PartRow, new_rows: Mapping[str, FileRow], alike: Mapping[int, Set[str]]
     ) -> None:
+        """The name stays one of a patch where it was one: what stands there now is noted as kept."""
+        origins = self.database.origins(self.name, part.source)
         with self.database.write():
-            for number, existing in rows.items():
-                taken = present(existing)
-                self.database.add_files(
-                    self.name, number, [row for path, row in new_rows.items() if path not in taken]
+            for number, same in alike.items():
+                paths = same & new_rows.keys()
+                before = self.database.kept(self.name, number)
+                self.database.add_files(self.name, number, [new_rows[path] for path in paths])
+                self.database.add_kept(
+                    self.name,
+                    number,
+                    [
+                        before.get(path)
+                        or KeptRow(path=path, txn=part.txn, origin=origins[path], note=PUT_IN_PLACE)
+                        for path in paths & origins.keys()
+                    ],
                 )
+                # One that no patch has touched is from now on adopted, here as everywhere.
+                self.database.add_kept(
+                    self.name,
+                    number,
+                    [
+                        replace(before[path], origin=(None,))
+                        for path in paths & before.keys() - origins.keys()
+                    ],
+                )
+
+    def _forget(self, part: PartRow, planned: Sequence[Planned], durability: fs.Durability) -> None:
+        """Names that were removed from the root: generations whose file would show again behind a new link
+        lose it first."""
+        gone = {item.change.path for item in planned if item.found.presence is Presence.REMOVED}
+        empty = gone | {item.change.path for item in planned if item.found.kept and not item.found.exists}
+        if not empty:
+            return
+        alike = self._alike(part, empty)
+        origins = self.database.origins(self.name, part.source)
+        if gone:
+            with self.database.write():
+                for number, same in alike.items():
+                    self.database.remove_files(self.name, number, same & gone)
+                    self.database.add_kept(
+                        self.name,
+                        number,
+                        [
+                            KeptRow(path=path, txn=part.txn, origin=origins[path], note=REMOVED)
+                            for path in same & gone
+                        ],
+                    )
+            failpoint("store.forget.recorded")
+        self._remove_unknown(alike, durability)
+
+    def _remove_unknown(self, alike: Mapping[int, Set[str]], durability: fs.Durability) -> None:
+        """Remove files from generations that the database knows nothing of."""
+        for number, paths in alike.items():
+            unknown = paths - present(self.database.files(self.name, number))
+            with fs.opened(self.state.generation(self.name, number)) as generation:
+                for path in unknown:
+                    folders, name = split(path)
+                    with (
+                        contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
+                        fs.below(generation, folders) as folder,
+                    ):
+                        if fs.lstat(name, folder) is not None:
+                            os.unlink(name, dir_fd=folder)
+                            durability.directory(folder)
+        durability.barrier()
+
+    def _alike(self, part: PartRow, paths: Set[str]) -> dict[int, Set[str]]:
+        """The kept generations, the source first, each with those of the paths of which it has the same
+        version as the source as far as patches go."""
+        source = self.database.origins(self.name, part.source)
+        found: dict[int, Set[str]] = {}
+        for number in self._kept(part):
+            origins = self.database.origins(self.name, number)
+            found[number] = {path for path in paths if origins.get(path) == source.get(path)}
+        return found
 
     def _kept(self, part: PartRow) -> list[int]:
         """The generations an adopted file belongs into: all that can be gone back to, the source first."""
@@ -177,25 +314,19 @@ class OverlayFiles(TargetFiles):
         ]
         return [part.source, *others]
 
-    def prepare_rollback(self, part: PartRow) -> None:
+    def prepare_rollback(self, part: PartRow, planned: Sequence[Planned]) -> Mapping[int, str]:
         assert part.destination is not None
         rows = self.database.files(self.name, part.destination)
         with self._root() as root, fs.Durability(self.state.fd, root.fd) as durability:
             with fs.opened(self.state.generation(self.name, part.destination)) as destination:
                 for path in sorted(present(rows)):
-                    folders, name = split(path)
-                    try:
-                        with fs.below(destination, folders) as folder:
-                            os.stat(name, dir_fd=folder, follow_symlinks=False)
-                    except FileNotFoundError:
+                    if _identity_in(destination, path) is None:
                         raise PatchRefusedError(
                             f"{self.name}: generation {part.destination} is damaged, it has no {path}",
                             code="gate.drift",
                             target=self.name,
-                        ) from None
-            for path in self.appearing(part):
-                root.link(path, durability)
-            durability.barrier()
+                        )
+            return self._make_way(part, root, planned, durability)
 
     # --- around the switch ----------------------------------------------------------------------------------
 
@@ -220,17 +351,15 @@ class OverlayFiles(TargetFiles):
                         target=self.name,
                     )
                 found = _identity_in(source, path)
-                row = before.get(path)
-                adopted = row is not None and is_file(row) and row.origin is None
                 if path not in there and found is not None:
                     raise PatchRefusedError(
                         f"{self.name}: {path} was created by the program after the patch was staged",
                         code="gate.conflict",
                         target=self.name,
                     )
-                if adopted and seen[path] is not None and found != seen[path]:
+                if path in there and found != seen[path]:
                     raise PatchRefusedError(
-                        f"{self.name}: {path} was written to by the program after the patch was staged",
+                        f"{self.name}: {path} was written to after the patch was staged",
                         code="gate.drift",
                         target=self.name,
                     )
@@ -249,7 +378,10 @@ class OverlayFiles(TargetFiles):
             for change in changes:
                 if change.adopts:
                     root.settle(change.path, self.temporary(part, change), source)
-            self._settle_adoption([change.path for change in changes if change.adopts], part, root, source)
+            self._settle_adoption({change.path for change in changes if change.adopts}, part, root, source)
+            for kept in self.database.kept(self.name, part.destination).values():
+                if kept.txn == part.txn:
+                    root.settle(kept.path, _RELEASED, source)
             there = present(self.database.files(self.name, part.source))
             for change in changes:
                 if change.path not in there:
@@ -260,31 +392,26 @@ class OverlayFiles(TargetFiles):
                 root.remove_folders(generation.made)
             durability.barrier()
 
-    def _settle_adoption(self, paths: Sequence[str], part: PartRow, root: OverlayRoot, source: int) -> None:
+    def _settle_adoption(self, paths: Set[str], part: PartRow, root: OverlayRoot, source: int) -> None:
         """Bring database and generations into line with how far adoption got: a link is managed, a file is
         not."""
-        kept = self._kept(part)
-        rows = {number: self.database.files(self.name, number) for number in kept}
-        open_paths = [path for path in paths if path not in present(rows[part.source])]
+        rows = self.database.files(self.name, part.source)
         new_rows = {}
-        for path in open_paths:
-            folders, name = split(path)
-            if root.has_link(path) and _identity_in(source, path) is not None:
+        for path in paths:
+            there = _identity_in(source, path)
+            known = rows[path].identity if is_file(rows.get(path)) else None
+            linked = root.has_link(path)
+            # Without a link, what the generation holds counts where it has a version of its own.
+            if there is not None and there != known and (linked or known is not None):
+                folders, name = split(path)
                 with fs.below(source, folders) as folder:
                     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
                 new_rows[path] = _adopted_row(path, status, None, source)
-                continue
-            for number in kept:
-                if path in present(rows[number]):
-                    continue
-                with (
-                    contextlib.suppress(FileNotFoundError),
-                    fs.opened(self.state.generation(self.name, number)) as generation,
-                    fs.below(generation, folders) as folder,
-                ):
-                    fs.unlink_quietly(name, folder)
+        alike = self._alike(part, paths)
         if new_rows:
-            self._record_adopted(new_rows, rows)
+            self._record_adopted(part, new_rows, alike)
+        with fs.Durability(self.state.fd) as durability:
+            self._remove_unknown(alike, durability)
 
     def tidy(self, part: PartRow) -> None:
         assert part.destination is not None
@@ -294,9 +421,8 @@ class OverlayFiles(TargetFiles):
                 for path in gone:
                     root.bring_home(path, destination, durability)
                     root.unlink(path, durability)
-            source = self.database.find_generation(self.name, part.source)
-            if source is not None and source.parent == part.destination:
-                root.remove_folders(source.made)
+            for number in self.crossed(part):
+                root.remove_folders(self.database.generation(self.name, number).made)
             durability.barrier()
 
     # --- the end of management ------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from asyncsup.patch.clock import SeenClock
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Limits, Package, open_package
+from asyncsup.patch.plan import FilePlan, PlanError, Policy
 from asyncsup.patch.prototype import with_root_name
 from asyncsup.patch.report import (
     PackageView,
@@ -54,6 +55,7 @@ from asyncsup.patch.report import (
     Report,
     Verdict,
     describe_package,
+    file_json,
     gate_json,
     summary,
     verdict_of,
@@ -109,6 +111,7 @@ class Wish:
         wait_busy: wait for targets that something else is being done to, instead of refusing.
         retry_held: apply it although it was rolled back before.
         trust_clock: the clock is right, whatever the time has been before.
+        drift: what becomes of files that are not what the patch was made for; None: as configured.
     """
 
     actor: Actor
@@ -116,9 +119,18 @@ class Wish:
     wait_busy: bool = True
     retry_held: bool = False
     trust_clock: bool = False
+    drift: Policy | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"target": self.target, "retry_held": self.retry_held, "trust_clock": self.trust_clock}
+        return {
+            "target": self.target,
+            "retry_held": self.retry_held,
+            "trust_clock": self.trust_clock,
+            "drift": self.drift,
+        }
+
+    def policy_for(self, target: Target) -> Policy:
+        return target.config.patch.drift if self.drift is None else self.drift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +285,7 @@ class PatchOverseer:
                         "already": part.assessment.already,
                         "refused": gate_json(part.assessment.refused) if part.assessment.refused else None,
                         "gates": [gate_json(gate) for gate in part.assessment.gates],
-                        "files": part.files,
+                        "files": [file_json(plan) for plan in part.files],
                         "instances": [
                             {
                                 "name": instance.name,
@@ -379,7 +391,7 @@ class PatchOverseer:
     async def _take_back(self, job: _Job, way: WayBack, wish: Wish) -> dict[str, Any]:
         goals = await anyio.to_thread.run_sync(self._goals, way)
         targets = [self._supervisor.targets[name] for name in goals]
-        return await self._carry_out(job, targets, partial(self._roll_back, way), wish)
+        return await self._carry_out(job, targets, partial(self._roll_back, way, wish), wish)
 
     async def commit(self, reference: str, *, actor: Actor) -> dict[str, Any]:
         """Commit a patch that waits for it; returns its report.
@@ -410,6 +422,26 @@ class PatchOverseer:
             report: dict[str, Any] = error.details["report"]
             return report
         return job.end.result()
+
+    async def drift(self, target: str | None) -> list[dict[str, Any]]:
+        """Files of one target, or of all, that are not as patches have left them."""
+        known = [self._known(target)] if target is not None else self._with_root()
+        return [
+            {"target": each.name, "policy": each.config.patch.drift, "files": await self.drift_of(each)}
+            for each in known
+        ]
+
+    async def drift_of(self, target: Target) -> list[dict[str, Any]]:
+        """The files of one target, which need not have a root."""
+        if target.config.root is None:
+            return []
+        try:
+            plans = await anyio.to_thread.run_sync(self._store.drifted, target.name)
+        except PatchRefusedError as error:
+            # It has no root folder (any more): nothing is as it should be.
+            root = PlanError(code=error.error_code, message=error.message)
+            plans = [FilePlan(path=".", op="keep", note=error.message, drift=root)]
+        return [file_json(plan) for plan in plans]
 
     async def prune(self, target: str | None, keep: int | None, *, actor: Actor) -> dict[str, list[int]]:
         """Remove old generations nobody reads; returns their numbers by target."""
@@ -609,8 +641,8 @@ class PatchOverseer:
                 target=part.target,
                 build_before=part.build_before,
                 build_after=manifest.build,
-                changed=[change.path for change in part.package.manifest.files],
-                stage=partial(self._stage, part.target.name, part.package),
+                changed=part.changed,
+                stage=partial(self._stage, part, wish.policy_for(part.target)),
             )
         settings = [part.target.config.patch for part in parts]
         longest = max(setting.probation for setting in settings)
@@ -635,8 +667,9 @@ class PatchOverseer:
         await self._run(job, change, info)
         return "committed"
 
-    def _stage(self, target: str, package: PackageView, txn: int, progress: Progress) -> None:
-        self._store.stage(txn, target, package, progress)
+    def _stage(self, part: Part, policy: Policy, txn: int, progress: Progress) -> None:
+        assert part.package is not None
+        part.take_in(self._store.stage(txn, part.target.name, part.package, progress, policy=policy))
 
     def _goals(self, way: WayBack) -> dict[str, int]:
         """Which targets go back to which generation; in a worker thread."""
@@ -666,13 +699,14 @@ class PatchOverseer:
         title = " ".join(str(found[key]) for key in ("name", "version") if found[key])
         return goals_of_patch(stacks, found["patch"], f"{title} (build {found['build']})", among)
 
-    async def _roll_back(self, way: WayBack, job: _Job, targets: Sequence[Target]) -> Verdict:
+    async def _roll_back(self, way: WayBack, wish: Wish, job: _Job, targets: Sequence[Target]) -> Verdict:
         goals = await anyio.to_thread.run_sync(self._goals, way)
         if goals.keys() != {target.name for target in targets}:
             raise TargetBusyError("what is to be taken back has changed meanwhile; look again")
         report = job.report
         for target in targets:
-            report.parts.append(await anyio.to_thread.run_sync(self._part_back, target, goals[target.name]))
+            back = partial(self._part_back, target, goals[target.name], wish.policy_for(target))
+            report.parts.append(await anyio.to_thread.run_sync(back))
         participants = [part.participant for part in report.parts if part.participant is not None]
         builds = {participant.build_after for participant in participants}
         kinds = {part.kind for part in report.parts}
@@ -691,24 +725,29 @@ class PatchOverseer:
         await self._run(job, change, None)
         return "committed"
 
-    def _part_back(self, target: Target, generation: int) -> Part:
+    def _part_back(self, target: Target, generation: int, policy: Policy) -> Part:
         before = self._store.state(target.name)
-        ahead = self._store.describe_rollback(target.name, generation)
-        return Part(
+        ahead = self._store.describe_rollback(target.name, generation, policy)
+        part = Part(
             target=target,
             package=None,
             assessment=Assessment(target=target.name, gates=(), already=False),
             files=ahead.files,
             build_before=before.build,
             kind=Kind(ahead.kind),
-            participant=Participant(
-                target=target,
-                build_before=before.build,
-                build_after=ahead.build,
-                changed=[entry["path"] for entry in ahead.files],
-                stage=lambda txn, _: self._store.stage_rollback(txn, target.name, generation),
-            ),
         )
+
+        def stage(txn: int, _: Progress) -> None:
+            part.take_in(self._store.stage_rollback(txn, target.name, generation, policy=policy))
+
+        part.participant = Participant(
+            target=target,
+            build_before=before.build,
+            build_after=ahead.build,
+            changed=part.changed,
+            stage=stage,
+        )
+        return part
 
     async def _run(self, job: _Job, change: Change, info: PatchInfo | None) -> None:
         for participant in change.participants:
@@ -942,10 +981,11 @@ class PatchOverseer:
             detail = f"patch is for {regions}, {target.name} says it runs in {elsewhere.pop()}"
             gate = Gate(name="region", ok=False, detail=detail, code="gate.region")
             assessment = Assessment(target=target.name, gates=(*assessment.gates, gate), already=False)
-        files = [{"path": change.path, "op": change.op.value, "note": ""} for change in manifest.files]
+        files = tuple(FilePlan(path=change.path, op=change.op.value) for change in manifest.files)
         if assessment.refused is None and not assessment.already:
-            survey = await anyio.to_thread.run_sync(self._store.survey, target.name, manifest)
-            files = [{"path": plan.path, "op": plan.op, "note": plan.note} for plan in survey.files]
+            look = partial(self._store.survey, target.name, manifest, wish.policy_for(target))
+            survey = await anyio.to_thread.run_sync(look)
+            files = survey.files
             needs += survey.needs
             gates = (*assessment.gates, files_gate(survey.files), space_gate(fs.rooms(needs)))
             assessment = Assessment(target=target.name, gates=gates, already=False)

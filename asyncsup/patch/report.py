@@ -13,6 +13,8 @@ from asyncsup.instance import RootFacts
 from asyncsup.patch.gates import Assessment, Gate
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op
 from asyncsup.patch.package import Package
+from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.store import StagedTarget
 from asyncsup.patch.transaction import Participant, Progress
 from asyncsup.target import Target
 
@@ -46,10 +48,22 @@ class Part:
     target: Target
     package: PackageView | None
     assessment: Assessment
-    files: list[dict[str, Any]]
+    files: tuple[FilePlan, ...]
     build_before: int
     kind: Kind | None = None
     participant: Participant | None = None
+
+    @property
+    def changed(self) -> list[str]:
+        """What an instance is told has changed."""
+        return [plan.path for plan in self.files if plan.op != "keep"]
+
+    def take_in(self, staged: StagedTarget) -> None:
+        """What it has come to: files may have changed since they were looked at."""
+        named = {plan.path for plan in staged.files}
+        self.files = (*staged.files, *(plan for plan in self.files if plan.path not in named))
+        if self.participant is not None:
+            self.participant.changed = self.changed
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,7 +125,7 @@ class Report:
             "generation": facts.generation,
             "already": part.assessment.already,
             "gates": [gate_json(gate) for gate in part.assessment.gates],
-            "files": part.files,
+            "files": [file_json(plan) for plan in part.files],
             "pids_before": [record["pid_before"] for record in records],
             "pids_after": [record["pid_after"] for record in records],
             "instances": records,
@@ -147,6 +161,17 @@ def summary(package: Package) -> dict[str, Any]:
         "kind": manifest.kind.value,
         "targets": list(manifest.targets),
         "regions": list(manifest.regions),
+    }
+
+
+def file_json(plan: FilePlan) -> dict[str, Any]:
+    return {
+        "path": plan.path,
+        "op": plan.op,
+        "note": plan.note,
+        "drift": None if plan.drift is None else plan.drift.code,
+        "decision": plan.decision,
+        "saved": plan.saved,
     }
 
 

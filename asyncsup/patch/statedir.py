@@ -9,6 +9,7 @@
     generations/TARGET/17/
     persist/TARGET/          what a tree keeps outside of its generations
     pycache/TARGET/17/       bytecode of the Python programs started on a generation
+    saved/TARGET/7/          what a person wrote and transaction 7 has overwritten
     staging/                 not visible to anybody, not worth keeping
 """
 
@@ -34,6 +35,7 @@ from asyncsup.patch.tree import TreeRoot
 GENERATIONS: Final = "generations"
 PERSIST: Final = "persist"
 PYCACHE: Final = "pycache"
+SAVED: Final = "saved"
 STAGING: Final = "staging"
 OVERLAY: Final = "overlay"
 TREE: Final = "tree"
@@ -72,7 +74,13 @@ class StateDirectory:
             lock = _take_lock(path / "lock")
             undo.callback(os.close, lock)
             # Programs of other users read through these; listing them is nobody's business.
-            for name, mode in ((GENERATIONS, 0o711), (SETS, 0o711), (PERSIST, 0o711), (STAGING, 0o700)):
+            for name, mode in (
+                (GENERATIONS, 0o711),
+                (SETS, 0o711),
+                (PERSIST, 0o711),
+                (STAGING, 0o700),
+                (SAVED, 0o700),
+            ):
                 _make_folder(path / name, mode)
             fd = os.open(path, fs.DIRECTORY)
             undo.callback(os.close, fd)
@@ -127,6 +135,19 @@ class StateDirectory:
     @property
     def staging(self) -> Path:
         return self.path / STAGING
+
+    def saved(self, target: str, label: str) -> Path:
+        """Where copies of overwritten files are; ``label``: a transaction's number, or something like it."""
+        return self.path / SAVED / target / label
+
+    def saving(self) -> contextlib.AbstractContextManager[int]:
+        """The open folder of all such copies."""
+        return fs.opened(self.path / SAVED)
+
+    def forget_saved(self, target: str, label: str) -> None:
+        """Remove copies that are of no use."""
+        with contextlib.suppress(FileNotFoundError), fs.opened(self.path / SAVED / target) as folder:
+            fs.remove_tree(label, folder)
 
     def content(self, row: TargetRow) -> Path:
         """The folder that holds the current files: of a tree that is not converted, the root itself."""

@@ -55,7 +55,7 @@ from asyncsup.patch.look import identity
 from asyncsup.patch.manifest import Manifest
 from asyncsup.patch.marks import Marks, raised
 from asyncsup.patch.overlay_files import OverlayFiles
-from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.plan import FilePlan, Policy
 from asyncsup.patch.space import Need
 from asyncsup.patch.statedir import StateDirectory
 from asyncsup.patch.target_files import PatchSource, Progress, TargetFiles, present
@@ -159,7 +159,7 @@ class RollbackPlan:
     generation: int
     build: int
     kind: str
-    files: list[dict[str, str]]
+    files: tuple[FilePlan, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -472,16 +472,16 @@ class Store:
         with self._reporting(target):
             return self._files(target).matches(manifest.files)
 
-    def plan(self, target: str, manifest: Manifest) -> list[FilePlan]:
+    def plan(self, target: str, manifest: Manifest, policy: Policy = "refuse") -> list[FilePlan]:
         """What the patch would do to each file, in the manifest's order; what stands in the way is in
         `FilePlan.error`. Files it does not name follow where there is something to say about them.
 
         Raises:
             PatchRefusedError: the target has no root folder.
         """
-        return list(self.survey(target, manifest).files)
+        return list(self.survey(target, manifest, policy).files)
 
-    def survey(self, target: str, manifest: Manifest) -> Survey:
+    def survey(self, target: str, manifest: Manifest, policy: Policy = "refuse") -> Survey:
         """What `plan` says, and what staging the patch takes.
 
         Raises:
@@ -489,12 +489,22 @@ class Store:
         """
         files = self._files(target)
         with self._reporting(target):
-            planned = files.plan(manifest.files)
-            odd = files.oddities(frozenset(change.path for change in manifest.files))
+            planned = files.plan(manifest.files, policy)
+            named = {change.path for change in manifest.files}
+            odd = [plan for plan in files.drifted() if plan.path not in named]
             return Survey(
                 files=(*(item.plan for item in planned), *odd),
                 needs=tuple(files.needs([item for item in planned if item.plan.error is None])),
             )
+
+    def drifted(self, target: str) -> list[FilePlan]:
+        """Files of a target that are not as patches have left them, and why.
+
+        Raises:
+            PatchRefusedError: the target has no root folder.
+        """
+        with self._reporting(target):
+            return self._files(target).drifted()
 
     def stack(self, target: str) -> tuple[Layer, ...]:
         """The target's current generation, the one that was made from, and so on."""
@@ -531,7 +541,7 @@ class Store:
             return None
         return generation.parent
 
-    def describe_rollback(self, target: str, generation: int) -> RollbackPlan:
+    def describe_rollback(self, target: str, generation: int, policy: Policy = "refuse") -> RollbackPlan:
         """What `stage_rollback` to `generation` would do.
 
         Raises:
@@ -552,10 +562,7 @@ class Store:
             generation=generation,
             build=goal.build,
             kind="warm" if kinds == {"warm"} else "cold",
-            files=[
-                {"path": plan.path, "op": plan.op, "note": plan.note}
-                for plan in self._files(target).differences(now, generation)
-            ],
+            files=tuple(item.plan for item in self._files(target).plan_back(now, generation, policy)),
         )
 
     # --- transactions ---------------------------------------------------------------------------------------
@@ -679,11 +686,18 @@ class Store:
         }
 
     def stage(
-        self, txn: int, target: str, package: PatchSource, progress: Progress | None = None
+        self,
+        txn: int,
+        target: str,
+        package: PatchSource,
+        progress: Progress | None = None,
+        *,
+        policy: Policy = "refuse",
     ) -> StagedTarget:
         """Build the next generation of a target, ready to be switched to.
 
         Args:
+            policy: what becomes of files that are not what the patch was made for.
             progress: called with the number of bytes written since the last call.
         Raises:
             PatchRefusedError: ``gate.drift``, ``gate.base``, ``gate.conflict``, ``gate.detached``,
@@ -696,11 +710,13 @@ class Store:
             files, part = self._files(target), self._part_to_stage(txn, target)
             size = sum(change.size or 0 for change in package.manifest.files)
             with self._reporting(target, size), self._undoing(files, part):
-                planned = files.plan(package.manifest.files)
+                planned = files.plan(package.manifest.files, policy)
                 part = files.stage(part, package, planned, progress)
-            return self._staged(part, tuple(item.plan for item in planned))
+            return self._staged(part, tuple(files.noted(txn, item) for item in planned))
 
-    def stage_rollback(self, txn: int, target: str, generation: int) -> StagedTarget:
+    def stage_rollback(
+        self, txn: int, target: str, generation: int, *, policy: Policy = "refuse"
+    ) -> StagedTarget:
         """Prepare a target for going back to a generation that is kept.
 
         Raises:
@@ -712,9 +728,8 @@ class Store:
             if generation == part.source:
                 raise UsageError(f"{target} is at generation {generation} already", target=target)
             with self._reporting(target), self._undoing(files, part):
-                part = files.stage_rollback(part, generation)
-            plans = files.differences(part.source, generation)
-            return self._staged(part, tuple(plans))
+                part, planned = files.stage_rollback(part, generation, policy)
+            return self._staged(part, tuple(files.noted(txn, item) for item in planned))
 
     def _part_to_stage(self, txn: int, target: str) -> PartRow:
         row, part = self._database.transaction(txn), self._database.part(txn, target)
@@ -896,7 +911,10 @@ class Store:
                 return
             for part in parts:
                 with self._reporting(part.target):
-                    self._files(part.target).undo(part)
+                    rescued = self._files(part.target).undo(part)
+                for path in rescued:
+                    copy = self._state.saved(part.target, f"{txn}-undone") / path
+                    self.record(txn, "rescue", target=part.target, detail=f"{path} was written to: {copy}")
                 self._carried.discard((txn, part.target))
             failpoint("store.abort.undone")
             with self._database.write():
@@ -1182,11 +1200,18 @@ class Store:
         row = self._database.transaction(txn)
         self._database.write_notes()
         records = [(found, audit.decode(found.line) or {}) for found in self._database.records(txn=txn)]
-        files = [
-            {"target": part.target, "path": change.path, "op": change.op, "note": change.note}
-            for part in self._database.parts(txn)
-            for change in self._database.changes(txn, part.target)
-        ]
+        files = []
+        for part in self._database.parts(txn):
+            files += [
+                {"target": part.target, "path": change.path, "op": change.op, "note": change.note}
+                for change in self._database.changes(txn, part.target)
+            ]
+            if part.destination is not None:
+                files += [
+                    {"target": part.target, "path": kept.path, "op": "keep", "note": kept.note}
+                    for kept in self._database.kept(part.target, part.destination).values()
+                    if kept.txn == txn
+                ]
         return {
             **self._describe(row),
             "request": next((_request(fields) for _, fields in records if "asked_by" in fields), {}),

@@ -7,21 +7,24 @@ found on disk, as after an error. Every method may be called again after it was 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, StateError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
-from asyncsup.patch.database import ChangeRow, Database, FileRow, GenerationRow, PartRow, TargetRow
+from asyncsup.patch.database import ChangeRow, Database, FileRow, GenerationRow, KeptRow, PartRow, TargetRow
 from asyncsup.patch.look import TEMPORARY_PREFIX, folders_of, identity, split, unusable
 from asyncsup.patch.manifest import DEFAULT_MODE, FileChange, Manifest, Op
-from asyncsup.patch.plan import FilePlan, Found, PlanError, Presence, judge, refuse_if_any
+from asyncsup.patch.plan import FilePlan, Found, PlanError, Policy, Presence, judge, refuse_if_any
 from asyncsup.patch.space import BLOCK_BYTES, Need, Room
 from asyncsup.patch.statedir import StateDirectory
 
@@ -52,9 +55,19 @@ class Planned:
     plan: FilePlan
 
     @property
+    def kept(self) -> bool:
+        """The patch is applied as if it did not name the file."""
+        return self.plan.decision == "keep"
+
+    @property
     def appears(self) -> bool:
         """A name comes into being."""
         return not self.found.exists and self.change.op is not Op.DELETED
+
+    @property
+    def stands_in_root(self) -> bool:
+        """An ordinary file stands in the root, whether or not the name is managed."""
+        return self.found.presence in {Presence.ORDINARY, Presence.DETACHED}
 
 
 class TargetFiles(ABC):
@@ -82,11 +95,11 @@ class TargetFiles(ABC):
             PatchRefusedError: there is no root to look into.
         """
 
-    def plan(self, changes: Sequence[FileChange]) -> list[Planned]:
+    def plan(self, changes: Sequence[FileChange], policy: Policy) -> list[Planned]:
         """What would become of each file."""
         found = self.look(changes, hashed=True)
         return [
-            Planned(change=change, found=there, plan=judge(change, there, adopts=self.adopts))
+            Planned(change=change, found=there, plan=judge(change, there, policy=policy, adopts=self.adopts))
             for change, there in zip(changes, found, strict=True)
         ]
 
@@ -98,13 +111,29 @@ class TargetFiles(ABC):
                 return found.presence is Presence.ABSENT and found.problem is None
             # Write bits are ours to take away, so they cannot be compared.
             mode_fits = change.mode is None or (change.mode ^ (found.mode or 0)) & 0o555 == 0
-            return found.exists and found.sha256 == change.sha256 and mode_fits
+            stands = found.exists and found.presence is not Presence.DETACHED
+            return stands and found.sha256 == change.sha256 and mode_fits
 
         return all(map(fits, changes, self.look(changes, hashed=True)))
 
-    @abstractmethod
-    def oddities(self, named: frozenset[str]) -> list[FilePlan]:
-        """Managed files other than the `named` ones that are not as asyncsup has left them."""
+    def drifted(self) -> list[FilePlan]:
+        """Files of patches that are not as asyncsup has left them, and those that were kept in their place.
+
+        Raises:
+            PatchRefusedError: there is no root to look into.
+        """
+        number = self.state.number(self.name)
+        managed = present(self.database.files(self.name, number))
+        names = sorted(managed | self.database.kept(self.name, number).keys())
+        looked_for = [FileChange(path=path, op=Op.MODIFIED, missing_ok=True) for path in names]
+        plans = []
+        for change, found in zip(looked_for, self.look(looked_for, hashed=False), strict=True):
+            plan = judge(change, found, policy="keep")
+            error = plan.error or plan.drift
+            if error is not None:
+                note = f"{error.message}; left so"
+                plans.append(FilePlan(path=change.path, op="keep", note=note, drift=error))
+        return plans
 
     # --- staging --------------------------------------------------------------------------------------------
 
@@ -117,7 +146,8 @@ class TargetFiles(ABC):
         """
         refuse_if_any(self.name, (item.plan for item in planned))
         self._check_room(planned)
-        number = max(row.number for row in self.database.generations(self.name)) + 1
+        changed = [item for item in planned if not item.kept]
+        number = self.next_number()
         with self.database.write():
             self.database.add_generation(
                 GenerationRow(
@@ -129,18 +159,21 @@ class TargetFiles(ABC):
                     txn=part.txn,
                     place="store",
                     state="live",
-                    stamp=self._stamp(planned),
-                    made=tuple(self.folders_to_make(planned)),
+                    stamp=self._stamp(changed),
+                    made=tuple(self.folders_to_make(changed)),
                 )
             )
-            self.database.plan_part(
-                part, number, [self._change_row(position, item) for position, item in enumerate(planned)]
-            )
+            self.database.plan_part(part, number, self._change_rows(part, changed))
         failpoint("store.stage.planned")
         part = replace(part, destination=number)
+        self._save(part, changed)
         self.build(part, package, planned, progress)
         failpoint("store.stage.recorded")
         return part
+
+    def next_number(self) -> int:
+        """Of a generation that never was: numbers are not used twice."""
+        return max(row.number for row in self.database.generations(self.name)) + 1
 
     @abstractmethod
     def build(
@@ -156,10 +189,10 @@ class TargetFiles(ABC):
         self,
         part: PartRow,
         fill: Callable[[int], None],
-        package: PatchSource,
-        planned: Sequence[Planned],
-        progress: Progress | None,
+        write: Callable[[int], Mapping[str, FileRow]],
         *,
+        inherited: Mapping[str, FileRow],
+        kept: Mapping[str, KeptRow],
         model: int,
         durability: fs.Durability,
     ) -> None:
@@ -167,7 +200,9 @@ class TargetFiles(ABC):
 
         Args:
             fill: puts everything that stays the same into an open folder.
-            model: an open folder whose owner and mode (and those of the folders in it) are used.
+            write: puts what is new there, and returns what is to be known of it.
+            inherited: what is known of what stays the same.
+            model: an open folder whose owner and mode are used.
         """
         assert part.destination is not None
         name = f"{part.txn}-{self.name}"
@@ -178,19 +213,33 @@ class TargetFiles(ABC):
                 fs.mirror_directory(os.fstat(model), folder)
                 fill(folder)
                 failpoint("store.stage.cloned")
-                rows = self._write(
-                    part, package, planned, progress, folder=folder, model=model, durability=durability
-                )
+                rows = write(folder)
                 durability.directory(folder)
             durability.barrier()
             failpoint("store.stage.synced")
             os.rename(name, str(part.destination), src_dir_fd=area, dst_dir_fd=home)
             os.fsync(home)
         failpoint("store.stage.placed")
-        kept = self.database.files(self.name, part.source)
-        self.database.add_files(self.name, part.destination, {**kept, **rows}.values())
+        with self.database.write():
+            self.database.add_files(self.name, part.destination, {**inherited, **rows}.values())
+            self.database.add_kept(self.name, part.destination, kept.values())
 
-    def _write(
+    def kept_after(self, part: PartRow, planned: Sequence[Planned]) -> dict[str, KeptRow]:
+        """What stands in the destination that is not a patch's: what did so before and is not touched, and
+        what is kept now."""
+        touched = {item.change.path for item in planned}
+        before = self.database.kept(self.name, part.source)
+        origins = self.database.origins(self.name, part.source)
+        kept = {path: row for path, row in before.items() if path not in touched}
+        for item in planned:
+            if item.kept and item.plan.drift is not None:
+                path = item.change.path
+                kept[path] = KeptRow(
+                    path=path, txn=part.txn, origin=origins.get(path), note=item.plan.drift.message
+                )
+        return kept
+
+    def write(
         self,
         part: PartRow,
         package: PatchSource,
@@ -201,6 +250,11 @@ class TargetFiles(ABC):
         model: int,
         durability: fs.Durability,
     ) -> dict[str, FileRow]:
+        """Write the patch's files into the open folder; what is to be known of them, and of deleted ones.
+
+        Args:
+            model: an open folder whose owner and mode, and those of the folders in it, are used.
+        """
         assert part.destination is not None
         stamp = self.database.generation(self.name, part.destination).stamp
         owner = os.fstat(model)
@@ -257,11 +311,93 @@ class TargetFiles(ABC):
             stamp += 1
         return stamp
 
+    # --- what would be lost ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def folder_of(self, item: Planned) -> AbstractContextManager[int]:
+        """The open folder in which the file that was found lies."""
+
+    def _save(self, part: PartRow, planned: Sequence[Planned]) -> None:
+        """Copy what no patch has brought, before it is overwritten."""
+        saved = [item for item in planned if item.plan.saves]
+        if not saved:
+            return
+        with fs.Durability(self.state.fd) as durability, self.state.saving() as home:
+            for item in saved:
+                with self.folder_of(item) as folder:
+                    self._copy_out(
+                        item.change.path,
+                        folder,
+                        home,
+                        str(part.txn),
+                        found=item.found,
+                        durability=durability,
+                    )
+            durability.barrier()
+        failpoint("store.stage.saved")
+
+    def _copy_out(
+        self, path: str, folder: int, home: int, label: str, *, found: Found | None, durability: fs.Durability
+    ) -> None:
+        folders, name = split(path)
+        source = os.open(name, fs.READ, dir_fd=folder)
+        try:
+            if found is not None and identity(os.fstat(source)) != found.identity:
+                raise PatchRefusedError(
+                    f"{self.name}: {path} was changed while the patch was staged",
+                    code="gate.drift",
+                    target=self.name,
+                )
+            there = fs.make_below(home, [self.name, label, *folders], durability)
+            try:
+                fs.unlink_quietly(name, there)
+                fs.copy_regular(source, name, there, durability)
+                durability.directory(there)
+            finally:
+                os.close(there)
+        finally:
+            os.close(source)
+
+    def _rescue(self, part: PartRow) -> list[str]:
+        """Copy what was written into files of a generation that is about to go; their paths."""
+        assert part.destination is not None
+        written = {
+            path: row
+            for path, row in self.database.files(self.name, part.destination).items()
+            if is_file(row) and row.origin == part.destination
+        }
+        rescued = []
+        with contextlib.ExitStack() as stack:
+            try:
+                generation = stack.enter_context(
+                    fs.opened(self.state.generation(self.name, part.destination))
+                )
+            except FileNotFoundError:
+                return []
+            durability = stack.enter_context(fs.Durability(self.state.fd))
+            for path, row in sorted(written.items()):
+                folders, name = split(path)
+                with (
+                    contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
+                    fs.below(generation, folders) as folder,
+                ):
+                    status = fs.lstat(name, folder)
+                    if status is None or not stat.S_ISREG(status.st_mode) or identity(status) == row.identity:
+                        continue
+                    if fs.sha256_of(name, folder) != row.sha256:
+                        with self.state.saving() as home:
+                            label = f"{part.txn}-undone"
+                            self._copy_out(path, folder, home, label, found=None, durability=durability)
+                        rescued.append(path)
+            durability.barrier()
+        return rescued
+
     # --- room -----------------------------------------------------------------------------------------------
 
     def needs(self, planned: Sequence[Planned]) -> list[Need]:
         """What staging the changes takes, of every file system concerned."""
-        written = [item.change for item in planned if item.change.op is not Op.DELETED]
+        written = [item.change for item in planned if item.change.op is not Op.DELETED and not item.kept]
+        saved = [item for item in planned if item.plan.saves]
         kept = present(self.database.files(self.name, self.state.number(self.name)))
         folders = folders_of([*kept, *(change.path for change in written)])
         content = sum((change.size or 0) + 2 * BLOCK_BYTES for change in written)
@@ -270,6 +406,11 @@ class TargetFiles(ABC):
                 place=self.state.path,
                 size=content + BLOCK_BYTES * len(folders),
                 inodes=len(written) + len(folders) + 1,
+            ),
+            Need(
+                place=self.state.path,
+                size=sum(item.found.size + 2 * BLOCK_BYTES for item in saved),
+                inodes=2 * len(saved),
             ),
             *self.needs_of_layout(planned),
         ]
@@ -300,13 +441,15 @@ class TargetFiles(ABC):
 
     def differences(self, source: int, destination: int) -> list[FilePlan]:
         """What going from one generation to another does to managed files."""
+        origins = [self.database.origins(self.name, number) for number in (source, destination)]
         before, after = self.database.files(self.name, source), self.database.files(self.name, destination)
+        kept = self.database.kept(self.name, source)
         plans = []
-        for path in sorted(before.keys() | after.keys()):
-            was, becomes = before.get(path), after.get(path)
-            if was is not None and becomes is not None and was.origin == becomes.origin:
+        for path in sorted(origins[0].keys() | origins[1].keys()):
+            if origins[0].get(path) == origins[1].get(path):
                 continue
-            there, will_be = self.has(source, path, was), self.has(destination, path, becomes)
+            there = path in kept or self.has(source, path, before.get(path))
+            will_be = self.has(destination, path, after.get(path))
             if not there and not will_be:
                 continue
             op: Op = Op.MODIFIED if there and will_be else Op.NEW if will_be else Op.DELETED
@@ -318,31 +461,70 @@ class TargetFiles(ABC):
         del generation, path
         return is_file(row)
 
-    def stage_rollback(self, part: PartRow, destination: int) -> PartRow:
-        """Prepare the root for a generation that is there already."""
-        if not self.state.exists(self.name, destination):
-            raise PatchNotFoundError(
-                f"{self.name}: generation {destination} is not kept any more", target=self.name
+    def plan_back(self, source: int, destination: int, policy: Policy) -> list[Planned]:
+        """What going back from one generation to another would do to each file, in view of what is there."""
+        becomes = self.database.files(self.name, destination)
+        changes = []
+        for plan in self.differences(source, destination):
+            row = becomes.get(plan.path)
+            # What was adopted may have been written to since: nobody knows its content without looking.
+            known = row is not None and row.origin is not None
+            changes.append(
+                FileChange(
+                    path=plan.path,
+                    op=Op(plan.op),
+                    sha256=row.sha256 if known and row is not None else None,
+                    missing_ok=plan.op != Op.NEW.value,
+                )
             )
-        plans = self.differences(part.source, destination)
-        self.database.plan_part(
-            part,
-            destination,
-            [
-                ChangeRow(position=n, path=plan.path, op=plan.op, note="", adopts=False, seen=None)
-                for n, plan in enumerate(plans)
-            ],
-        )
+        return self.plan(changes, policy)
+
+    def stage_rollback(self, part: PartRow, goal: int, policy: Policy) -> tuple[PartRow, list[Planned]]:
+        """Prepare the root for going back to a generation that is there already.
+
+        Where files are kept that it has another version of, a new generation takes its place: one like it,
+        but for those.
+        """
+        if not self.state.exists(self.name, goal):
+            raise PatchNotFoundError(f"{self.name}: generation {goal} is not kept any more", target=self.name)
+        planned = self.plan_back(part.source, goal, policy)
+        refuse_if_any(self.name, (item.plan for item in planned))
+        self._check_room(planned)
+        changed = [item for item in planned if not item.kept]
+        part = replace(part, destination=goal if len(changed) == len(planned) else self.next_number())
+        assert part.destination is not None
+        with self.database.write():
+            if part.destination != goal:
+                like = self.database.generation(self.name, goal)
+                self.database.add_generation(replace(like, number=part.destination, txn=part.txn))
+            self.database.plan_part(part, part.destination, self._change_rows(part, changed))
         failpoint("store.stage_rollback.planned")
-        part = replace(part, destination=destination)
-        self.prepare_rollback(part)
+        self._save(part, changed)
+        if part.destination != goal:
+            self.build_like(part, goal, planned)
+        seen = self.prepare_rollback(part, changed)
         failpoint("store.stage_rollback.prepared")
-        self.database.mark_staged(part.txn, self.name)
+        self.database.mark_staged(part.txn, self.name, seen)
         failpoint("store.stage_rollback.recorded")
-        return part
+        return part, planned
+
+    def kept_back(self, part: PartRow, goal: int, planned: Sequence[Planned]) -> dict[str, KeptRow]:
+        """What stands in the destination that is not a patch's, when it is one like `goal`."""
+        origins = self.database.origins(self.name, goal)
+        kept = self.database.kept(self.name, goal)
+        for item in planned:
+            if item.kept and item.plan.drift is not None:
+                path, note = item.change.path, item.plan.drift.message
+                kept[path] = KeptRow(path=path, txn=part.txn, origin=origins.get(path), note=note)
+        return kept
 
     @abstractmethod
-    def prepare_rollback(self, part: PartRow) -> None: ...
+    def build_like(self, part: PartRow, goal: int, planned: Sequence[Planned]) -> None:
+        """Build the destination: as `goal`, but for the files that are kept."""
+
+    @abstractmethod
+    def prepare_rollback(self, part: PartRow, planned: Sequence[Planned]) -> Mapping[int, str]:
+        """The layout's share of it; identities that adoption has found anew, by position."""
 
     # --- around the switch ----------------------------------------------------------------------------------
 
@@ -370,10 +552,13 @@ class TargetFiles(ABC):
     def tidy(self, part: PartRow) -> None:
         """The destination is confirmed: remove what only the source needed."""
 
-    def undo(self, part: PartRow) -> None:
-        """Remove everything that was staged; the destination must not be current."""
+    def undo(self, part: PartRow) -> list[str]:
+        """Remove everything that was staged; the destination must not be current.
+
+        Returns the paths of files that somebody has written to in the destination: of those there is a copy.
+        """
         if part.destination is None:
-            return
+            return []
         if self.state.number(self.name) == part.destination:
             raise StateError(
                 f"generation {part.destination} of {self.name} is the current one and cannot be removed",
@@ -384,11 +569,17 @@ class TargetFiles(ABC):
         with fs.opened(self.state.staging) as area:
             fs.remove_tree(f"{part.txn}-{self.name}", area)
         row = self.database.find_generation(self.name, part.destination)
+        rescued = []
         if row is not None and row.txn == part.txn:
+            rescued = self._rescue(part)
+            failpoint("store.abort.rescued")
             # One that a reader holds stays for now, and goes with the next prune.
             self.state.discard(self.name, part.destination)
             failpoint("store.abort.discarded")
             self.database.update_generation(self.name, part.destination, state="dropped")
+        # Nothing was overwritten, so the copies are of no use.
+        self.state.forget_saved(self.name, str(part.txn))
+        return rescued
 
     # --- the end of management ------------------------------------------------------------------------------
 
@@ -402,29 +593,52 @@ class TargetFiles(ABC):
 
     # --- helpers --------------------------------------------------------------------------------------------
 
-    def _change_row(self, position: int, item: Planned) -> ChangeRow:
-        return ChangeRow(
-            position=position,
-            path=item.change.path,
-            op=item.plan.op,
-            note=item.plan.note,
-            adopts=self.adopts and item.found.presence is Presence.ORDINARY,
-            seen=item.found.identity,
-        )
+    def _change_rows(self, part: PartRow, planned: Sequence[Planned]) -> list[ChangeRow]:
+        return [
+            ChangeRow(
+                position=position,
+                path=item.change.path,
+                op=item.plan.op,
+                note=self.noted(part.txn, item).note,
+                adopts=self.adopts and item.stands_in_root,
+                seen=item.found.identity,
+            )
+            for position, item in enumerate(planned)
+        ]
+
+    def noted(self, txn: int, item: Planned) -> FilePlan:
+        """The verdict as it is reported: with the place where the copy is."""
+        if not item.plan.saves:
+            return item.plan
+        copy = str(self.state.saved(self.name, str(txn)) / item.change.path)
+        return replace(item.plan, note=f"{item.plan.note}: {copy}", saved=copy)
 
     def temporary(self, part: PartRow, change: ChangeRow) -> str:
         """The name used beside a file while it is swapped; recovery finds it again."""
         return f"{TEMPORARY_PREFIX}{part.txn}-{change.position}"
 
-    def appearing(self, part: PartRow) -> list[str]:
-        """Names that the destination has and the source has not."""
-        assert part.destination is not None
-        return _only_in(self.database, self.name, part.destination, part.source)
-
     def disappearing(self, part: PartRow) -> list[str]:
-        """Names that the source has and the destination has not."""
+        """Names that the source has and the destination has not, but for those that a person has taken."""
         assert part.destination is not None
-        return _only_in(self.database, self.name, part.source, part.destination)
+        changed = {change.path for change in self.database.changes(part.txn, self.name)}
+        gone = present(self.database.files(self.name, part.source))
+        gone -= present(self.database.files(self.name, part.destination))
+        return sorted(gone & changed)
+
+    def crossed(self, part: PartRow) -> list[int]:
+        """The generations that going to the destination takes back, the latest first; none for a patch."""
+        assert part.destination is not None
+        beneath = set(self._lineage(part.destination))
+        return [number for number in self._lineage(part.source) if number not in beneath]
+
+    def _lineage(self, number: int | None) -> list[int]:
+        """A generation, the one it was made from, and so on."""
+        parents = {row.number: row.parent for row in self.database.generations(self.name)}
+        found = []
+        while number is not None and number in parents:
+            found.append(number)
+            number = parents[number]
+        return found
 
     def new_generation_row(self, number: int, *, like: int, place: str) -> GenerationRow:
         """A generation without a way back, of the same build as another."""
@@ -453,6 +667,11 @@ def problem_with(path: str) -> Found | None:
     return None if problem is None else Found(presence=Presence.ABSENT, problem=problem)
 
 
+def marked(found: Found, kept: KeptRow | None) -> Found:
+    """What was found, with why it is not a patch's where it could be one."""
+    return found if kept is None else replace(found, kept=kept.note)
+
+
 def present(rows: Mapping[str, FileRow]) -> frozenset[str]:
     """The paths a generation has a file for."""
     return frozenset(path for path, row in rows.items() if is_file(row))
@@ -460,7 +679,3 @@ def present(rows: Mapping[str, FileRow]) -> frozenset[str]:
 
 def is_file(row: FileRow | None) -> bool:
     return row is not None and row.sha256 is not None
-
-
-def _only_in(database: Database, target: str, generation: int, other: int) -> list[str]:
-    return sorted(present(database.files(target, generation)) - present(database.files(target, other)))

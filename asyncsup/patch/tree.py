@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -51,7 +51,8 @@ def look(path: str, row: FileRow | None, content: int, *, hashed: bool) -> Found
     except fs.BlockedPathError as error:
         return Found(presence=Presence.ABSENT, problem=blocked(error))
     if status is None:
-        return Found(presence=Presence.REMOVED if managed else Presence.ABSENT)
+        mode = row.mode if managed and row is not None else None
+        return Found(presence=Presence.REMOVED if managed else Presence.ABSENT, mode=mode)
     return Found(presence=presence_of(status))
 
 
@@ -167,6 +168,25 @@ def _bring_what_is_there(
             os.close(here)
             if there is not None:
                 os.close(there)
+
+
+def bring(paths: Iterable[str], source: int, destination: int, durability: fs.Durability) -> None:
+    """Make `destination` hold the files `paths` as `source` does, where it does."""
+    for path in paths:
+        folders, name = split(path)
+        here = _open_or_none(source, folders)
+        if here is None:
+            continue
+        try:
+            if fs.lstat(name, here) is not None:
+                there = fs.make_below(destination, folders, durability, like=source)
+                try:
+                    _bring(name, here, there, durability)
+                    durability.directory(there)
+                finally:
+                    os.close(there)
+        finally:
+            os.close(here)
 
 
 def _bring(name: str, here: int, there: int, durability: fs.Durability) -> bool:

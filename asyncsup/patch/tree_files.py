@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from asyncsup.errors import PatchRefusedError
@@ -13,7 +13,7 @@ from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow, PartRow
 from asyncsup.patch.look import split
 from asyncsup.patch.manifest import FileChange
-from asyncsup.patch.plan import FilePlan, Found, PlanError, Presence
+from asyncsup.patch.plan import Found, PlanError, Presence
 from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
     PatchSource,
@@ -21,10 +21,11 @@ from asyncsup.patch.target_files import (
     Progress,
     TargetFiles,
     is_file,
+    marked,
     present,
     problem_with,
 )
-from asyncsup.patch.tree import Form, TreeRoot, look, reconcile, tally
+from asyncsup.patch.tree import Form, TreeRoot, bring, look, reconcile, tally
 
 ENTRY_BYTES: Final = 64
 """What a name takes in its folder."""
@@ -38,14 +39,22 @@ class TreeFiles(TargetFiles):
     # --- looking --------------------------------------------------------------------------------------------
 
     def look(self, changes: Iterable[FileChange], *, hashed: bool) -> list[Found]:
-        rows = self.database.files(self.name, self.state.number(self.name))
+        number = self.state.number(self.name)
+        rows, kept = self.database.files(self.name, number), self.database.kept(self.name, number)
         with self._content() as content:
             return [
                 problem_with(change.path)
                 or self._problem_with_persistent(change.path)
-                or look(change.path, rows.get(change.path), content, hashed=hashed)
+                or marked(
+                    look(change.path, rows.get(change.path), content, hashed=hashed), kept.get(change.path)
+                )
                 for change in changes
             ]
+
+    @contextlib.contextmanager
+    def folder_of(self, item: Planned) -> Iterator[int]:
+        with self._content() as content, fs.below(content, split(item.change.path)[0]) as folder:
+            yield folder
 
     def _problem_with_persistent(self, path: str) -> Found | None:
         for kept in self.row.persist:
@@ -55,19 +64,6 @@ class TreeFiles(TargetFiles):
                     presence=Presence.ABSENT, problem=PlanError(code="gate.conflict", message=message)
                 )
         return None
-
-    def oddities(self, named: frozenset[str]) -> list[FilePlan]:
-        odd = []
-        with self._content() as content:
-            for path, row in sorted(self.database.files(self.name, self.state.number(self.name)).items()):
-                if path in named or not is_file(row):
-                    continue
-                found = look(path, row, content, hashed=False)
-                if found.presence is not Presence.MANAGED or found.drifted:
-                    odd.append(
-                        FilePlan(path=path, op="keep", note="changed or removed by the program; left so")
-                    )
-        return odd
 
     def folders_to_make(self, planned: Sequence[Planned]) -> list[str]:
         return []  # They are made in the clone.
@@ -104,19 +100,56 @@ class TreeFiles(TargetFiles):
     def build(
         self, part: PartRow, package: PatchSource, planned: Sequence[Planned], progress: Progress | None
     ) -> None:
+        changed = [item for item in planned if not item.kept]
         with fs.Durability(self.state.fd) as durability:
             self._convert(part.source, durability)
-            skip = {item.change.path for item in planned}
+            skip = {item.change.path for item in changed}
             with fs.opened(self.state.generation(self.name, part.source)) as source:
 
                 def fill(folder: int) -> None:
                     reconcile(source, folder, skip=skip, durability=durability)
 
-                self.place(part, fill, package, planned, progress, model=source, durability=durability)
+                def deliver(folder: int) -> Mapping[str, FileRow]:
+                    return self.write(
+                        part, package, changed, progress, folder=folder, model=source, durability=durability
+                    )
+
+                self.place(
+                    part,
+                    fill,
+                    deliver,
+                    inherited=self.database.files(self.name, part.source),
+                    kept=self.kept_after(part, planned),
+                    model=source,
+                    durability=durability,
+                )
             self.database.mark_staged(part.txn, self.name)
 
-    def prepare_rollback(self, part: PartRow) -> None:
-        """Nothing to do: the whole tree is there, and `carry` brings it up to date."""
+    def build_like(self, part: PartRow, goal: int, planned: Sequence[Planned]) -> None:
+        """What is kept is brought along, as everything else that is the program's own."""
+        changed = {item.change.path for item in planned if not item.kept}
+        with (
+            fs.Durability(self.state.fd) as durability,
+            fs.opened(self.state.generation(self.name, part.source)) as source,
+            fs.opened(self.state.generation(self.name, goal)) as model,
+        ):
+
+            def fill(folder: int) -> None:
+                reconcile(source, folder, skip=changed, durability=durability)
+                bring(changed, model, folder, durability)
+
+            self.place(
+                part,
+                fill,
+                lambda folder: {},
+                inherited=self.database.files(self.name, goal),
+                kept=self.kept_back(part, goal, planned),
+                model=model,
+                durability=durability,
+            )
+
+    def prepare_rollback(self, part: PartRow, planned: Sequence[Planned]) -> Mapping[int, str]:
+        return {}  # The whole tree is there, and `carry` brings it up to date.
 
     # --- conversion -----------------------------------------------------------------------------------------
 
@@ -235,17 +268,11 @@ class TreeFiles(TargetFiles):
     def _patched(self, part: PartRow) -> set[str]:
         """The paths in which patches make the two generations differ; all others are the program's."""
         assert part.destination is not None
-        before = self.database.files(self.name, part.source)
-        after = self.database.files(self.name, part.destination)
-
-        def origin(row: FileRow | None) -> tuple[bool, int | None]:
-            return row is not None, None if row is None else row.origin
-
-        return {
-            path
-            for path in before.keys() | after.keys()
-            if origin(before.get(path)) != origin(after.get(path))
-        }
+        before = self.database.origins(self.name, part.source)
+        after = self.database.origins(self.name, part.destination)
+        differ = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        kept = self.database.kept(self.name, part.destination)
+        return differ - {path for path, row in kept.items() if row.txn == part.txn}
 
     def verify(self, part: PartRow) -> None:
         form, _ = self._tree.form()
