@@ -29,6 +29,7 @@ from asyncsup.terminal import Output
 
 if TYPE_CHECKING:
     from asyncsup.client import ControlClient, Event, Gap
+    from asyncsup.config import PatchLimits
 
 QUERY_SECONDS: Final = 10.0
 """How long a supervisor that is there may take to answer a question."""
@@ -1140,7 +1141,8 @@ def _patch_verify(session: Session) -> int:
     args, out = session.args, session.out
     sha256 = args.sha256 if args.sha256 or args.crc32 else read_checksum(Path(args.file))
     crc32 = None if args.crc32 is None else parse_crc32(args.crc32)
-    with open_package(Path(args.file), sha256=sha256, crc32=crc32) as package:
+    limits = _limits(session)
+    with open_package(Path(args.file), limits=limits, sha256=sha256, crc32=crc32) as package:
         signed = _check_signatures(package, args.allowed_signers, args.required)
         total = sum(change.size or 0 for change in package.manifest.files)
         done = 0
@@ -1170,6 +1172,23 @@ def _patch_verify(session: Session) -> int:
     out.clear_bar()
     out.result(value, lambda: render.verified_lines(value, ink=out.ink))
     return 0
+
+
+def _limits(session: Session) -> PatchLimits:
+    """`[patch.limits]` of the configuration that is named or found; the defaults where there is none."""
+    from pathlib import Path
+
+    from asyncsup.config import PatchLimits, find_config, load_patch_limits
+    from asyncsup.errors import ConfigError
+
+    named = session.args.config
+    try:
+        path = find_config(None if named is None else Path(named), os.environ)
+    except ConfigError:
+        if named is not None or os.environ.get("ASYNCSUP_CONFIG"):
+            raise
+        return PatchLimits()
+    return load_patch_limits(path)
 
 
 def _check_signatures(package: Any, allowed_signers: str | None, required: int | None) -> Any:
@@ -1212,7 +1231,9 @@ def _patch_sign(session: Session) -> int:
 
     args, out = session.args, session.out
     try:
-        signed = sign_package(Path(args.file), key=Path(args.key), name=args.name, notice=out.note)
+        signed = sign_package(
+            Path(args.file), key=Path(args.key), name=args.name, limits=_limits(session), notice=out.note
+        )
     except OSError as error:
         raise _file_error(error) from None
     value = {
@@ -1247,15 +1268,15 @@ def _patch_build(session: Session) -> int:
         raise UsageError("give the folder as it is to be, or the one as it was and the one as it is to be")
     old, new = (None, *map(Path, args.folders))[-2:]
     assert new is not None
-    output = Path(args.output)
+    output, limits = Path(args.output), _limits(session)
     try:
         if args.prototype:
             _build_prototype(args, old, new, output)
         elif args.sign:
-            _build_signed(args, old, new, output, out)
+            _build_signed(args, old, new, output, out=out, limits=limits)
         else:
-            _build_native(args, old, new, output, out)
-        with open_package(output) as package:
+            _build_native(args, old, new, output, out=out, limits=limits)
+        with open_package(output, limits=limits) as package:
             value = {
                 "path": str(output),
                 "id": package.id,
@@ -1274,7 +1295,9 @@ def _patch_build(session: Session) -> int:
     return 0
 
 
-def _build_native(args: argparse.Namespace, old: Any, new: Any, output: Any, out: Output) -> None:
+def _build_native(
+    args: argparse.Namespace, old: Any, new: Any, output: Any, *, out: Output, limits: PatchLimits
+) -> None:
     from datetime import UTC, datetime
 
     from asyncsup.patch.build import build_patch
@@ -1324,11 +1347,14 @@ def _build_native(args: argparse.Namespace, old: Any, new: Any, output: Any, out
         notes=args.notes,
         include=args.include,
         exclude=args.exclude,
+        limits=limits,
         progress=progress,
     )
 
 
-def _build_signed(args: argparse.Namespace, old: Any, new: Any, output: Any, out: Output) -> None:
+def _build_signed(
+    args: argparse.Namespace, old: Any, new: Any, output: Any, *, out: Output, limits: PatchLimits
+) -> None:
     """Nothing is at `output` before it is signed: an inbox might take it for what it is not yet."""
     import tempfile
     from pathlib import Path
@@ -1337,12 +1363,12 @@ def _build_signed(args: argparse.Namespace, old: Any, new: Any, output: Any, out
 
     with tempfile.TemporaryDirectory(prefix=".asyncsup-", dir=output.parent) as folder:
         unsigned = Path(folder, output.name)
-        _build_native(args, old, new, unsigned, out)
+        _build_native(args, old, new, unsigned, out=out, limits=limits)
         out.clear_bar()
         *others, last = map(Path, args.sign)
         for key in others:
-            sign_package(unsigned, key=key, notice=out.note)
-        sign_package(unsigned, key=last, output=output, notice=out.note)
+            sign_package(unsigned, key=key, limits=limits, notice=out.note)
+        sign_package(unsigned, key=last, output=output, limits=limits, notice=out.note)
 
 
 def _tree_bytes(folder: str) -> int:

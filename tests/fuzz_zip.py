@@ -24,8 +24,8 @@ import zip_forge
 from fuzz_kit import FindingError, Tally, foreseen
 from zip_forge import JOB, NOTE, Part, extra, folder, forge, streamed
 
+from asyncsup.config import PatchLimits as Limits
 from asyncsup.errors import PatchMalformedError
-from asyncsup.patch.archive import Limits
 from asyncsup.patch.manifest import Op
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.prototype import parse_prototype
@@ -435,7 +435,7 @@ def mend_end(value: bytearray) -> None:
 
 # --- archives: what must hold -------------------------------------------------------------------------------
 
-FUZZ_LIMITS: Final = Limits(package_bytes=1 << 20, file_bytes=1 << 16, total_bytes=1 << 17)
+FUZZ_LIMITS: Final = Limits(package_size=1 << 20, file_size=1 << 16, total_size=1 << 17)
 
 
 class PackageJudge:

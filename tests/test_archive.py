@@ -20,9 +20,10 @@ import zip_forge
 from hostile_packages import NOISE, zeros
 from zip_forge import FILES, JOB, NOTE, Part, extra, forge, manifest_part, native, streamed
 
+from asyncsup.config import PatchLimits as Limits
 from asyncsup.errors import PatchMalformedError
 from asyncsup.patch import archive
-from asyncsup.patch.archive import Limits, scan
+from asyncsup.patch.archive import scan
 from asyncsup.patch.package import Package, open_package
 
 MANIFEST = manifest_part(*FILES)
@@ -112,21 +113,32 @@ def test_error_names_file_and_entry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "code"),
+    ("limit", "value", "code"),
     [
-        (Limits(files=2), "zip.count"),
-        (Limits(file_bytes=len(JOB.data) - 1), "zip.file_size"),
-        (Limits(total_bytes=len(JOB.data)), "zip.total_size"),
-        (Limits(package_bytes=len(VALID) - 1), "zip.package_size"),
+        ("files", 2, "zip.count"),
+        ("file_size", len(JOB.data) - 1, "zip.file_size"),
+        ("total_size", len(JOB.data), "zip.total_size"),
+        ("package_size", len(VALID) - 1, "zip.package_size"),
+        ("manifest_size", 100, "manifest.size"),
     ],
 )
-def test_limits_are_enforced(limits: Limits, code: str) -> None:
-    assert refuse(VALID, limits).error_code == code
+def test_limits_are_enforced_and_say_which_setting_they_are(limit: str, value: int, code: str) -> None:
+    error = refuse(VALID, Limits(**{limit: value}))
+    assert error.error_code == code
+    assert f"the limit is {value} (`{limit}` in [patch.limits])" in error.message
+
+
+def test_the_ratio_can_be_set() -> None:
+    data = native(zeros(2 << 20), Part(name="files/noise", data=NOISE[: 64 << 10], method=0))
+    error = refuse(data)
+    assert error.error_code == "zip.ratio"
+    assert "the limit is 200 (`ratio` in [patch.limits])" in error.message
+    assert accept(data, Limits(ratio=2000))["zeros"] == bytes(2 << 20)
 
 
 def test_limits_admit_what_just_fits() -> None:
     size = len(MANIFEST.data) + len(JOB.data) + len(NOTE.data)
-    accept(VALID, Limits(files=3, total_bytes=size, package_bytes=len(VALID)))
+    accept(VALID, Limits(files=3, total_size=size, package_size=len(VALID)))
 
 
 def test_path_depth_limit_counts_components_below_the_root() -> None:
@@ -289,7 +301,7 @@ def test_zip64_locator_must_point_at_the_record_that_precedes_it() -> None:
             assert caught.value.error_code == "zip.zip64"
 
 
-HUGE = Limits(package_bytes=1 << 40, file_bytes=1 << 40, total_bytes=1 << 41)
+HUGE = Limits(package_size=1 << 40, file_size=1 << 40, total_size=1 << 41)
 
 
 @pytest.mark.parametrize("size", [(1 << 32) + 5, (1 << 31) + 5])

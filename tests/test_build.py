@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncsup.config import PatchLimits as Limits
 from asyncsup.errors import PatchBuildError
 from asyncsup.patch import build
-from asyncsup.patch.archive import Limits, scan
+from asyncsup.patch.archive import scan
 from asyncsup.patch.build import build_patch, build_prototype_patch
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, Requires
 from asyncsup.patch.package import open_package
@@ -102,7 +103,7 @@ def refuse(code: str, *, output: Path, **keys: Any) -> PatchBuildError:
 def contents(path: Path) -> Tree:
     """What the package puts in place, by path; also proves that it opens and is what it says."""
     found = {}
-    with open_package(path, limits=Limits(package_bytes=1 << 40)) as package:
+    with open_package(path, limits=Limits(package_size=1 << 40)) as package:
         package.verify()
         for change in package.manifest.files:
             if change.op is not Op.DELETED:
@@ -374,8 +375,7 @@ def test_manifest_that_would_be_refused_is_not_written(new: Path, output: Path, 
 def test_package_that_readers_would_refuse_is_not_written(
     new: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "PUBLISHED_LIMITS", Limits(files=3))
-    error = refuse("build.limits", old=None, new=new, output=output)
+    error = refuse("build.limits", old=None, new=new, output=output, limits=Limits(files=3))
     assert "5 entries, the limit is 3" in error.message
     assert ".part" not in error.message
 
@@ -460,7 +460,7 @@ def test_zip64_is_used_where_a_size_demands_it() -> None:
         total = file.seek(0, os.SEEK_END)
         file.flush()
         entries = scan(
-            file.fileno(), total, Limits(package_bytes=1 << 40, file_bytes=1 << 40, total_bytes=1 << 40)
+            file.fileno(), total, Limits(package_size=1 << 40, file_size=1 << 40, total_size=1 << 40)
         )
         assert [(entry.name, entry.size) for entry in entries] == [
             ("small", 5),

@@ -43,6 +43,7 @@ from asyncsup.config.settings import (
     LogConfig,
     PatchConduct,
     PatchConfig,
+    PatchLimits,
     ReadyConfig,
     SupervisorConfig,
     TargetPatchConfig,
@@ -121,10 +122,16 @@ def test_the_defaults_are_the_agreed_ones() -> None:
         allow=frozenset({Kind.WARM, Kind.COLD}), ack_timeout=10.0, wait_max=60.0, probation=2.0
     )
     patch = parse("").patch
-    assert (patch.trust, patch.keep, patch.auto, patch.max_package) == ("digest", 3, False, 10**9)
+    assert (patch.trust, patch.keep, patch.auto) == ("digest", 3, False)
+    assert patch.limits == PatchLimits(
+        package_size=2 << 30, files=50_000, file_size=4 << 30, total_size=8 << 30, ratio=200, path_depth=64,
+        manifest_size=16 << 20, signatures=32, signature_size=64 << 10,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [SupervisorConfig, PatchConfig, TargetConfig, LogConfig, TargetPatchConfig])
+@pytest.mark.parametrize(
+    "kind", [SupervisorConfig, PatchConfig, PatchLimits, TargetConfig, LogConfig, TargetPatchConfig]
+)
 def test_every_default_reads_back_as_it_is_shown(kind: type) -> None:
     scope = Scope(here=HERE, environ={})
     checked = 0
@@ -645,6 +652,9 @@ def test_tree_settings_in_defaults_leave_other_targets_alone() -> None:
             'did you mean "max_size"?',
         ),
         ("[target.a]\ncommand='x'\npatch.alow = []", "target.a.patch.alow", 'did you mean "allow"?'),
+        ("[patch]\nmax_package = '1GB'", "patch.max_package", 'did you mean "limits.package_size"?'),
+        ("[patch.limits]\nfile = 3", "patch.limits.file", 'did you mean "files"?'),
+        ("[patch]\nfile_size = 3", "patch.file_size", "it belongs under [patch.limits]"),
         ("[targets.a]\ncommand='x'", "targets", 'did you mean "target"?'),
         ("[target.a]\ncommand='x'\nautorestart = true", "target.a.autorestart", 'did you mean "restart"?'),
         ("[target.a]\ncommand='x'\nnumprocs = 2", "target.a.numprocs", 'did you mean "instances"?'),
@@ -689,6 +699,7 @@ def test_keys_of_later_versions_are_unknown_and_not_ignored(key: str) -> None:
         ("target = 5", "write [target] and its keys below it"),
         ("supervisor = 5", "write [supervisor] and its keys below it"),
         ("[target.web]\ncommand = 'x'\nlog = 'x'", "write [target.web.log] and its keys below it"),
+        ("[patch]\nlimits = 5", "write [patch.limits] and its keys below it"),
         ("defaults = []", "write [defaults] and its keys below it"),
     ],
 )
@@ -877,6 +888,14 @@ def test_required_signatures_need_somebody_whose_signatures_count() -> None:
     assert (problem["key"], problem["problem"]) == ("patch.trust", "does not say whose signatures count")
     patch = parse('[patch]\ntrust = "required"\nallowed_signers = "signers"\nsignatures_required = 2\n').patch
     assert (patch.allowed_signers, patch.signatures_required) == (HERE / "signers", 2)
+    problem = problem_of(
+        'trust = "required"\nallowed_signers = "s"\nsignatures_required = 3\nlimits.signatures = 2',
+        table="patch",
+    )
+    assert (problem["key"], problem["hint"]) == (
+        "patch.signatures_required",
+        "set one of them to another number",
+    )
     for number in (0, 33):
         assert problem_of(f"signatures_required = {number}", table="patch")["key"].endswith("_required")
     for key in ('allowed_signers = "signers"', "signatures_required = 2"):
@@ -1676,6 +1695,7 @@ def test_the_page_has_every_key_with_its_type_and_default() -> None:
     assert documented == {
         "supervisor": expected(SupervisorConfig),
         "patch": expected(PatchConfig),
+        "patch.limits": expected(PatchLimits),
         "target.NAME": expected(TargetConfig),
         "group.NAME": expected(GroupConfig),
         "target.NAME.ready": expected(ReadyConfig),

@@ -19,8 +19,9 @@ import pytest
 import zip_forge
 from zip_forge import FILES, JOB, NOTE, Part, folder, forge, manifest_part, native
 
+from asyncsup.config import PatchLimits as Limits
 from asyncsup.errors import PatchMalformedError, PatchNotFoundError, UsageError
-from asyncsup.patch.archive import CHUNK, Limits
+from asyncsup.patch.archive import CHUNK
 from asyncsup.patch.manifest import FileChange, Kind, Op
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.prototype import with_root_name
@@ -311,8 +312,8 @@ def test_patch_that_only_deletes_needs_no_content(path: Path) -> None:
 @pytest.mark.parametrize(
     ("limits", "code"),
     [
-        (Limits(manifest_bytes=100), "manifest.size"),
-        (Limits(signature_bytes=2), "manifest.size"),
+        (Limits(manifest_size=100), "manifest.size"),
+        (Limits(signature_size=2), "manifest.size"),
         (Limits(signatures=1), "zip.count"),
     ],
 )

@@ -12,7 +12,7 @@ machine.py     what the checks ask of the machine
 =============  ===========================================================================
 """
 
-from asyncsup.config.files import find_config, load_config, load_supervisor
+from asyncsup.config.files import find_config, load_config, load_patch_limits, load_supervisor
 from asyncsup.config.machine import Machine
 from asyncsup.config.problems import Problem
 from asyncsup.config.reader import parse_config
@@ -22,6 +22,7 @@ from asyncsup.config.settings import (
     LivenessConfig,
     LogConfig,
     PatchConfig,
+    PatchLimits,
     ProbeConfig,
     ReadyConfig,
     SupervisorConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "Config",
     "SupervisorConfig",
     "PatchConfig",
+    "PatchLimits",
     "TargetConfig",
     "LogConfig",
     "ProbeConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "find_config",
     "load_config",
     "load_supervisor",
+    "load_patch_limits",
     "parse_config",
     "describe",
     "Machine",

@@ -54,6 +54,13 @@ class Checks:
             for key in ("allowed_signers", "signatures_required"):
                 if key in read.places and "trust" not in read.failed:
                     self._report.warn(read.place(key), 'is not used: signatures need trust = "required"')
+        if config.trust == "required" and config.signatures_required > config.limits.signatures:
+            self._report.problem(
+                read.place("signatures_required"),
+                f"is above patch.limits.signatures ({config.limits.signatures}), so that no package could "
+                "ever have enough",
+                "set one of them to another number",
+            )
 
     def _signatures(self, config: PatchConfig, read: TableRead) -> None:
         """Everything that verifying needs is there when the supervisor starts, and not missed at a patch."""

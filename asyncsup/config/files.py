@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asyncsup.config.machine import Machine
 from asyncsup.config.reader import Reader, absolute
-from asyncsup.config.settings import Config, SupervisorConfig
+from asyncsup.config.settings import Config, PatchLimits, SupervisorConfig
 from asyncsup.config.values import quoted
 from asyncsup.errors import ConfigError
 
@@ -97,6 +97,15 @@ def load_supervisor(path: Path, *, environ: Mapping[str, str] | None = None) -> 
         ConfigError: as `load_config`, for what is wrong in `[supervisor]` or with the file as a whole.
     """
     return _open(path, environ).supervisor()
+
+
+def load_patch_limits(path: Path, *, environ: Mapping[str, str] | None = None) -> PatchLimits:
+    """Read `[patch.limits]` alone, for whoever makes or checks packages without a supervisor.
+
+    Raises:
+        ConfigError: as `load_config`, for what is wrong in `[patch.limits]` or with the file as a whole.
+    """
+    return _open(path, environ).patch_limits()
 
 
 def _open(path: Path, environ: Mapping[str, str] | None) -> Reader:

@@ -26,6 +26,7 @@ from asyncsup.config.settings import (
     LogConfig,
     PatchConduct,
     PatchConfig,
+    PatchLimits,
     SupervisorConfig,
     TargetConfig,
     TargetPatchConfig,
@@ -69,7 +70,7 @@ _OTHER_NAMES: Final[Mapping[str, str]] = MappingProxyType({
     "runtimemaxsec": "max_age", "cron": "schedule", "cron_restart": "schedule",
     "readiness_probe": "ready", "liveness_probe": "liveness", "notification_fd": "ready.fd",
     "ready_log_line": "ready.log", "execstartpre": "hooks.pre_start", "execstartpost": "hooks.post_start",
-    "execstoppost": "hooks.post_stop",
+    "execstoppost": "hooks.post_stop", "max_package": "limits.package_size",
 })  # fmt: skip
 """What other supervisors call our keys: nearer to what is meant than the nearest spelling."""
 
@@ -233,6 +234,16 @@ class Reader:
         self.report.raise_problems()
         return supervisor
 
+    def patch_limits(self) -> PatchLimits:
+        """Read and check `[patch.limits]` alone.
+
+        Raises:
+            ConfigError: with every problem there is in it.
+        """
+        read = self._limits(self._table(self._sources[0], "patch"))
+        self.report.raise_problems()
+        return PatchLimits(**read.values)
+
     def _supervisor(self) -> tuple[SupervisorConfig, TableRead]:
         layer = self._table(self._sources[0], "supervisor")
         self._check_keys(layer, options(SupervisorConfig), "supervisor")
@@ -245,7 +256,13 @@ class Reader:
         layer = self._table(self._sources[0], "patch")
         self._check_keys(layer, options(PatchConfig), "patch")
         read = self._read(PatchConfig, [layer])
-        return PatchConfig(**read.values), read
+        limits = self._limits(layer)
+        return PatchConfig(**read.values, limits=PatchLimits(**limits.values)), read
+
+    def _limits(self, patch: Layer) -> TableRead:
+        layer = self._sub(patch, "limits") or Layer(patch.source, ("patch", "limits"), {})
+        self._check_keys(layer, options(PatchLimits), "patch.limits")
+        return self._read(PatchLimits, [layer])
 
     def _targets(self, supervisor: SupervisorConfig, patch: TableRead) -> dict[str, TargetRead]:
         defaults = self._table(self._sources[0], "defaults")
@@ -485,6 +502,7 @@ def _table_of(name: str) -> str | None:
     tables: Mapping[str, Mapping[str, object]] = {
         "supervisor": options(SupervisorConfig),
         "patch": options(PatchConfig),
+        "patch.limits": options(PatchLimits),
         "target.NAME": options(TargetConfig),
         "group.NAME": options(GroupConfig),
         "target.NAME.log": options(LogConfig),

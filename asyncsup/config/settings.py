@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 from asyncsup.config import values
 from asyncsup.config.values import UNLIMITED, Condition, ValueType, choice, integer, toml_text
+from asyncsup.patch.paths import MAX_DEPTH
 
 if TYPE_CHECKING:
     from asyncsup.patch.manifest import Kind
@@ -111,6 +112,31 @@ class PatchConduct:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PatchLimits:
+    """`[patch.limits]`: what a package may cost at most.
+
+    Checked on what the package declares, before anything is extracted; the declaration is then enforced.
+    """
+
+    package_size: Annotated[int, values.SIZE] = 2 << 30
+    """Of the zip file."""
+    files: Annotated[int, integer(1, 1_000_000)] = 50_000
+    """Entries of the archive, folders included."""
+    file_size: Annotated[int, values.SIZE] = 4 << 30
+    """Of one file, unpacked."""
+    total_size: Annotated[int, values.SIZE] = 8 << 30
+    """Of all files, unpacked."""
+    ratio: Annotated[int, integer(1, 1_000_000)] = 200
+    """Unpacked to packed size: of every file above 1 MiB, and of the whole."""
+    path_depth: Annotated[int, integer(1, MAX_DEPTH)] = MAX_DEPTH
+    """Components of a path below the target's root."""
+    manifest_size: Annotated[int, values.SIZE] = 16 << 20
+    """Ten thousand files take 1.4 MiB."""
+    signatures: Annotated[int, integer(1, 1000)] = 32
+    signature_size: Annotated[int, values.SIZE] = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PatchConfig(PatchConduct):
     """`[patch]`: where patches come from, and what is asked of them."""
 
@@ -126,8 +152,7 @@ class PatchConfig(PatchConduct):
     """How many old generations of each target stay, to go back to."""
     auto: Annotated[bool, values.BOOLEAN] = False
     """Apply what arrives in the inbox without being told to."""
-    max_package: Annotated[int, values.SIZE] = 10**9
-    """Larger packages are refused."""
+    limits: PatchLimits = PatchLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError
 from asyncsup.patch import paths
 
@@ -76,33 +77,13 @@ _MAX_RECORD_BYTES: Final = 2048
 _LARGEST_COMMENT: Final = MAX16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a package may cost at most; checked on what it declares, and the declaration is then enforced.
-
-    Args:
-        package_bytes: size of the zip file.
-        files: entries of the archive, folders included.
-        file_bytes: one file, inflated.
-        total_bytes: all files, inflated.
-        ratio: inflated to compressed size, of every file above 1 MiB and of the whole.
-        path_depth: components of a path below the target's root.
-        manifest_bytes: the manifest.
-        signatures: signature files; each has at most `signature_bytes`.
-    """
-
-    package_bytes: int = 1 << 30
-    files: int = 50_000
-    file_bytes: int = 4 << 30
-    total_bytes: int = 8 << 30
-    ratio: int = 200
-    path_depth: int = paths.MAX_DEPTH
-    manifest_bytes: int = 16 << 20
-    signatures: int = 32
-    signature_bytes: int = 64 << 10
+DEFAULT_LIMITS: Final = PatchLimits()
 
 
-DEFAULT_LIMITS: Final = Limits()
+def limit(limits: PatchLimits, name: str) -> str:
+    """A limit for a message: its value, and the setting it comes from."""
+    return f"the limit is {getattr(limits, name)} (`{name}` in [patch.limits])"
+
 
 RATIO_FLOOR: Final = 1 << 20
 """Files up to this size may compress as well as they like."""
@@ -145,7 +126,7 @@ class _Record:
         return bool(self.flags & _FLAG_DESCRIPTOR)
 
 
-def scan(fd: int, size: int, limits: Limits = DEFAULT_LIMITS) -> tuple[Entry, ...]:
+def scan(fd: int, size: int, limits: PatchLimits = DEFAULT_LIMITS) -> tuple[Entry, ...]:
     """Check the whole structure of the archive of `size` bytes open at `fd`; its entries in directory order.
 
     Reads headers only. The position of `fd` is neither used nor moved.
@@ -157,7 +138,7 @@ def scan(fd: int, size: int, limits: Limits = DEFAULT_LIMITS) -> tuple[Entry, ..
     if count == 0:
         _refuse("zip.empty", "the archive is empty; a patch holds at least its manifest")
     if count > limits.files:
-        _refuse("zip.count", f"the archive has {count} entries, the limit is {limits.files}")
+        _refuse("zip.count", f"the archive has {count} entries, {limit(limits, 'files')}")
     if directory_size > count * _MAX_RECORD_BYTES:
         _refuse("zip.framing", f"the directory of {count} entries claims {directory_size} bytes")
     records = _read_directory(read_exactly(fd, directory_size, directory_offset), count, limits)
@@ -336,7 +317,7 @@ def _explain_missing_end(fd: int, size: int) -> NoReturn:
 # --- the central directory ----------------------------------------------------------------------------------
 
 
-def _read_directory(data: bytes, count: int, limits: Limits) -> list[_Record]:
+def _read_directory(data: bytes, count: int, limits: PatchLimits) -> list[_Record]:
     records: list[_Record] = []
     position = 0
     while position < len(data):
@@ -359,7 +340,7 @@ def _read_directory(data: bytes, count: int, limits: Limits) -> list[_Record]:
     return records
 
 
-def _read_record(fields: tuple[int, ...], raw_name: bytes, extra: bytes, limits: Limits) -> _Record:
+def _read_record(fields: tuple[int, ...], raw_name: bytes, extra: bytes, limits: PatchLimits) -> _Record:
     (_, made_by, version, flags, method, time, date, crc, compressed, size, _, _, comment_size, disk, _,
      attributes, offset) = fields  # fmt: skip
     name = _decode_name(raw_name, flags, limits)
@@ -410,7 +391,7 @@ def _read_record(fields: tuple[int, ...], raw_name: bytes, extra: bytes, limits:
     )  # fmt: skip
 
 
-def _decode_name(raw_name: bytes, flags: int, limits: Limits) -> str:
+def _decode_name(raw_name: bytes, flags: int, limits: PatchLimits) -> str:
     try:
         name = raw_name.decode("utf-8" if flags & _FLAG_UTF8 else "ascii")
     except UnicodeDecodeError:
@@ -523,28 +504,28 @@ _KINDS: Final = {
 }
 
 
-def _check_limits(records: list[_Record], package_size: int, limits: Limits) -> None:
+def _check_limits(records: list[_Record], package_size: int, limits: PatchLimits) -> None:
     total = 0
     for record in records:
         total += record.size
-        if record.size > limits.file_bytes:
+        if record.size > limits.file_size:
             _refuse(
                 "zip.file_size",
-                f"entry {quote(record.name)} has {record.size} bytes, the limit is {limits.file_bytes}",
+                f"entry {quote(record.name)} has {record.size} bytes, {limit(limits, 'file_size')}",
                 entry=record.name,
             )
         if record.size > RATIO_FLOOR and record.size > limits.ratio * record.compressed:
             _refuse(
                 "zip.ratio",
-                f"entry {quote(record.name)} inflates {record.compressed} bytes to {record.size}; the limit "
-                f"is {limits.ratio} to 1, store it uncompressed",
+                f"entry {quote(record.name)} inflates {record.compressed} bytes to {record.size}; "
+                f"{limit(limits, 'ratio')}, store it uncompressed",
                 entry=record.name,
             )
-    if total > limits.total_bytes:
-        _refuse("zip.total_size", f"the archive inflates to {total} bytes, the limit is {limits.total_bytes}")
+    if total > limits.total_size:
+        _refuse("zip.total_size", f"the archive inflates to {total} bytes, {limit(limits, 'total_size')}")
     if total > RATIO_FLOOR and total > limits.ratio * package_size:
         _refuse(
-            "zip.ratio", f"the archive inflates {package_size} bytes to {total}, over {limits.ratio} to 1"
+            "zip.ratio", f"the archive inflates {package_size} bytes to {total}; {limit(limits, 'ratio')}"
         )
 
 

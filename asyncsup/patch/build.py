@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
+from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchBuildError, PatchMalformedError
 from asyncsup.patch import archive, paths
 from asyncsup.patch.archive import CHUNK, DEFAULT_LIMITS, DEFLATED, MAX16, MAX32, STORED
@@ -46,8 +47,6 @@ ENV_CREATED: Final = "SOURCE_DATE_EPOCH"
 _COMPRESSION_LEVEL: Final = 6
 _DATE_1980: Final = 1 << 5 | 1
 _VERSION: Final = 20
-PUBLISHED_LIMITS: Final = replace(DEFAULT_LIMITS, package_bytes=1 << 62)
-"""What is built keeps the limits of its readers, but for the one that operators can raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +78,7 @@ def build_patch(
     notes: str = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    limits: PatchLimits = DEFAULT_LIMITS,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the package that turns the folder `old` into the folder `new`.
@@ -90,6 +90,7 @@ def build_patch(
         created: None takes ``SOURCE_DATE_EPOCH``, and without that the manifest does not say.
         include, exclude: shell patterns. One without ``/`` is tried on every component of a path, one with on
             the whole path, where ``*`` matches ``/`` as well. Without `include` everything is included.
+        limits: those of whoever is to read it.
 
     Raises:
         PatchBuildError: no package can be made of this; `output` is as it was.
@@ -124,14 +125,14 @@ def build_patch(
     )
     raw, manifest = _check_manifest(manifest)
     with _written_atomically(output) as (file, temporary):
-        writer = _ArchiveWriter(file)
+        writer = _ArchiveWriter(file, ratio=limits.ratio)
         writer.add(MANIFEST, len(raw), lambda: iter([memoryview(raw)]))
         for change in changes:
             if change.op is not Op.DELETED:
                 _add_change(writer, change, contents[change.path], progress)
         writer.finish()
         file.flush()
-        _check_package(temporary, "build.limits")
+        _check_package(temporary, limits, "build.limits")
     return manifest
 
 
@@ -182,7 +183,7 @@ def build_prototype_patch(
             writer.add(name, len(content), lambda content=content: iter([memoryview(content)]))  # type: ignore[misc]
         writer.finish()
         file.flush()
-        _check_package(temporary, "build.manifest")
+        _check_package(temporary, DEFAULT_LIMITS, "build.manifest")
         return zlib.crc32(temporary.read_bytes())
 
 
@@ -352,10 +353,10 @@ def _check_manifest(manifest: Manifest) -> tuple[bytes, Manifest]:
         raise PatchBuildError(f"the manifest cannot be written: {error}", code="build.manifest") from error
 
 
-def _check_package(path: Path, code: str) -> None:
+def _check_package(path: Path, limits: PatchLimits, code: str) -> None:
     """What is published opens: the rules of the two sides cannot drift apart unnoticed."""
     try:
-        open_package(path, limits=PUBLISHED_LIMITS).close()
+        open_package(path, limits=limits).close()
     except PatchMalformedError as error:
         message = error.message.removeprefix(f"{path.name}: ")
         raise PatchBuildError(f"the package would be refused: {message}", code=code) from error
@@ -405,11 +406,13 @@ class _ArchiveWriter:
 
     Args:
         file: empty, seekable, positioned at 0.
+        ratio: what readers refuse to inflate.
         dos: entries made on MS-DOS, as those of the prototype's packages.
     """
 
-    def __init__(self, file: BinaryIO, *, dos: bool = False) -> None:
+    def __init__(self, file: BinaryIO, *, ratio: int = DEFAULT_LIMITS.ratio, dos: bool = False) -> None:
         self._file = file
+        self._ratio = ratio
         self._dos = dos
         self._records: list[bytes] = []
 
@@ -478,7 +481,7 @@ class _ArchiveWriter:
                 return None
         compressed += self._file.write(deflater.flush())
         # Readers refuse what inflates too well, by file and by package.
-        if compressed >= size or size > DEFAULT_LIMITS.ratio // 2 * compressed:
+        if compressed >= size or size > self._ratio // 2 * compressed:
             return None
         return crc, compressed
 

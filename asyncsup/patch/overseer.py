@@ -46,7 +46,7 @@ from asyncsup.patch.checksum import has_checksum, read_checksum
 from asyncsup.patch.clock import SeenClock
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
 from asyncsup.patch.manifest import Kind, Manifest
-from asyncsup.patch.package import Limits, Package, open_package
+from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.plan import FilePlan, PlanError, Policy
 from asyncsup.patch.prototype import with_root_name
 from asyncsup.patch.report import (
@@ -204,10 +204,8 @@ class PatchOverseer:
         self._jobs: set[_Job] = set()
         self._refusing = False
         self._clock = SeenClock(self._store.last_seen())
-        self._limits = Limits(package_bytes=supervisor.config.patch.max_package)
-        self.uploads = Uploads(
-            supervisor.config.supervisor.state_dir / "uploads", supervisor.config.patch.max_package
-        )
+        self._limits = supervisor.config.patch.limits
+        self.uploads = Uploads(supervisor.config.supervisor.state_dir / "uploads", self._limits)
 
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""

@@ -23,12 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, NoReturn, Self
 
+from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError, PatchNotFoundError, PatchRefusedError, UsageError
 from asyncsup.patch import archive, prototype
-from asyncsup.patch.archive import DEFAULT_LIMITS, Entry, Limits, quote
+from asyncsup.patch.archive import DEFAULT_LIMITS, Entry, limit, quote
 from asyncsup.patch.manifest import SCHEMA, FileChange, Manifest, Op, Problem, malformed, parse_manifest
 
-__all__ = ["DEFAULT_LIMITS", "Limits", "Package", "open_package"]
+__all__ = ["DEFAULT_LIMITS", "Package", "PatchLimits", "open_package"]
 
 MANIFEST: Final = "manifest.json"
 FILES: Final = "files/"
@@ -53,6 +54,7 @@ class Package:
     Args:
         id: SHA-256 of the whole zip, lower-case hex.
         size: bytes of the whole zip.
+        limits: those it was accepted under.
         manifest: complete also for a prototype package, whose digests and sizes are those of its sources.
         manifest_bytes: exactly as they are in the archive: what signatures are made over.
         signatures: content of ``signatures/NAME.sig`` by NAME.
@@ -65,6 +67,7 @@ class Package:
         path: Path,
         id: str,  # noqa: A002
         size: int,
+        limits: PatchLimits,
         format: Format,  # noqa: A002
         manifest: Manifest,
         manifest_bytes: bytes,
@@ -76,6 +79,7 @@ class Package:
         self.path: Final = path
         self.id: Final = id
         self.size: Final = size
+        self.limits: Final = limits
         self.format: Final[Format] = format
         self.manifest: Final = manifest
         self.manifest_bytes: Final = manifest_bytes
@@ -156,7 +160,7 @@ def _source_key(package_format: Format, change: FileChange) -> str:
 def open_package(
     path: Path,
     *,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: PatchLimits = DEFAULT_LIMITS,
     sha256: str | None = None,
     crc32: int | None = None,
     follow: bool = True,
@@ -231,7 +235,7 @@ def _private_file(folder: Path) -> FileIO:
 def _read_package(
     file: FileIO,
     path: Path,
-    limits: Limits,
+    limits: PatchLimits,
     *,
     copy: FileIO | None,
     sha256: str | None,
@@ -239,8 +243,8 @@ def _read_package(
 ) -> Package:
     fd = file.fileno()
     status = os.fstat(fd)
-    if status.st_size > limits.package_bytes:
-        _refuse("zip.package_size", f"has {status.st_size} bytes, the limit is {limits.package_bytes}")
+    if status.st_size > limits.package_size:
+        _refuse("zip.package_size", f"has {status.st_size} bytes, {limit(limits, 'package_size')}")
     try:
         package_id, checksum = _digests(fd, status.st_size, copy, want_crc32=crc32 is not None)
         if sha256 is not None and sha256.lower() != package_id:
@@ -292,7 +296,7 @@ def _no_copy(error: OSError) -> PatchRefusedError:
 
 
 def _read_contents(
-    file: FileIO, path: Path, entries: Sequence[Entry], limits: Limits, *, package_id: str, size: int
+    file: FileIO, path: Path, entries: Sequence[Entry], limits: PatchLimits, *, package_id: str, size: int
 ) -> Package:
     by_name = {entry.name: entry for entry in entries}
     fd = file.fileno()
@@ -300,12 +304,12 @@ def _read_contents(
     native, older = by_name.get(MANIFEST), by_name.get(prototype.MANIFEST)
     if native is not None and native is entries[0] and native.offset == 0:
         package_format: Format = SCHEMA
-        raw = _read_small(fd, native, limits.manifest_bytes)
+        raw = _read_small(fd, native, limits, "manifest_size")
         manifest = parse_manifest(raw)
         signatures, sources = _match(fd, manifest, by_name, limits)
     elif older is not None:
         package_format = "prototype"
-        raw = _read_small(fd, older, limits.manifest_bytes)
+        raw = _read_small(fd, older, limits, "manifest_size")
         manifest, sources = _match_prototype(fd, path, prototype.parse_prototype(raw), by_name, limits)
     elif native is not None:
         raise PatchMalformedError(
@@ -324,6 +328,7 @@ def _read_contents(
         path=path,
         id=package_id,
         size=size,
+        limits=limits,
         format=package_format,
         manifest=manifest,
         manifest_bytes=raw,
@@ -333,7 +338,7 @@ def _read_contents(
 
 
 def _match(
-    fd: int, manifest: Manifest, by_name: Mapping[str, Entry], limits: Limits
+    fd: int, manifest: Manifest, by_name: Mapping[str, Entry], limits: PatchLimits
 ) -> tuple[dict[str, bytes], Sources]:
     """Signatures by name, and the files' entries, if manifest and archive name the same files."""
     problems: list[Problem] = []
@@ -344,7 +349,7 @@ def _match(
     for index, change in enumerate(manifest.files):
         where = f"files[{index}]"
         if change.path.count("/") >= limits.path_depth:
-            message = f"{quote(change.path)} has more than {limits.path_depth} components"
+            message = f"{quote(change.path)} is too deep: {limit(limits, 'path_depth')}"
             problems.append(Problem(code="manifest.path", where=f"{where}.path", message=message))
         if change.sha256 is None:
             continue
@@ -362,11 +367,11 @@ def _match(
         if entry.is_folder and (name in {FILES, SIGNATURES} or name.startswith(FILES)):
             continue
         if signature is not None and not entry.is_folder:
-            signatures[signature[1]] = _read_small(fd, entry, limits.signature_bytes)
+            signatures[signature[1]] = _read_small(fd, entry, limits, "signature_size")
             continue
         problems.append(_unlisted(name))
     if len(signatures) > limits.signatures:
-        message = f"the archive has {len(signatures)} signatures, the limit is {limits.signatures}"
+        message = f"the archive has {len(signatures)} signatures, {limit(limits, 'signatures')}"
         problems.append(Problem(code="zip.count", where="", message=message))
     if problems:
         raise malformed(problems)
@@ -374,7 +379,7 @@ def _match(
 
 
 def _match_prototype(
-    fd: int, path: Path, manifest: prototype.Prototype, by_name: Mapping[str, Entry], limits: Limits
+    fd: int, path: Path, manifest: prototype.Prototype, by_name: Mapping[str, Entry], limits: PatchLimits
 ) -> tuple[Manifest, Sources]:
     """The complete manifest and the files' entries; reads all sources."""
     problems: list[Problem] = []
@@ -383,7 +388,7 @@ def _match_prototype(
     for file in manifest.files:
         unlisted.discard(file.source)
         if file.path.count("/") >= limits.path_depth:
-            message = f"{quote(file.path)} has more than {limits.path_depth} components"
+            message = f"{quote(file.path)} is too deep: {limit(limits, 'path_depth')}"
             problems.append(Problem(code="manifest.path", where="", message=message))
         if file.op is Op.DELETED:
             continue
@@ -413,10 +418,10 @@ def _unlisted(name: str) -> Problem:
     return Problem(code="manifest.extra_file", where="", message=message)
 
 
-def _read_small(fd: int, entry: Entry, limit: int) -> bytes:
-    if entry.size > limit:
+def _read_small(fd: int, entry: Entry, limits: PatchLimits, name: str) -> bytes:
+    if entry.size > getattr(limits, name):
         raise PatchMalformedError(
-            f"{entry.name} has {entry.size} bytes, the limit is {limit}",
+            f"{entry.name} has {entry.size} bytes, {limit(limits, name)}",
             code="manifest.size",
             entry=entry.name,
         )

@@ -28,12 +28,12 @@ class PackageView:
 
     def __init__(self, package: Package, manifest: Manifest) -> None:
         self._package = package
+        self._originals = dict(zip(manifest.files, package.manifest.files, strict=True))
         self.id = package.id
         self.manifest = manifest
 
     def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
-        position = self.manifest.files.index(change)
-        self._package.extract(self._package.manifest.files[position], fd, progress)
+        self._package.extract(self._originals[change], fd, progress)
 
 
 @dataclass(slots=True, kw_only=True)

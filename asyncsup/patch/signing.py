@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError, PatchSignError
 from asyncsup.patch import archive, fs
 from asyncsup.patch.archive import CHUNK, MAX16, MAX32, STORED
 from asyncsup.patch.checksum import checksum_file, read_checksum
-from asyncsup.patch.package import MANIFEST, SIGNATURES, Package, open_package
+from asyncsup.patch.package import DEFAULT_LIMITS, MANIFEST, SIGNATURES, Package, open_package
 from asyncsup.patch.sshsig import (
     USER_PRESENT,
     PublicKey,
@@ -70,6 +71,7 @@ def sign_package(
     key: Path,
     name: str | None = None,
     output: Path | None = None,
+    limits: PatchLimits = DEFAULT_LIMITS,
     notice: Notice | None = None,
 ) -> SignedPackage:
     """Add a signature to a package.
@@ -94,7 +96,7 @@ def sign_package(
             code="sign.name",
         )
     checksum = read_checksum(path) if output == path else None
-    with open_package(path, sha256=checksum) as package:
+    with open_package(path, limits=limits, sha256=checksum) as package:
         if package.format == "prototype":
             raise PatchSignError(
                 f"{path.name}: packages of the prototype cannot carry signatures; make a package of its "
@@ -275,7 +277,7 @@ def _copy(package: Package, file: BinaryIO) -> None:
 def _check(signed: Path, package: Package, name: str, armored: bytes) -> str:
     """What is published opens, and says what it said before."""
     try:
-        with open_package(signed) as result:
+        with open_package(signed, limits=package.limits) as result:
             same = result.manifest_bytes == package.manifest_bytes
             expected = {**package.signatures, name: armored}
             if not same or result.signatures != expected:

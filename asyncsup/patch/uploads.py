@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchError, PatchMalformedError, RequestError
 from asyncsup.ipc import private_directory
+from asyncsup.patch.archive import limit
 
 CHUNK_BYTES: Final = 512 << 10
 """Most that one piece may carry: as base64 in JSON it still fits a message."""
@@ -23,15 +25,11 @@ IDLE_SECONDS: Final = 3600.0
 
 
 class Uploads:
-    """Files in a private folder, one for each upload; none outlives the supervisor that took it.
+    """Files in a private folder, one for each upload; none outlives the supervisor that took it."""
 
-    Args:
-        max_bytes: of one package.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, limits: PatchLimits) -> None:
         self.folder: Final = folder
-        self._max_bytes = max_bytes
+        self._limits = limits
         private_directory(folder)
         for leftover in folder.iterdir():
             leftover.unlink()
@@ -52,10 +50,10 @@ class Uploads:
         size = path.stat().st_size
         if offset > size:
             raise RequestError(f"offset: {offset} leaves a gap, {size} bytes have arrived")
-        if offset + len(data) > self._max_bytes:
+        if offset + len(data) > self._limits.package_size:
             path.unlink()
             raise PatchMalformedError(
-                f"the package is larger than max_package ({self._max_bytes} bytes)", code="zip.package_size"
+                f"the package is too large: {limit(self._limits, 'package_size')}", code="zip.package_size"
             )
         with path.open("r+b") as file:
             file.seek(offset)
@@ -71,7 +69,7 @@ class Uploads:
                 path.unlink()
                 continue
             count, taken = count + 1, taken + status.st_size
-        if (begins and count >= MOST) or taken + size > SHARES * self._max_bytes:
+        if (begins and count >= MOST) or taken + size > SHARES * self._limits.package_size:
             raise PatchError(
                 f"{count} uploads of {taken} bytes wait to be applied, and no more are taken; apply them, or "
                 f"wait {IDLE_SECONDS:.0f} s for those that were given up to be forgotten",
