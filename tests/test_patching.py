@@ -469,7 +469,8 @@ def test_each_target_has_its_policy_for_drift_and_everybody_says_what_it_did(fie
         field.said(name, "build=300 a.txt=by hand b.txt=new-b sub/c.txt=new-c")
     assert "target a: 1 file drifted\n  a.txt  is not the file" in asyncsup("patch", "drift", "a", status=1)
     assert "drifted files\n  a.txt  is not the file" in asyncsup("show", "a")
-    assert "kept      a.txt" in asyncsup("patch", "show", "1")
+    txn = field.client.call("patch.history", target="a")["transactions"][0]["txn"]
+    assert "kept      a.txt" in asyncsup("patch", "show", str(txn))
 
     report = field.apply(
         field.package("a", build=400, before={"a.txt": "new-a"}, files={"a.txt": "newer-a"}),
