@@ -11,10 +11,16 @@ from typing import Any, Final
 
 import orjson
 from fuzz_kit import FindingError, foreseen
+from zip_forge import FILES, manifest_part
 
 from asyncsup.errors import PatchMalformedError
 from asyncsup.patch.manifest import encode_manifest, parse_manifest
 from asyncsup.patch.prototype import parse_prototype
+
+FULL: Final = manifest_part(
+    *FILES, created="2026-11-22T10:00:00Z", expires="2090-01-01T00:00:00Z", requires={"build_min": 290},
+    build_floor=1, downgrade=True, probation=1.5, notes="two\nlines", **{"x-ticket": {"id": ["OPS-1", None]}},
+).data  # fmt: skip
 
 JSON_PIECES: Final = (
     b"0", b"-0", b"1e2", b"1E400", b"-1", b"1.0", b"01", b"0x1", b"1_0", b"9007199254740991",
@@ -50,9 +56,9 @@ KEYS: Final = (
 
 def mutate_json(random: Random, data: bytes) -> bytes:
     """Change what a manifest says, or how it is written."""
-    if random.random() < 0.5:
-        return _mutate_tokens(random, data)
     value = json.loads(data)
+    if random.random() < 0.5 or not _holders(value):
+        return _mutate_tokens(random, data)
     for _ in range(random.choice((1, 1, 2, 3))):
         holder = random.choice(_holders(value))
         if isinstance(holder, dict):

@@ -15,14 +15,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+import ssh_kit
 import zip_forge
 from fuzz_kit import FindingError, Tally, foreseen
-from zip_forge import JOB, NOTE, Part, extra, folder, forge, streamed
+from zip_forge import FILES, JOB, NOTE, Part, extra, folder, forge, manifest_part, native, streamed
 
 from asyncsup.config import PatchLimits as Limits
 from asyncsup.errors import PatchMalformedError
@@ -32,6 +34,41 @@ from asyncsup.patch.prototype import parse_prototype
 
 # --- archives: models ---------------------------------------------------------------------------------------
 # A list of entries as `zip_forge` has them, changed and put together with right offsets.
+
+
+@cache
+def good_packages() -> tuple[bytes, ...]:
+    """Good packages, as far as they can be had here from the tools that people have."""
+    found = [
+        native(*FILES),
+        forge(*(streamed(part) for part in (manifest_part(*FILES), *FILES))),
+        forge(manifest_part(*FILES), folder("files/"), folder("files/rest/"), *FILES),
+        forge(
+            manifest_part(*FILES),
+            Part(name="signatures/alice.sig", data=ssh_kit.key().sign(manifest_part(*FILES).data)),
+            *FILES,
+        ),
+        zip_forge.prototype(),
+        zip_forge.JAVA,
+        zip_forge.JAR,
+        zip_forge.SEVEN_ZIP,
+    ]
+    commands = (
+        ("zip", "-q", "-r", "out.zip", "manifest.json", "files"),
+        ("zip", "-q", "-X", "-D", "-0", "-r", "out.zip", "manifest.json", "files"),
+        ("bsdtar", "--format", "zip", "-cf", "out.zip", "manifest.json", "files"),
+    )
+    for command in commands:
+        with tempfile.TemporaryDirectory() as name:
+            if shutil.which(command[0]) is None:
+                continue
+            for part in (manifest_part(*FILES), *FILES):
+                path = Path(name) / part.raw_name.decode()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(part.data)
+            subprocess.run(command, cwd=name, check=True, stdin=subprocess.DEVNULL)
+            found.append((Path(name) / "out.zip").read_bytes())
+    return tuple(found)
 
 
 def native_parts() -> list[Part]:

@@ -533,10 +533,11 @@ ARCHIVES: Final = (
     _zip(
         50, "unknown local extra", lambda p: p.instead(replace(JOB, local_extra=extra(0x000D))), "zip.extra"
     ),
+    _zip(50, "times without any", lambda p: p.instead(replace(JOB, local_extra=extra(0x5455))), "zip.extra"),
     _zip(
         50,
         "repeated extra",
-        lambda p: p.instead(replace(JOB, local_extra=extra(0x5455) + extra(0x5455))),
+        lambda p: p.instead(replace(JOB, local_extra=2 * extra(0x5455, bytes(5)))),
         "zip.extra",
     ),
     _zip(50, "extra cut off", lambda p: p.instead(replace(JOB, central_extra=b"UT\x09\0\3")), "zip.extra"),

@@ -11,8 +11,6 @@ import os
 import re
 import resource
 import secrets
-import shutil
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,7 @@ from typing import Final
 import pytest
 import ssh_kit
 import zip_forge
-from fuzz_json import judge_manifest, judge_prototype, mutate_json
+from fuzz_json import FULL, judge_manifest, judge_prototype, mutate_json
 from fuzz_kit import FindingError, Tally, foreseen, numbered
 from fuzz_ssh import (
     MESSAGE,
@@ -32,11 +30,11 @@ from fuzz_ssh import (
     mutate_lines,
     mutate_signature,
 )
-from fuzz_zip import PackageJudge, mutate_bytes, mutate_model, native_parts, prototype_parts
+from fuzz_zip import PackageJudge, good_packages, mutate_bytes, mutate_model, native_parts, prototype_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_archive import refuse
-from zip_forge import FILES, Part, folder, forge, manifest_part, native, streamed
+from zip_forge import Part
 
 from asyncsup.errors import UsageError
 from asyncsup.patch.checksum import read_checksum
@@ -81,49 +79,15 @@ def fuzz(
     assert len(tally.verdicts) > 1
 
 
-def seeds() -> list[bytes]:
-    """Good packages, as far as they can be had here from the tools that people have."""
-    found = [
-        native(*FILES),
-        forge(*(streamed(part) for part in (manifest_part(*FILES), *FILES))),
-        forge(manifest_part(*FILES), folder("files/"), folder("files/rest/"), *FILES),
-        forge(
-            manifest_part(*FILES),
-            Part(name="signatures/alice.sig", data=ssh_kit.key().sign(manifest_part(*FILES).data)),
-            *FILES,
-        ),
-        zip_forge.prototype(),
-        zip_forge.JAVA,
-        zip_forge.JAR,
-        zip_forge.SEVEN_ZIP,
-    ]
-    commands = (
-        ("zip", "-q", "-r", "out.zip", "manifest.json", "files"),
-        ("zip", "-q", "-X", "-D", "-0", "-r", "out.zip", "manifest.json", "files"),
-        ("bsdtar", "--format", "zip", "-cf", "out.zip", "manifest.json", "files"),
-    )
-    for command in commands:
-        with tempfile.TemporaryDirectory() as name:
-            if shutil.which(command[0]) is None:
-                continue
-            for part in (manifest_part(*FILES), *FILES):
-                path = Path(name) / part.raw_name.decode()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(part.data)
-            subprocess.run(command, cwd=name, check=True, stdin=subprocess.DEVNULL)
-            found.append((Path(name) / "out.zip").read_bytes())
-    return found
-
-
 def test_every_seed_is_good_to_begin_with(memory: Path) -> None:
     tally = Tally()
     judge = PackageJudge(memory, tally)
     assert "unzip" in judge.tools
-    for seed in seeds():
+    for seed in good_packages():
         assert judge(seed) == "accepted"
         with zipfile.ZipFile(memory / "patch.zip") as reader:
             assert reader.testzip() is None
-    assert tally.compared["unzip"] == tally.compared["zipfile"] == len(seeds())
+    assert tally.compared["unzip"] == tally.compared["zipfile"] == len(good_packages())
 
 
 def test_no_change_of_an_entry_deceives(memory: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -135,16 +99,10 @@ def test_no_change_of_an_entry_deceives(memory: Path, capfd: pytest.CaptureFixtu
 
 
 def test_no_change_of_the_bytes_deceives(memory: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    tally, good = Tally(), seeds()
+    tally, good = Tally(), good_packages()
     make = lambda random: mutate_bytes(random, random.choice(good))  # noqa: E731
     fuzz("bytes", 3000, tally, PackageJudge(memory, tally), make, capfd=capfd)
     assert tally.compared["unzip"] > 100
-
-
-FULL: Final = manifest_part(
-    *FILES, created="2026-11-22T10:00:00Z", expires="2090-01-01T00:00:00Z", requires={"build_min": 290},
-    build_floor=1, downgrade=True, probation=1.5, notes="two\nlines", **{"x-ticket": {"id": ["OPS-1", None]}},
-).data  # fmt: skip
 
 
 def test_no_manifest_is_two_things(capfd: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +175,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
     assert refuse(data).error_code.startswith("zip.")
 
 
-@given(seed=st.sampled_from(seeds()), cut=st.floats(0, 1, exclude_max=True))
+@given(seed=st.sampled_from(good_packages()), cut=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=200, deadline=None)
 def test_package_that_is_still_on_its_way_is_called_truncated(seed: bytes, cut: float) -> None:
     """The inbox waits for such a file instead of rejecting it."""

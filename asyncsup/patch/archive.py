@@ -58,6 +58,9 @@ _FLAGS_KNOWN: Final = _FLAG_DESCRIPTOR | _FLAG_UTF8 | 1 << 1 | 1 << 2
 # Times and owners, which nobody here reads: extended timestamp, Info-ZIP Unix (three generations), NTFS, and
 # the mark with which `jar` begins. Everything else could change what an entry means to some other reader.
 _HARMLESS_EXTRAS: Final = frozenset({0x5455, 0x7875, 0x7855, 0x5855, 0x000A, 0xCAFE})
+_EXTRA_TIMES: Final = 0x5455
+# Flags, and up to three times. Some readers refuse what is shorter.
+_TIMES_SIZES: Final = frozenset({1, 5, 9, 13})
 _EXTRA_UNICODE_PATH: Final = 0x7075
 _EXTRA_AES: Final = 0x9901
 
@@ -432,6 +435,8 @@ def _split_extra(extra: bytes, name: str) -> dict[int, bytes]:
                 f"entry {quote(name)} carries a second name (extra field 0x7075); pack it without",
                 entry=name,
             )
+        if kind == _EXTRA_TIMES and length not in _TIMES_SIZES:
+            _refuse("zip.extra", f"entry {quote(name)} has times of {length} bytes", entry=name)
         if kind in found or (kind not in _HARMLESS_EXTRAS and kind != EXTRA_ZIP64):
             word = "repeated" if kind in found else "unknown"
             _refuse("zip.extra", f"entry {quote(name)} has the {word} extra field 0x{kind:04x}", entry=name)
