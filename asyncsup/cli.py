@@ -48,7 +48,8 @@ exit status:
   0 ok, 1 failed, 2 usage, 3 not running or not ready, 4 no such target, 5 invalid configuration,
   6 not allowed, 7 supervisor not reachable, 8 busy, 124 time-out, 130 interrupted;
   patches: 20 refused by a gate, 21 malformed, checksum or signature wrong,
-  22 target refused (nothing changed), 23 applied and rolled back, 24 rollback failed"""
+  22 target refused (nothing changed), 23 applied and rolled back, 24 rollback failed,
+  25 failed and left as it is until somebody decides"""
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
@@ -902,7 +903,7 @@ def _patch_settle(verb: str) -> Callable[[Session], int]:
     """`patch commit` and `patch abort`: end what waits or is under way."""
 
     def run(session: Session) -> int:
-        report, out = session.ask(f"patch.{verb}", id=session.args.id), session.out
+        report, out = session.client.call(f"patch.{verb}", id=session.args.id), session.out
         out.result(report, lambda: render.report_lines(report, ink=out.ink))
         return 0
 

@@ -291,6 +291,7 @@ class ControlServer:
             chosen = {instance.name for instance in selection.instances}
             described["instances"] = [i for i in described["instances"] if i["name"] in chosen]
             described["uncommitted"] = supervisor.overseer.uncommitted(selection.target.name)
+            described["undecided"] = supervisor.overseer.undecided(selection.target.name)
             targets.append(described)
         return {"seq": supervisor.events.seq, "targets": targets}
 
@@ -301,6 +302,7 @@ class ControlServer:
         target = self._one(name)
         described = self.supervisor.describe(target)
         described["uncommitted"] = self.supervisor.overseer.uncommitted(target.name)
+        described["undecided"] = self.supervisor.overseer.undecided(target.name)
         described["config"] = describe(target.config)
         described["log"] = {
             instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}

@@ -187,6 +187,15 @@ class PatchRolledBackError(PatchError):
     exit_status = 23
 
 
+class PatchUndecidedError(PatchError):
+    """The patch failed after the switch and, with ``rollback = "manual"``, was left as it is: an operator
+    decides. ``__cause__`` says what failed.
+    """
+
+    code = "patch.undecided"
+    exit_status = 25
+
+
 class RollbackFailedError(PatchError):
     """Undoing failed as well. The files are wholly one build; the message says which process is not well."""
 

@@ -283,6 +283,7 @@ def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
         details.append(f"busy: {clean(target['busy'])}")
     if target.get("waiting"):
         details.append(f"queued: {_queue(target['waiting'])}")
+    details.append(_patch_waits(target))
     if one is not None:
         details.append(_instance_detail(one))
         pid, uptime, ready = _number(one.get("pid")), duration(one.get("uptime")), _yes(target, "ready")
@@ -300,6 +301,15 @@ def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
         (_number(target.get("build")), ""),
         ("; ".join(text for text in details if text), ""),
     ]
+
+
+def _patch_waits(target: Value) -> str:
+    """What an operator has to say a word about."""
+    if target.get("undecided") is not None:
+        return f"patch {clean(target['undecided'])} has failed: abort or commit it"
+    if target.get("uncommitted") is not None:
+        return f"patch {clean(target['uncommitted'])} waits for its commit"
+    return ""
 
 
 def _queue(waiting: Sequence[Any]) -> str:
@@ -414,6 +424,7 @@ def show_lines(
             ("build", _number(value.get("build"))),
             ("generation", _number(value.get("generation"))),
             ("patch", clean(value.get("patch") or "")),
+            ("waits", _patch_waits(value)),
         ]
     )
     for instance in value.get("instances") or ():
@@ -683,6 +694,7 @@ def verdict_lines(report: Value, *, ink: Ink = PLAIN) -> list[str]:
         "refused": "nothing was touched",
         "target_refused": "no go-ahead from the target; nothing was changed",
         "rolled_back": "applied and undone; everything is as it was before",
+        "undecided": "it has failed, and stays as it is until somebody decides",
         "rollback_failed": "the files are wholly one build, but a process is not well",
         "uncommitted": "every instance has it; it waits for `asyncsup patch commit "
         f"{clean(report.get('txn', 'ID'))}` (or abort)",

@@ -120,8 +120,9 @@ def info(patch: Package) -> PatchInfo:
     )
 
 
-def begin(store: Store, patch: Package, *targets: str) -> int:
-    return store.begin(action="apply", patch=info(patch), targets=targets or ("web",), asked_by="test")
+def begin(store: Store, patch: Package, *targets: str, by_hand: bool = False) -> int:
+    names = targets or ("web",)
+    return store.begin(action="apply", patch=info(patch), targets=names, asked_by="test", by_hand=by_hand)
 
 
 def staged(store: Store, patch: Package, *targets: str, policy: Policy = "refuse") -> int:

@@ -69,6 +69,15 @@ class Field:
         for name in names:
             self.said(name, "old-a")
 
+    def crash(self) -> None:
+        """The machine loses power: no supervisor, and none of its processes."""
+        with ControlClient(self.serve.endpoint) as client:
+            targets = client.call("status")["targets"]
+        self.serve.kill()
+        for pid in [instance["pid"] for target in targets for instance in target["instances"]]:
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+
     def behave(self, name: str, **behaviour: Any) -> None:
         (self.folder / f"{name}.work" / "behaviour.json").write_text(json.dumps(behaviour))
 
@@ -745,6 +754,110 @@ def test_an_uncommitted_patch_is_undone_by_abort_crash_and_the_end_of_the_superv
     field.said("web", "build=200 a.txt=old-a")
     history = field.client.call("patch.history")["transactions"]
     assert [entry["verdict"] for entry in history] == ["rolled_back"] * 3
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_with_manual_rollback_a_patch_that_fails_stays_until_somebody_decides(
+    field: Field, kind: Kind
+) -> None:
+    field.start("a", "b", each={"b": 'patch = { rollback = "manual" }'})
+    field.behave("b", reload="fail", start="die")
+    package = field.package("a", "b", kind=kind)
+    error = field.refused(package)
+    assert (error.error_code, error.remote_exit_status) == ("patch.undecided", 25)
+    report = error.details["report"]
+    txn = report["txn"]
+    assert (report["verdict"], report["steps"][-1]["step"]) == ("undecided", "undecided")
+    assert f"`asyncsup patch abort {txn}` takes it back" in error.message
+    for name in "ab":
+        assert field.content(name)["a.txt"] == "new-a"
+        assert (field.target(name)["undecided"], field.target(name)["busy"]) == (txn, None)
+    assert field.client.call("patch.show", id=str(txn))["verdict"] == "undecided"
+    # Nobody else patches meanwhile, and one target alone is no decision about both.
+    busy = field.refused(field.package("a", build=400, before={"a.txt": "new-a"}, files={"a.txt": "x"}))
+    assert (busy.error_code, busy.details["txn"]) == ("target.busy", txn)
+    with pytest.raises(RemoteError, match="taken back as a whole"):
+        field.client.call("patch.rollback", target="a", only=True)
+
+    # It survives an orderly restart of the supervisor, and one that is none.
+    field.behave("b")
+    for stop in (field.serve.stop, field.crash):
+        field.client.close()
+        stop()
+        field.client = field.serve.start()
+        for name in "ab":
+            field.said(name, "build=300 a.txt=new-a")
+            assert field.target(name)["undecided"] == txn
+
+    report = field.client.call("patch.abort", id=str(txn))
+    assert report["verdict"] == "rolled_back"
+    for name in "ab":
+        field.said(name, "build=200 a.txt=old-a b.txt=old-b")
+        assert field.target(name)["undecided"] is None
+    assert field.refused(package).error_code == "gate.held"
+    assert field.client.call("patch.show", id=str(txn))["verdict"] == "rolled_back"
+    with pytest.raises(RemoteError) as caught:
+        field.client.call("patch.abort", id=str(txn))
+    assert caught.value.error_code == "patch.not_found"
+
+
+def test_an_undecided_patch_can_be_kept_or_taken_back_by_the_target_s_name(field: Field) -> None:
+    field.start("a", "b", patch='rollback = "manual"\n')
+    package = field.package("a", "b")
+    field.behave("b", reload="regret")
+    field.client.call("stop", names=["a"])
+    error = field.refused(field.package("a", "b", probation=60.0))
+    assert error.error_code == "patch.undecided"
+    report = field.client.call("patch.rollback", target="a")
+    assert (report["verdict"], report["txn"]) == ("rolled_back", error.details["report"]["txn"])
+    field.said("b", "build=200 a.txt=old-a")
+    assert (field.target("a")["state"], field.content("a")["a.txt"]) == ("stopped", "old-a")
+
+    field.behave("b", reload="fail")
+    assert field.refused(package).error_code == "patch.undecided"
+    field.behave("b")
+    # Whatever else is to be done with the targets can be done.
+    field.client.call("restart", names=["b"])
+    field.said("b", "build=300 a.txt=new-a")
+    report = field.client.call("patch.commit", id=str(field.target("b")["undecided"]))
+    assert report["verdict"] == "committed"
+    assert [field.target(name)["build"] for name in "ab"] == [300, 300]
+    assert field.apply(package)["verdict"] == "already"
+    field.client.call("patch.rollback", target="b", together=True)
+    field.said("b", "build=200 a.txt=old-a")
+    assert field.client.call("audit.verify")["ok"]
+
+
+def test_manual_rollback_undoes_what_fails_before_the_switch_and_what_somebody_ends(field: Field) -> None:
+    field.start("web", patch='rollback = "manual"\n')
+    field.behave("web", prepare="refuse")
+    before = field.picture("web")
+    assert field.refused(field.package("web")).error_code == "patch.not_allowed"
+    assert field.picture("web") == before
+    field.behave("web")
+    with field.applying(field.package("web", probation=60.0)) as outcome:
+        field.said("web", "build=300")
+        txn = field.client.call("patch.history")["transactions"][0]["txn"]
+        assert field.client.call("patch.abort", id=str(txn))["verdict"] == "rolled_back"
+    assert outcome[0].error_code == "patch.rolled_back"
+    field.said("web", "build=200 a.txt=old-a")
+
+
+def test_a_supervisor_killed_in_probation_leaves_the_patch_undecided(field: Field) -> None:
+    field.start("web", patch='rollback = "manual"\n')
+    package = field.package("web", probation=60.0)
+    with field.applying(package):
+        field.said("web", "build=300")
+        field.crash()
+    field.client.close()
+    field.client = field.serve.start()
+    field.said("web", "build=300 a.txt=new-a")
+    undecided = field.target("web")["undecided"]
+    assert field.client.call("patch.show", id=str(undecided))["code"] == "patch.interrupted"
+    assert field.client.call("patch.abort", id=str(undecided))["verdict"] == "rolled_back"
+    field.said("web", "build=200 a.txt=old-a")
+    # It was not the patch's fault.
+    assert field.client.call("patch.plan", path=str(package))["verdict"] == "apply"
 
 
 def test_abort_ends_a_patch_that_a_target_makes_wait(field: Field) -> None:

@@ -169,6 +169,28 @@ def play_overwrite(scene: Scene) -> None:
     store.close()
 
 
+def play_undecided(scene: Scene) -> None:
+    """It fails after the switch, stays over a restart, and is then taken back."""
+    store = scene.open()
+    with scene.patch(300) as patch:
+        txn = begin(store, patch, *scene.names, by_hand=True)
+        for name in scene.names:
+            store.stage(txn, name, patch)
+    store.switch(txn)
+    store.leave_undecided(txn, error="it failed", code="patch.reload_failed")
+    store.close()
+    store = scene.open()
+    decide(store)
+    store.close()
+
+
+def decide(store: Store) -> None:
+    """Take back what waits for a decision."""
+    for each in store.undecided():
+        store.abort(each.txn)
+        store.finish(each.txn, verdict="rolled_back", error=each.error, code=each.code)
+
+
 def play_undo(scene: Scene) -> None:
     store = scene.open()
     with scene.patch(300) as patch:
@@ -230,7 +252,7 @@ class Play:
     @property
     def shapes(self) -> list[str]:
         """Mostly three targets of both layouts; the apply with each layout alone as well."""
-        if self.policy != "refuse":
+        if self.policy != "refuse" or self.action is play_undecided:
             return ["pair"]
         return ["overlay", "tree", "three"] if self.action is play_apply else ["three"]
 
@@ -289,6 +311,7 @@ PLAYS = [
     Play("recovery before the switch", KILLED_BEFORE_SWITCH, play_recovery, (ORIGINAL,)),
     Play("recovery after the switch", KILLED_AFTER_SWITCH, play_recovery, (FIRST, SECOND)),
     Play("recovery after the commit", KILLED_AFTER_COMMIT, play_recovery, (SECOND,)),
+    Play("undecided", patched, play_undecided, (FIRST, SECOND)),
     Play("overwrite", meddled, play_overwrite, (MEDDLED, SECOND), "overwrite"),
     Play(
         "rollback keeping",
@@ -348,6 +371,11 @@ def test_a_kill_at_any_point_leaves_every_target_wholly_old_or_wholly_new(
         if play.action in APPLYING and "commit.recorded" not in point:
             after_commit = "commit.tidied" in point
             assert recovered == play.allowed[-1 if after_commit else 0], point
+        if store.undecided():
+            assert recovered == SECOND, point
+            decide(store)
+            recovered = scene.files()
+            assert recovered == FIRST, point
         scene.check_sound(store)
         assert scene.files() == recovered, point
         with scene.patch(400) as patch:

@@ -55,6 +55,7 @@ LogFormat = Literal["raw", "timestamp", "json"]
 Commit = Literal["auto", "manual"]
 Readiness = Literal["exit", "http", "tcp", "exec", "log", "fd", "notify", "sdk", "uptime"]
 Drift = Literal["refuse", "keep", "overwrite"]
+Rollback = Literal["auto", "manual"]
 
 
 def _empty() -> Mapping[str, Any]:
@@ -107,6 +108,8 @@ class PatchConduct:
     """How long after the switch a failure still undoes the patch, unless the patch itself names a time."""
     commit: Annotated[Commit, choice(Commit)] = "auto"
     """``"manual"``: after its probation a patch waits for `asyncsup patch commit`."""
+    rollback: Annotated[Rollback, choice(Rollback)] = "auto"
+    """``"manual"``: a patch that fails after the switch stays, until somebody decides."""
     drift: Annotated[Drift, choice(Drift)] = "refuse"
     """What becomes of files that are not what a patch was made for."""
 

@@ -91,7 +91,8 @@ CREATE TABLE transactions (
     ended REAL,
     cleaned INTEGER NOT NULL DEFAULT 0,
     floor INTEGER,                     -- the patch's build_floor
-    downgrade INTEGER NOT NULL DEFAULT 0
+    downgrade INTEGER NOT NULL DEFAULT 0,
+    by_hand INTEGER NOT NULL DEFAULT 0 -- once it has switched, only an operator decides what becomes of it
 );
 CREATE INDEX transactions_by_patch ON transactions (patch);
 CREATE TABLE parts (
@@ -251,6 +252,7 @@ class TransactionRow:
     cleaned: bool
     floor: int | None
     downgrade: bool
+    by_hand: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -633,17 +635,18 @@ class Database:
         asked_by: str,
         sources: Mapping[str, int],
         started: float,
+        by_hand: bool = False,
     ) -> int:
         """A new transaction over the targets in `sources` (which generation each has now)."""
         with self.write() as sql:
             cursor = sql.execute(
                 "INSERT INTO transactions (action, patch, name, version, build, kind, floor, downgrade, "
-                "phase, state, asked_by, started) VALUES (:action, :patch, :name, :version, :build, :kind, "
-                ":floor, :downgrade, :phase, :phase, :asked_by, :started)",
+                "phase, state, asked_by, started, by_hand) VALUES (:action, :patch, :name, :version, :build, "
+                ":kind, :floor, :downgrade, :phase, :phase, :asked_by, :started, :by_hand)",
                 {
                     "patch": None, "name": None, "version": None, "build": None, "kind": None, "floor": None,
                     "downgrade": False, **facts, "action": action, "phase": Phase.BEGUN.value,
-                    "asked_by": asked_by, "started": started,
+                    "asked_by": asked_by, "started": started, "by_hand": by_hand,
                 },
             )  # fmt: skip
             txn = cursor.lastrowid
@@ -876,5 +879,5 @@ def _generation(row: sqlite3.Row) -> GenerationRow:
 
 def _transaction(row: sqlite3.Row) -> TransactionRow:
     values = dict(row)
-    values |= {name: bool(values[name]) for name in ("cleaned", "downgrade")}
+    values |= {name: bool(values[name]) for name in ("cleaned", "downgrade", "by_hand")}
     return TransactionRow(**{**values, "phase": Phase(values["phase"])})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from asyncsup.errors import (
     PatchRefusedError,
     PatchRolledBackError,
     PatchTargetRefusedError,
+    PatchUndecidedError,
     RequestError,
     RollbackFailedError,
     ShuttingDownError,
@@ -61,7 +62,7 @@ from asyncsup.patch.report import (
     verdict_of,
 )
 from asyncsup.patch.space import Need
-from asyncsup.patch.store import MIN_PREFIX, PatchInfo
+from asyncsup.patch.store import INTERRUPTED, MIN_PREFIX, PatchInfo, StagedTarget, Undecided
 from asyncsup.patch.transaction import Change, Participant, Progress, Transaction
 from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
@@ -186,9 +187,7 @@ class _Job:
 
     def is_called(self, reference: str) -> bool:
         """Whether a transaction's number, or the beginning of a patch's id, means this job."""
-        return reference == str(self.report.txn) or (
-            len(reference) >= 4 and (self.report.patch or "").startswith(reference)
-        )
+        return _is_called(reference, self.report.txn, self.report.patch)
 
 
 Work = Callable[[_Job, Sequence[Target]], Awaitable[Verdict]]
@@ -202,6 +201,7 @@ class PatchOverseer:
         self._store = supervisor.store
         self._tasks = tasks
         self._jobs: set[_Job] = set()
+        self._undecided = {each.txn: each for each in self._store.undecided()}
         self._refusing = False
         self._clock = SeenClock(self._store.last_seen())
         self._limits = supervisor.config.patch.limits
@@ -358,6 +358,10 @@ class PatchOverseer:
                 return job.report.txn
         return None
 
+    def undecided(self, target: str) -> int | None:
+        """The number of the patch on a target that has failed and waits for somebody to decide about it."""
+        return next((each.txn for each in self._undecided.values() if target in each.targets), None)
+
     # --- doing ----------------------------------------------------------------------------------------------
 
     async def apply(self, source: Source, wish: Wish) -> dict[str, Any]:
@@ -381,6 +385,15 @@ class PatchOverseer:
         Raises:
             AsyncsupError: as `apply` does, and as `goals_of_target` and `goals_of_patch` do.
         """
+        undecided = self._undecided_patch(way.reference)
+        if undecided is not None:
+            if way.only or way.extent != Extent():
+                raise UsageError(
+                    f"transaction {undecided.txn} on {', '.join(undecided.targets)} was never committed, and "
+                    "is taken back as a whole",
+                    txn=undecided.txn,
+                )
+            return await self._decide(undecided, wish, keep=False)
         job = self._new_job("rollback", wish)
         job.request["back"] = way.to_json()
         self._tasks.start_soon(self._finish_job, job, self._take_back(job, way, wish))
@@ -398,6 +411,9 @@ class PatchOverseer:
             PatchNotFoundError: no such patch waits.
             PatchRolledBackError: it failed in this very moment.
         """
+        undecided = self._undecided_patch(reference)
+        if undecided is not None:
+            return await self._decide(undecided, Wish(actor=actor), keep=True)
         job = self._job(reference, "commit")
         if job.transaction is None or not job.transaction.waits_for_commit:
             raise PatchNotFoundError(f"patch {reference} does not wait for a commit (yet)", id=reference)
@@ -411,6 +427,9 @@ class PatchOverseer:
         Raises:
             PatchNotFoundError: no such patch is under way.
         """
+        undecided = self._undecided_patch(reference)
+        if undecided is not None:
+            return await self._decide(undecided, Wish(actor=actor), keep=False)
         job = self._job(reference, "abort")
         self._store.note("txn.abort_asked", txn=job.report.txn, by=actor.to_json())
         job.cancel(f"aborted by {actor}")
@@ -420,6 +439,91 @@ class PatchOverseer:
             report: dict[str, Any] = error.details["report"]
             return report
         return job.end.result()
+
+    def _undecided_patch(self, reference: str) -> Undecided | None:
+        """The undecided patch that a target, a transaction's number or the beginning of an id means."""
+        for each in self._undecided.values():
+            if reference in each.targets or _is_called(reference, each.txn, each.patch):
+                return each
+        return None
+
+    async def _decide(self, undecided: Undecided, wish: Wish, *, keep: bool) -> dict[str, Any]:
+        """Commit a patch that has failed, or take it back; returns its report.
+
+        Raises:
+            RollbackFailedError: taking it back failed; if its files are still there, it stays undecided.
+        """
+        job = self._new_job("apply", wish)
+        report = job.report
+        report.txn, report.patch = undecided.txn, undecided.patch
+        report.name, report.version = undecided.name, undecided.version
+        report.build, report.kind = undecided.build, undecided.kind
+        event = "txn.commit_asked" if keep else "txn.abort_asked"
+        self._store.note(event, txn=undecided.txn, by=wish.actor.to_json())
+        targets = [t for t in self._supervisor.targets.values() if t.name in undecided.targets]
+        work = partial(self._carry_out_decision, undecided, wish, keep)
+        self._tasks.start_soon(self._finish_job, job, self._carry_out(job, targets, work, wish))
+        return await self._answer(job)
+
+    async def _carry_out_decision(
+        self, undecided: Undecided, wish: Wish, keep: bool, job: _Job, targets: Sequence[Target]
+    ) -> Verdict:
+        if undecided.txn not in self._undecided:
+            raise PatchNotFoundError(f"transaction {undecided.txn} has been decided about meanwhile")
+        files = (await anyio.to_thread.run_sync(self._store.transaction, undecided.txn))["files"]
+        for target in targets:
+            staged = next(part for part in undecided.parts if part.target == target.name)
+            job.report.parts.append(_part_of(target, staged, files))
+        participants = [part.participant for part in job.report.parts if part.participant is not None]
+        change = Change(
+            action="apply",
+            kind=Kind(undecided.kind),
+            patch=undecided.patch,
+            probation=0.0,
+            manual_commit=False,
+            manual_rollback=True,
+            total_bytes=0,
+            participants=participants,
+        )
+        transaction = self._transaction(undecided.txn, change, job)
+        by = str(wish.actor)
+        error: AsyncsupError | None = None
+        try:
+            if keep:
+                await transaction.keep()
+            else:
+                await transaction.take_back(f"asked for by {by}")
+        except AsyncsupError as failure:
+            error = failure
+            raise
+        finally:
+            verdict: Verdict = "committed" if keep else "rolled_back"
+            with anyio.CancelScope(shield=True):
+                write = partial(self._write_down_decision, transaction, undecided, verdict, error)
+                head = await anyio.to_thread.run_sync(write)
+            job.report.audit = head.to_json()
+            transaction.publish(
+                "patch.ended", verdict=verdict if error is None else verdict_of(error), audit=head.to_json()
+            )
+        return verdict
+
+    def _write_down_decision(
+        self, transaction: Transaction, undecided: Undecided, verdict: Verdict, error: AsyncsupError | None
+    ) -> Head:
+        txn = undecided.txn
+        facts = {"instances": _answers(transaction)}
+        if error is not None and any(each.txn == txn for each in self._store.undecided()):
+            failed = f"{undecided.error}; and then: {error.message}"
+            self._store.leave_undecided(txn, error=failed, code=undecided.code, facts=facts)
+            return self._store.head()
+        outcome = verdict if error is None else verdict_of(error)
+        self._store.finish(txn, verdict=outcome, error=undecided.error, code=undecided.code, facts=facts)
+        del self._undecided[txn]
+        if verdict == "committed":
+            self._let_go(undecided.patch, undecided.targets)
+        elif undecided.code != INTERRUPTED:
+            self._store.hold(undecided.patch, undecided.error)
+        return self._store.head()
 
     async def drift(self, target: str | None) -> list[dict[str, Any]]:
         """Files of one target, or of all, that are not as patches have left them."""
@@ -650,6 +754,7 @@ class PatchOverseer:
             patch=package.id,
             probation=longest if manifest.probation is None else manifest.probation,
             manual_commit=any(setting.commit == "manual" for setting in settings),
+            manual_rollback=any(setting.rollback == "manual" for setting in settings),
             total_bytes=sum(change.size or 0 for change in manifest.files) * len(parts),
             participants=[part.participant for part in parts if part.participant is not None],
         )
@@ -717,6 +822,7 @@ class PatchOverseer:
             patch=report.patch or "",
             probation=max(target.config.patch.probation for target in targets),
             manual_commit=False,
+            manual_rollback=False,
             total_bytes=0,
             participants=participants,
         )
@@ -747,9 +853,17 @@ class PatchOverseer:
         )
         return part
 
-    async def _run(self, job: _Job, change: Change, info: PatchInfo | None) -> None:
+    def _transaction(self, txn: int, change: Change, job: _Job) -> Transaction:
         for participant in change.participants:
             participant.enlist()
+        transaction = Transaction(
+            txn, change, self._store, self._supervisor.events, asked_by=job.report.asked_by
+        )
+        transaction.cancel_reason = job.because
+        job.report.txn, job.report.steps, job.transaction = txn, transaction.steps, transaction
+        return transaction
+
+    async def _run(self, job: _Job, change: Change, info: PatchInfo | None) -> None:
         names = [participant.target.name for participant in change.participants]
         begin = partial(
             self._store.begin,
@@ -758,15 +872,12 @@ class PatchOverseer:
             targets=names,
             asked_by=job.report.asked_by,
             request={**job.request, "gates": _gates(job.report)},
+            by_hand=change.manual_rollback,
         )
         with anyio.CancelScope(shield=True):
             txn = await anyio.to_thread.run_sync(begin)
-        transaction = Transaction(
-            txn, change, self._store, self._supervisor.events, asked_by=job.report.asked_by
-        )
+        transaction = self._transaction(txn, change, job)
         transaction.on_uncommitted = partial(self._uncommitted, job)
-        transaction.cancel_reason = job.because
-        job.report.txn, job.report.steps, job.transaction = txn, transaction.steps, transaction
         error: AsyncsupError | None = None
         try:
             await transaction.run()
@@ -798,24 +909,35 @@ class PatchOverseer:
 
         Returns the audit's last record of it.
         """
-        participants = transaction.change.participants
-        answers = [record.to_json() for each in participants for record in each.records.values()]
+        facts = {"instances": _answers(transaction)}
+        if isinstance(error, PatchUndecidedError):
+            cause = error.__cause__
+            assert isinstance(cause, AsyncsupError)
+            self._store.leave_undecided(
+                transaction.txn, error=cause.message, code=cause.error_code, facts=facts
+            )
+            self._undecided |= {each.txn: each for each in self._store.undecided()}
+            return self._store.head()
         self._store.finish(
             transaction.txn,
             verdict=verdict,
             error=error.message if error else None,
             code=error.error_code if error else None,
-            facts={"instances": answers},
+            facts=facts,
         )
         if _is_the_patchs_fault(error) and info is not None:
             self._store.hold(info.id, error.message)
         if verdict == "committed":
-            if info is not None:
-                self._store.unhold(info.id)
-            for name in targets:
-                by = Actor(via="supervisor").to_json()
-                self._store.prune(name, self._supervisor.config.patch.keep, by=by)
+            self._let_go(None if info is None else info.id, targets)
         return self._store.head()
+
+    def _let_go(self, patch: str | None, targets: Sequence[str]) -> None:
+        """Of what a patch that is committed makes superfluous."""
+        if patch is not None:
+            self._store.unhold(patch)
+        for name in targets:
+            by = Actor(via="supervisor").to_json()
+            self._store.prune(name, self._supervisor.config.patch.keep, by=by)
 
     def _settle(self, source: Source, outcome: dict[str, Any] | AsyncsupError) -> None:
         """Move a zip out of the inbox, with its report, once it has been dealt with."""
@@ -823,6 +945,8 @@ class PatchOverseer:
             return  # it has gone, or is another one by now that came under the same name
         if not isinstance(outcome, AsyncsupError):
             self._supervisor.inbox.settle(source.path, outcome, outcome="applied")
+        elif isinstance(outcome, PatchUndecidedError):
+            self._supervisor.inbox.settle(source.path, outcome.details["report"], outcome="applied")
         elif not _was_not_tried(source, outcome):
             self._supervisor.inbox.settle(source.path, outcome.details["report"], outcome="rejected")
 
@@ -994,6 +1118,39 @@ class PatchOverseer:
             files=files,
             build_before=state.build,
         )
+
+
+def _is_called(reference: str, txn: int | None, patch: str | None) -> bool:
+    return reference == str(txn) or (len(reference) >= MIN_PREFIX and (patch or "").startswith(reference))
+
+
+def _part_of(target: Target, staged: StagedTarget, files: Sequence[Mapping[str, Any]]) -> Part:
+    """One target's part in a patch that was applied some time ago."""
+    part = Part(
+        target=target,
+        package=None,
+        assessment=Assessment(target=target.name, gates=(), already=False),
+        files=tuple(
+            FilePlan(path=file["path"], op=file["op"], note=file["note"])
+            for file in files
+            if file["target"] == target.name
+        ),
+        build_before=staged.build_before,
+    )
+    part.participant = Participant(
+        target=target,
+        build_before=staged.build_before,
+        build_after=staged.build_after,
+        changed=part.changed,
+        stage=lambda txn, progress: None,
+    )
+    return part
+
+
+def _answers(transaction: Transaction) -> list[dict[str, Any]]:
+    """What became of every instance, for the audit."""
+    participants = transaction.change.participants
+    return [record.to_json() for each in participants for record in each.records.values()]
 
 
 def _may_be_an_id(reference: str) -> bool:

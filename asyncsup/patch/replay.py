@@ -50,7 +50,7 @@ class Replay:
                 self._raise_marks(known, fields)
         if event == "txn.switched_back":
             known["committed"] = False
-        if event in {"txn.attempted", "txn.undone", "txn.ended"}:
+        if event in {"txn.attempted", "txn.undecided", "txn.undone", "txn.ended"}:
             known |= {key: fields[key] for key in _ENDED if key in fields}
 
     def _raise_marks(self, known: Facts, fields: Mapping[str, Any]) -> None:

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from asyncsup.errors import AsyncsupError, PatchRolledBackError, PatchTargetRefusedError, RollbackFailedError
+from asyncsup.errors import (
+    AsyncsupError,
+    PatchRolledBackError,
+    PatchTargetRefusedError,
+    PatchUndecidedError,
+    RollbackFailedError,
+)
 from asyncsup.events import timestamp
 from asyncsup.instance import RootFacts
 from asyncsup.patch.gates import Assessment, Gate
@@ -19,7 +25,14 @@ from asyncsup.patch.transaction import Participant, Progress
 from asyncsup.target import Target
 
 Verdict = Literal[
-    "committed", "uncommitted", "already", "refused", "target_refused", "rolled_back", "rollback_failed"
+    "committed",
+    "uncommitted",
+    "undecided",
+    "already",
+    "refused",
+    "target_refused",
+    "rolled_back",
+    "rollback_failed",
 ]
 
 
@@ -78,6 +91,8 @@ class Report:
     """The package's name, where it has one: one that was sent over has none."""
     patch: str | None = None
     manifest: Manifest | None = None
+    name: str | None = None
+    version: str | None = None
     build: int | None = None
     kind: str | None = None
     txn: int | None = None
@@ -95,8 +110,8 @@ class Report:
             "txn": self.txn,
             "file": self.file,
             "patch": self.patch,
-            "name": manifest.name if manifest else None,
-            "version": manifest.version if manifest else None,
+            "name": manifest.name if manifest else self.name,
+            "version": manifest.version if manifest else self.version,
             "build": manifest.build if manifest else self.build,
             "kind": manifest.kind.value if manifest else self.kind,
             "action": self.action,
@@ -182,6 +197,7 @@ def gate_json(gate: Gate) -> dict[str, Any]:
 def verdict_of(error: AsyncsupError) -> Verdict:
     by_type: Mapping[type[AsyncsupError], Verdict] = {
         PatchRolledBackError: "rolled_back",
+        PatchUndecidedError: "undecided",
         RollbackFailedError: "rollback_failed",
         PatchTargetRefusedError: "target_refused",
     }

@@ -74,11 +74,18 @@ __all__ = [
     "Survey",
     "TargetRoot",
     "TargetState",
+    "Undecided",
 ]
 
 log = logging.getLogger("asyncsup.patch.store")
 
 Action = Literal["apply", "rollback"]
+
+UNDECIDED: Final = "undecided"
+"""State and verdict of a transaction that only an operator may end."""
+
+INTERRUPTED: Final = "patch.interrupted"
+"""The code of a transaction that a crash has cut off."""
 
 MIN_PREFIX: Final = 4
 """Hex digits it takes to name a patch."""
@@ -153,6 +160,25 @@ class StagedTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Undecided:
+    """A transaction that waits for somebody to decide about it; `error` says why."""
+
+    txn: int
+    patch: str
+    name: str | None
+    version: str | None
+    build: int | None
+    kind: str
+    error: str
+    code: str
+    parts: tuple[StagedTarget, ...]
+
+    @property
+    def targets(self) -> list[str]:
+        return [part.target for part in self.parts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackPlan:
     """What going back would do; `kind` is cold as soon as one of the patches undone was."""
 
@@ -167,13 +193,14 @@ class Recovered:
     """What recovery did about one transaction.
 
     Attributes:
-        action: ``dropped`` (it had not switched), ``switched_back``, ``completed`` (it was confirmed; only
+        action: ``dropped`` (it had not switched), ``switched_back``, ``undecided`` (it had switched, and only
+            an operator may decide about it), ``completed`` (it was confirmed; only
             tidying was left), ``lost`` (confirmed, yet the pointer says otherwise: the disk lied; the files
             are wholly those of the generation before), ``released`` (a release, finished).
     """
 
     txn: int | None
-    action: Literal["dropped", "switched_back", "completed", "lost", "released"]
+    action: Literal["dropped", "switched_back", "undecided", "completed", "lost", "released"]
     targets: tuple[str, ...]
     patch: str | None
 
@@ -575,6 +602,7 @@ class Store:
         targets: Sequence[str],
         asked_by: str,
         request: Mapping[str, Any] | None = None,
+        by_hand: bool = False,
     ) -> int:
         """Open a transaction over `targets`, durably; returns its number.
 
@@ -582,6 +610,7 @@ class Store:
 
         Args:
             request: everything else about it that the audit is to hold: who asked, what was decided.
+            by_hand: once it has switched, no failure and no crash undoes it: see `leave_undecided`.
         Raises:
             TargetBusyError: another transaction has one of them.
             TargetNotFoundError, UsageError: a target is not known, or none or one twice is named.
@@ -598,19 +627,32 @@ class Store:
         with self._database.write():
             sources = {}
             for target in targets:
-                for other in self._database.open_transactions(target):
-                    raise TargetBusyError(
-                        f"{target} is being changed by transaction {other.txn} ({other.action})",
-                        target=target,
-                        txn=other.txn,
-                    )
+                self._refuse_while_open(target)
                 sources[target] = self.state(target).generation
             facts = self._current_patch(targets[0]) if patch is None else _facts(patch)
             txn = self._add_transaction(
-                "txn.begun", action, facts, asked_by=asked_by, sources=sources, request=request or {}
+                "txn.begun",
+                action,
+                facts,
+                asked_by=asked_by,
+                sources=sources,
+                request=request or {},
+                by_hand=by_hand,
             )
         failpoint("store.begin.recorded")
         return txn
+
+    def _refuse_while_open(self, target: str) -> None:
+        for other in self._database.open_transactions(target):
+            if other.state == UNDECIDED:
+                message = (
+                    f"{target} waits for somebody to decide about transaction {other.txn}, which has failed: "
+                    f"`asyncsup patch abort {other.txn}` takes it back, `asyncsup patch commit {other.txn}` "
+                    "keeps it"
+                )
+            else:
+                message = f"{target} is being changed by transaction {other.txn} ({other.action})"
+            raise TargetBusyError(message, target=target, txn=other.txn)
 
     def write_down_attempt(
         self,
@@ -655,10 +697,16 @@ class Store:
         asked_by: str,
         sources: Mapping[str, int],
         request: Mapping[str, Any],
+        by_hand: bool = False,
     ) -> int:
         started = time.time()
         txn = self._database.add_transaction(
-            action=action, facts=facts, asked_by=asked_by, sources=sources, started=started
+            action=action,
+            facts=facts,
+            asked_by=asked_by,
+            sources=sources,
+            started=started,
+            by_hand=by_hand,
         )
         self._database.record(
             event,
@@ -918,8 +966,46 @@ class Store:
                 self._carried.discard((txn, part.target))
             failpoint("store.abort.undone")
             with self._database.write():
-                self._database.update_transaction(txn, phase=Phase.ABORTED, error=reason, ended=True)
-                self._database.record("txn.undone", txn=txn, error=reason)
+                # One that was undecided has a reason already.
+                why = reason or self._database.transaction(txn).error
+                self._database.update_transaction(txn, phase=Phase.ABORTED, error=why, ended=True)
+                self._database.record("txn.undone", txn=txn, error=why)
+
+    def leave_undecided(
+        self, txn: int, *, error: str, code: str, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """It has failed after the switch, and stays as it is, over any restart, until somebody decides:
+        `commit` it, or `abort` it. Until then it has its targets.
+
+        Args:
+            error, code: why it was not committed.
+        """
+        with self._database.write():
+            self._database.update_transaction(
+                txn, phase=Phase.SWITCHED, state=UNDECIDED, verdict=UNDECIDED, error=error, code=code
+            )
+            self._database.record(
+                "txn.undecided", txn=txn, verdict=UNDECIDED, error=error, code=code, **(facts or {})
+            )
+        failpoint("store.undecided.recorded")
+
+    def undecided(self) -> list[Undecided]:
+        """The transactions that wait for a decision."""
+        return [
+            Undecided(
+                txn=row.txn,
+                patch=row.patch or "",
+                name=row.name,
+                version=row.version,
+                build=row.build,
+                kind=row.kind or "cold",
+                error=row.error or "",
+                code=row.code or "",
+                parts=tuple(self._staged(part, ()) for part in self._database.parts(row.txn)),
+            )
+            for row in self._database.open_transactions()
+            if row.state == UNDECIDED
+        ]
 
     def finish(
         self,
@@ -980,7 +1066,7 @@ class Store:
         parts = self._database.parts(row.txn)
         targets = tuple(part.target for part in parts)
 
-        def does(action: Literal["dropped", "switched_back", "completed", "lost"]) -> Recovered:
+        def does(action: Literal["dropped", "switched_back", "undecided", "completed", "lost"]) -> Recovered:
             """Say what is about to be done: it is written down together with that."""
             log.warning("transaction %d on %s: %s", row.txn, ", ".join(targets), action)
             self.record(row.txn, "recover", detail=action.replace("_", " "))
@@ -998,10 +1084,16 @@ class Store:
                 why = "it was confirmed, but the disk had not kept the switch"
                 self.finish(row.txn, verdict="rolled_back", error=why, code="state.lost")
                 return done
+            if row.by_hand and self._is_switched(parts):
+                done = does("undecided")
+                if row.state != UNDECIDED:
+                    why = "the supervisor ended before it was confirmed"
+                    self.leave_undecided(row.txn, error=why, code=INTERRUPTED)
+                return done
             switched = row.phase is not Phase.BEGUN or self._is_switched(parts)
             why = "the supervisor ended " + ("before it was confirmed" if switched else "before the switch")
             done = does("switched_back" if switched else "dropped")
-            self.finish(row.txn, verdict="rolled_back", error=why, code="patch.interrupted")
+            self.finish(row.txn, verdict="rolled_back", error=why, code=INTERRUPTED)
             return done
         except (OSError, AsyncsupError) as error:
             if row.phase is not Phase.COMMITTED and self._is_switched(parts):
@@ -1118,12 +1210,7 @@ class Store:
             TargetBusyError: a transaction has the target.
         """
         with self._locks[target]:
-            for row in self._database.open_transactions(target):
-                raise TargetBusyError(
-                    f"{target} is being changed by transaction {row.txn} ({row.action})",
-                    target=target,
-                    txn=row.txn,
-                )
+            self._refuse_while_open(target)
             self._set_releasing(target, True, event="target.releasing", by=by)
             failpoint("store.release.begun")
             with self._reporting(target):

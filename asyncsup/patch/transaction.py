@@ -27,6 +27,7 @@ from asyncsup.errors import (
     PatchError,
     PatchRolledBackError,
     PatchTargetRefusedError,
+    PatchUndecidedError,
     RollbackFailedError,
     StartFailedError,
 )
@@ -98,13 +99,20 @@ class Participant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What is to be done; ``probation`` in seconds. With ``manual_commit`` it then waits for an operator."""
+    """What is to be done.
+
+    Attributes:
+        probation: in seconds.
+        manual_commit: it then waits for an operator.
+        manual_rollback: a failure after the switch undoes nothing.
+    """
 
     action: Literal["apply", "rollback"]
     kind: Kind
     patch: str
     probation: float
     manual_commit: bool
+    manual_rollback: bool
     total_bytes: int
     participants: Sequence[Participant]
 
@@ -164,6 +172,8 @@ class Transaction:
         self._standing: list[tuple[Instance, int | None]] = []
         """Who took the change up, and with which process: they must stay until the commit."""
         self._switched = False
+        self._in_force = False
+        """It has switched, and no `Undo` has been taken."""
 
     async def run(self) -> None:
         """Carry the change out, or leave everything as it was, processes included.
@@ -171,6 +181,7 @@ class Transaction:
         Raises:
             PatchRefusedError, PatchMalformedError, PatchTargetRefusedError: nothing was changed.
             PatchRolledBackError: it was applied and undone; ``__cause__`` says why.
+            PatchUndecidedError: it failed after the switch, and nothing was undone.
             RollbackFailedError: undoing failed as well; the message says where.
         """
         async with self._rollback_on_error() as undo:
@@ -188,6 +199,7 @@ class Transaction:
             undo.push("switching", self._switch_back)
             undo.touched = True
             await self._switch()
+            self._in_force = True
             if self.change.kind is Kind.COLD:
                 undo.push("starting", self._stop_new)
                 await self._start()
@@ -199,6 +211,33 @@ class Transaction:
                 await self._await_commit()
             await self._commit()
         # Leaving the block without an error is the commit.
+
+    async def keep(self) -> None:
+        """Somebody has decided that an undecided change stays."""
+        await self._commit()
+
+    async def take_back(self, reason: str) -> None:
+        """Somebody has decided that an undecided change is taken back: in the order in which `run` would.
+
+        Raises:
+            RollbackFailedError: the message says where.
+        """
+        self._switched = True
+        undo = Undo()
+        undo.push("staging", self._discard)
+        if self.change.kind is Kind.COLD:
+            undo.push("stopping", self._start_again)
+        else:
+            undo.push("reloading", self._reload_back)
+        undo.push("switching", self._switch_back)
+        if self.change.kind is Kind.COLD:
+            undo.push("starting", self._stop_new)
+        with anyio.CancelScope(shield=True):
+            self._note("undo", None, None, reason)
+            failures = await undo.unwind()
+        self._take_down_pids()
+        if failures:
+            raise RollbackFailedError(f"going back failed: {'; '.join(failures)}")
 
     # --- the way there --------------------------------------------------------------------------------------
 
@@ -432,6 +471,14 @@ class Transaction:
             yield undo
         except BaseException as error:
             cause = self._cause(error)
+            cancelled = isinstance(error, asyncio.CancelledError)
+            if self._in_force and self.change.manual_rollback and not cancelled:
+                self._note("undecided", None, None, cause.message)
+                raise PatchUndecidedError(
+                    f"{cause.message}; nothing was undone: `asyncsup patch abort {self.txn}` takes it back, "
+                    f"`asyncsup patch commit {self.txn}` keeps it",
+                    cause=cause.error_code,
+                ) from cause
             with anyio.CancelScope(shield=True):
                 self._note("undo", None, None, cause.message)
                 failures = await undo.unwind()
@@ -445,9 +492,12 @@ class Transaction:
                 ) from cause
             raise cause from None
         finally:
-            for participant in self.change.participants:
-                for instance in participant.target.instances:
-                    participant.records[instance.name].pid_after = instance.pid
+            self._take_down_pids()
+
+    def _take_down_pids(self) -> None:
+        for participant in self.change.participants:
+            for instance in participant.target.instances:
+                participant.records[instance.name].pid_after = instance.pid
 
     def _cause(self, error: BaseException) -> AsyncsupError:
         if isinstance(error, AsyncsupError):
