@@ -37,13 +37,18 @@ class Actor:
         return cls(via="control", uid=uid, gid=gid, pid=pid, user=_user(uid))
 
     @classmethod
-    def of_owner(cls, path: Path) -> Actor:
-        """Who owns a file in the inbox."""
+    def of_file(cls, path: Path) -> Actor:
+        """Who owns a file in the inbox, by its name."""
         try:
-            status = path.stat()
+            status = path.lstat()
         except OSError:
             return cls(via="inbox")
-        return cls(via="inbox", uid=status.st_uid, gid=status.st_gid, user=_user(status.st_uid))
+        return cls.of_owner(status.st_uid, status.st_gid)
+
+    @classmethod
+    def of_owner(cls, uid: int, gid: int) -> Actor:
+        """Who owns a file in the inbox."""
+        return cls(via="inbox", uid=uid, gid=gid, user=_user(uid))
 
     @classmethod
     def this_process(cls) -> Actor:

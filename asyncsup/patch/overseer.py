@@ -374,8 +374,6 @@ class PatchOverseer:
         job = self._new_job("apply", wish)
         job.report.file = None if self.uploads.has(source.path) else source.path.name
         job.request["package"] = {"file": job.report.file}
-        if source.in_inbox:
-            job.request["package"]["owner"] = Actor.of_owner(source.path).to_json()
         self._tasks.start_soon(self._apply_job, job, source, wish)
         return await self._answer(job)
 
@@ -580,7 +578,7 @@ class PatchOverseer:
         if self._trust == "digest" and source.sha256 is None:
             log.warning("%s waits in the inbox for %s.sha256", name, name)
             return
-        await self.apply(source, Wish(actor=Actor.of_owner(source.path)))
+        await self.apply(source, Wish(actor=Actor.of_file(source.path)))
 
     # --- jobs -----------------------------------------------------------------------------------------------
 
@@ -682,6 +680,12 @@ class PatchOverseer:
         trust = job.request["trust"] = {"mode": self._trust, "checked_against": source.checked_against}
         with await self._open(source, must_be_trusted=True) as package:
             job.report.patch = package.id
+            if source.in_inbox and package.owner is not None:
+                # Of the very file that was read, whatever lies there under its name by now.
+                owner = Actor.of_owner(*package.owner).to_json()
+                job.request["package"]["owner"] = owner
+                if wish.actor.via == "inbox":
+                    job.request["by"] = owner
             job.request["package"] |= {
                 "id": package.id,
                 "format": package.format,

@@ -58,6 +58,8 @@ class Package:
         manifest: complete also for a prototype package, whose digests and sizes are those of its sources.
         manifest_bytes: exactly as they are in the archive: what signatures are made over.
         signatures: content of ``signatures/NAME.sig`` by NAME.
+    Attributes:
+        owner: uid and gid of whoever owns the file that was opened.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Package:
         self.manifest: Final = manifest
         self.manifest_bytes: Final = manifest_bytes
         self.signatures: Final = signatures
+        self.owner: tuple[int, int] | None = None
 
     def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
         """Write the content of a new or modified file to `fd`, from its current position on.
@@ -199,6 +202,7 @@ def open_package(
             if private_copies is not None and _others_may_write(status):
                 copy = undo.enter_context(_private_file(private_copies))
             package = _read_package(file, path, limits, copy=copy, sha256=sha256, crc32=crc32)
+            package.owner = status.st_uid, status.st_gid
             undo.pop_all()
         if copy is not None:
             file.close()
