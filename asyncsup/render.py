@@ -916,7 +916,8 @@ def _records_text(records: Sequence[Value]) -> str:
     if not records:
         return ""
     first, last = records[0].get("seq"), records[-1].get("seq")
-    return f"records {_number(first)} to {_number(last)}, head {clean(records[-1].get('hash'))}"
+    which = f"record {_number(first)}" if first == last else f"records {_number(first)} to {_number(last)}"
+    return f"{which}, {clean(records[-1].get('hash'))}"
 
 
 def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:

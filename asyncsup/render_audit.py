@@ -6,23 +6,18 @@ from collections.abc import Mapping
 from datetime import tzinfo
 from typing import Final
 
-from asyncsup.render import PLAIN, Ink, Value, clean, moment, plural
+from asyncsup.render import PLAIN, Ink, Value, clean, moment, patch_title, plural, step_line
 
 _SAID_ELSEWHERE: Final = frozenset({"seq", "at", "event", "hash", "prev", "txn", "by", "asked_by"})
 
 
 def record_lines(record: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = None) -> list[str]:
-    """One record."""
-    facts = ", ".join(
-        f"{clean(key)} {_fact(value)}"
-        for key, value in record.items()
-        if key not in _SAID_ELSEWHERE and value not in (None, "", [], {}, False)
-    )
+    """One record, in one line; ``--json`` has all of it."""
     txn = f"txn {clean(record['txn'])}" if record.get("txn") is not None else ""
     seq = f"{clean(record.get('seq', '?')):>6}"
     when = ink("grey", moment(record.get("at"), date=True, tz=tz))
     event = ink("cyan", f"{clean(record.get('event', '?')):<18}")
-    parts = (seq, when, event, txn, _who(record), facts)
+    parts = (seq, when, event, txn, _who(record), _what(record, ink))
     return ["  ".join(part for part in parts if part).rstrip()]
 
 
@@ -35,15 +30,37 @@ def _who(record: Value) -> str:
     return ""
 
 
+def _what(record: Value, ink: Ink) -> str:
+    event = record.get("event")
+    if event in {"txn.begun", "txn.attempted"}:
+        verdict = clean(record.get("verdict") or "")
+        why = f": {clean(record['error'])} [{clean(record.get('code'))}]" if record.get("error") else ""
+        title = patch_title({**record, "id": None}, ink=ink)
+        return ", ".join(part for part in (clean(record.get("action") or ""), title, verdict + why) if part)
+    if event == "txn.step":
+        took = record.get("took_us")
+        return step_line({**record, "took": took / 1e6 if isinstance(took, int) else None}, ink=ink)
+    if event == "txn.ended":
+        why = f": {clean(record['error'])} [{clean(record.get('code'))}]" if record.get("error") else ""
+        return clean(record.get("verdict") or "") + why
+    return ", ".join(
+        f"{clean(key)} {_fact(value)}"
+        for key, value in record.items()
+        if key not in _SAID_ELSEWHERE and not _is_empty(value)
+    )
+
+
 def _fact(value: object) -> str:
     if isinstance(value, Mapping):
-        facts = (
-            f"{clean(key)} {_fact(item)}" for key, item in value.items() if item not in (None, "", False)
-        )
+        facts = (f"{clean(key)} {_fact(item)}" for key, item in value.items() if not _is_empty(item))
         return f"({', '.join(facts)})"
     if isinstance(value, list):
         return f"[{', '.join(_fact(item) for item in value)}]"
     return clean(value)
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def judgement_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:

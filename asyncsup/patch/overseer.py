@@ -665,6 +665,7 @@ class PatchOverseer:
             error=error.message if error is not None else None,
             code=error.error_code if error is not None else None,
             request={**job.request, "gates": _gates(job.report)},
+            took=answer["took"],
         )
         try:
             with anyio.CancelScope(shield=True):

@@ -637,6 +637,7 @@ class Store:
                 asked_by=asked_by,
                 sources=sources,
                 request=request or {},
+                started=time.time(),
                 by_hand=by_hand,
             )
         failpoint("store.begin.recorded")
@@ -665,11 +666,13 @@ class Store:
         error: str | None,
         code: str | None,
         request: Mapping[str, Any],
+        took: float = 0.0,
     ) -> int:
         """Something was asked for that came to no transaction; durable. Returns the number it is found under.
 
         Args:
             patch: as much as is known of it.
+            took: seconds.
         """
         facts = _facts(patch) if isinstance(patch, PatchInfo) else patch
         sources = {target: self.state(target).generation for target in targets}
@@ -682,6 +685,7 @@ class Store:
                 asked_by=asked_by,
                 sources=sources,
                 request={**request, **outcome},
+                started=time.time() - took,
             )
             self._database.update_transaction(
                 txn, phase=Phase.ABORTED, state=verdict, verdict=verdict, error=error, code=code, ended=True
@@ -697,9 +701,9 @@ class Store:
         asked_by: str,
         sources: Mapping[str, int],
         request: Mapping[str, Any],
+        started: float,
         by_hand: bool = False,
     ) -> int:
-        started = time.time()
         txn = self._database.add_transaction(
             action=action,
             facts=facts,
@@ -711,7 +715,6 @@ class Store:
         self._database.record(
             event,
             txn=txn,
-            at=timestamp(started),
             action=action,
             asked_by=asked_by,
             sources=[{"target": target, "generation": number} for target, number in sources.items()],
