@@ -340,6 +340,16 @@ class Database:
             finally:
                 self._connection.execute("ROLLBACK")
 
+    def complaints(self) -> list[str]:
+        """What SQLite's own check of the file finds."""
+        found = [str(row[0]) for row in self._all("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
+
+    def rebuild_indexes(self) -> None:
+        """Make all indexes anew, from the tables."""
+        with self.lock, self._translated():
+            self._connection.execute("REINDEX")
+
     def _prepare(self) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
@@ -624,6 +634,18 @@ class Database:
         }
         origins.update({path: row.origin for path, row in self.kept(target, generation).items()})
         return {path: origin for path, origin in origins.items() if origin is not None}
+
+    def files_with(self, sha256: str) -> list[tuple[str, int, str]]:
+        """Where a content should be: target, generation and path of each file that has it."""
+        rows = self._all("SELECT target, generation, path FROM files WHERE sha256 = ?", sha256)
+        return [(row["target"], row["generation"], row["path"]) for row in rows]
+
+    def set_identity(self, target: str, generation: int, path: str, identity: str) -> None:
+        with self.write() as sql:
+            sql.execute(
+                "UPDATE files SET identity = ? WHERE target = ? AND generation = ? AND path = ?",
+                (identity, target, generation, path),
+            )
 
     # --- transactions ---------------------------------------------------------------------------------------
 

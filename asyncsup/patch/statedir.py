@@ -52,7 +52,7 @@ class StateDirectory:
         fd: its descriptor.
     """
 
-    def __init__(self, path: Path, fd: int, lock: int, database: Database) -> None:
+    def __init__(self, path: Path, fd: int, lock: int | None, database: Database) -> None:
         self.path = path
         self.fd = fd
         self.database = database
@@ -92,6 +92,29 @@ class StateDirectory:
             undo.pop_all()
         return state
 
+    @classmethod
+    def look(cls, path: Path) -> StateDirectory:
+        """Open one that is there, to look at it: without the lock, and nothing can be written.
+
+        Raises:
+            StateError: it has no state.db, or one that cannot be read.
+            OSError: it cannot be opened.
+        """
+        path = Path(os.path.realpath(path))
+        fd = os.open(path, fs.DIRECTORY)
+        try:
+            database = Database.open_to_read(path / "state.db")
+            try:
+                known = database.meta("path")
+            except BaseException:
+                database.close()
+                raise
+        except BaseException:
+            os.close(fd)
+            raise
+        same = known is not None and os.path.realpath(known) == str(path)
+        return cls(Path(known) if known is not None and same else path, fd, None, database)
+
     def _check_identity(self) -> None:
         if not self.database.targets() and fs.lstat(CURRENT, self.fd) is not None:
             raise StateError(
@@ -118,8 +141,9 @@ class StateDirectory:
         """Let go of everything; the lock last."""
         self.database.close()
         os.close(self.fd)
-        os.ftruncate(self._lock, 0)
-        os.close(self._lock)
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
 
     # --- places ---------------------------------------------------------------------------------------------
 
@@ -286,6 +310,29 @@ def _check_owner(path: Path) -> None:
             f"`chmod go-w {shlex.quote(str(path))}`",
             code="state.permissions",
         )
+
+
+def lock_holder(path: Path) -> int | None:
+    """Which process has the lock of a state directory; None when nobody has.
+
+    Taken from the kernel's list: trying the lock would keep a supervisor from it that starts in that moment.
+    """
+    try:
+        status = (path / "lock").stat()
+        said = (path / "lock").read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        _, *facts = line.split()
+        if facts[0] != "FLOCK" or facts[2] != "WRITE":
+            continue
+        pid, where = facts[3:5]
+        on, _, inode = where.rpartition(":")
+        # Some file systems have a number of their own in that list.
+        if int(inode) == status.st_ino and (on == device or pid == said):
+            return int(pid)
+    return None
 
 
 def _take_lock(path: Path) -> int:

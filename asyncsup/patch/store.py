@@ -226,13 +226,21 @@ class Store:
             state = StateDirectory.open(state_dir)
             store = cls(state)
             try:
-                state.sweep_staging()
-                state.pointer.sweep()
-                store._check_pointer()
+                store.settle()
             except BaseException:
                 state.close()
                 raise
         return store
+
+    def settle(self) -> None:
+        """Sweep what was left half done, and set the pointer again if it is lost.
+
+        Raises:
+            StateError: it is lost, and what was last confirmed is damaged.
+        """
+        self._state.sweep_staging()
+        self._state.pointer.sweep()
+        self._check_pointer()
 
     def close(self) -> None:
         """Close the database and give up the lock."""
@@ -254,16 +262,19 @@ class Store:
         rows = self._database.targets()
         for row in rows:
             place = self._database.generation(row.name, row.confirmed).place
-            if place == "store" and not self._is_whole(row.name, row.confirmed):
+            if place == "store" and not self.is_whole(row.name, row.confirmed):
                 raise StateError(
                     f"the pointer {self._state.path / 'current'} is lost, and generation {row.confirmed} of "
                     f"{row.name}, the last that was confirmed, is damaged",
                     code="state.pointer",
                 )
         log.warning("the pointer is set to the generations that were last confirmed")
-        self._state.pointer.replace({row.name: self._entry(row) for row in rows}, point="store.repair")
+        self._state.pointer.replace(
+            {row.name: self.confirmed_entry(row) for row in rows}, point="store.repair"
+        )
 
-    def _is_whole(self, target: str, number: int) -> bool:
+    def is_whole(self, target: str, number: int) -> bool:
+        """Whether every file that patches have delivered to a generation is there as it was delivered."""
         if not self._state.exists(target, number):
             return False
         with fs.opened(self._state.generation(target, number)) as folder:
@@ -298,7 +309,9 @@ class Store:
             failpoint("store.register.recorded")
             current = self._state.pointer.entries()
             self._check_known(rows, current)
-            moved = {row.name: self._entry(row) for row in rows if not self._is_settled(row, current)}
+            moved = {
+                row.name: self.confirmed_entry(row) for row in rows if not self._is_settled(row, current)
+            }
             if moved:
                 self._state.pointer.flip(moved, point="store.register")
 
@@ -379,7 +392,7 @@ class Store:
             self._database.put_target(row)
         return row
 
-    def _entry(self, row: TargetRow) -> str:
+    def confirmed_entry(self, row: TargetRow) -> str:
         """What the pointer's set should say about a target in which nothing is under way."""
         if self._database.generation(row.name, row.confirmed).place == "root":
             return str(row.root)
@@ -397,7 +410,7 @@ class Store:
         ):
             return True
         if not entry.startswith("../"):
-            return entry == self._entry(row)
+            return entry == self.confirmed_entry(row)
         # Numbers, not texts: a conversion that was cut off has moved the pointer before saying so.
         return self._state.number_in(row.name, entry) == row.confirmed
 
