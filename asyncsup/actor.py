@@ -14,12 +14,13 @@ class Actor:
     """Somebody who asked for something.
 
     Attributes:
-        via: a connection to the control socket, a file in the inbox (its owner), or this supervisor itself.
+        via: a connection to the control socket, a file in the inbox (its owner), this supervisor itself, or
+            `asyncsup doctor`.
         user: the name of `uid` when it was asked for; None where it has none.
         address: of a peer that is no local process.
     """
 
-    via: Literal["control", "inbox", "supervisor"]
+    via: Literal["control", "inbox", "supervisor", "doctor"]
     uid: int | None = None
     gid: int | None = None
     pid: int | None = None
@@ -51,11 +52,9 @@ class Actor:
         return cls(via="inbox", uid=uid, gid=gid, user=_user(uid))
 
     @classmethod
-    def this_process(cls) -> Actor:
+    def this_process(cls, via: Literal["supervisor", "doctor"]) -> Actor:
         """The user this very process runs as."""
-        return cls(
-            via="supervisor", uid=os.getuid(), gid=os.getgid(), pid=os.getpid(), user=_user(os.getuid())
-        )
+        return cls(via=via, uid=os.getuid(), gid=os.getgid(), pid=os.getpid(), user=_user(os.getuid()))
 
     def __str__(self) -> str:
         if self.via == "supervisor":

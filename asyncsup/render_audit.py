@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import tzinfo
 from typing import Final
 
-from asyncsup.render import PLAIN, Ink, Value, clean, moment, patch_title, plural, step_line
+from asyncsup.render import PLAIN, Ink, Value, clean, moment, patch_title, plural, size, step_line
 
 _SAID_ELSEWHERE: Final = frozenset({"seq", "at", "event", "hash", "prev", "txn", "by", "asked_by"})
 
@@ -80,3 +80,41 @@ def judgement_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
         when = moment(value.get("at"), date=True)
         lines.append(f"head: record {clean(head.get('seq', '?'))}, {when}, {clean(head.get('hash', ''))}")
     return lines
+
+
+def doctor_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """What an examination of a state directory has found, and what was mended."""
+    checked: Value = value.get("checked") or {}
+    counts = [
+        plural(int(checked.get(name) or 0), name.removesuffix("s"))
+        for name in ("targets", "generations", "files", "records")
+    ]
+    lines = [f"{clean(value.get('state_dir', ''))}: {', '.join(counts)}, {size(checked.get('size'))}"]
+    if value.get("running") is not None:
+        lines.append(f"a supervisor is running, process {clean(value['running'])}")
+    lines += [
+        f"{ink('green', 'mended')}   {_finding(each)}: {clean(each.get('done', ''))}"
+        for each in value.get("mended") or ()
+    ]
+    for kind, colour in (("problem", "red"), ("warning", "yellow")):
+        for each in value.get(f"{kind}s") or ():
+            lines.append(f"{ink(colour, kind)}  {_finding(each)}")
+            if each.get("left_because"):
+                lines.append(f"         left, because {clean(each['left_because'])}")
+    head: Value = value.get("head") or {}
+    if head:
+        lines.append(f"audit: head {clean(head.get('seq', '?'))} {clean(head.get('hash', ''))}")
+    problems = len(value.get("problems") or ())
+    if problems:
+        lines.append(f"verdict: {ink('red', plural(problems, 'problem') + ' left')}")
+    else:
+        lines.append(f"verdict: {ink('green', 'in order')}")
+    return lines
+
+
+def _finding(value: Value) -> str:
+    where = [clean(value[key]) for key in ("target", "path") if value.get(key)]
+    if value.get("generation") is not None and value.get("path"):
+        where.append(f"(generation {clean(value['generation'])})")
+    place = f"{' '.join(where)} " if where else ""
+    return f"{place}{clean(value.get('message', '?'))} [{clean(value.get('code', '?'))}]"

@@ -102,7 +102,7 @@ class Supervisor:
         self._cleanup.callback(self.store.close)
         self.store.note(
             "supervisor.started",
-            by=Actor.this_process().to_json(),
+            by=Actor.this_process("supervisor").to_json(),
             version=asyncsup.__version__,
             trust=self.config.patch.trust,
             signatures_required=self.config.patch.signatures_required,

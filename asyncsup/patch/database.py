@@ -28,7 +28,7 @@ from asyncsup.patch import audit
 from asyncsup.patch.audit import Head, Row
 from asyncsup.patch.marks import Marks
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);

@@ -63,6 +63,11 @@ class Finding:
     generation: int | None = None
     path: str | None = None
 
+    @property
+    def key(self) -> tuple[str, str | None, int | None, str | None]:
+        """Which one it is, whatever it says."""
+        return self.code, self.target, self.generation, self.path
+
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
 
@@ -135,7 +140,8 @@ class _Examination:
         self._path = Path(os.path.realpath(path))
         self._runtime_dir = runtime_dir
         self._progress = progress
-        self._found = Diagnosis(path=self._path, running=lock_holder(self._path))
+        holder = lock_holder(self._path)
+        self._found = Diagnosis(path=self._path, running=None if holder == os.getpid() else holder)
         self._digests: dict[tuple[int, int], str] = {}
         self._total = 0
 
@@ -231,12 +237,10 @@ class _Examination:
             unfinished = database.unfinished_transactions()
             self._check_leftovers(state, unfinished)
             entries = self._entries(state)
-            if entries is None:
-                return
             busy = {part.target: row for row in unfinished for part in database.parts(row.txn)}
             for target in database.targets():
                 self._found.targets += 1
-                self._check_target(state, target, entries.get(target.name), busy.get(target.name))
+                self._check_target(state, target, entries, busy.get(target.name))
 
     def _is_at_home(self, state: StateDirectory) -> bool:
         known = state.database.meta("path")
@@ -267,7 +271,8 @@ class _Examination:
         for folder in (STAGING, UPLOADS):
             with contextlib.suppress(FileNotFoundError):
                 found += sorted((state.path / folder).iterdir())
-        found += sorted(path for path in (state.path / SETS).iterdir() if not path.name.isdecimal())
+        with contextlib.suppress(FileNotFoundError):
+            found += sorted(path for path in (state.path / SETS).iterdir() if not path.name.isdecimal())
         for path in found:
             self._say("leftover.file", "was left behind, and is of no use", "warning", path=str(path))
         known = {row.name for row in state.database.targets()}
@@ -296,7 +301,11 @@ class _Examination:
     # --- one target -----------------------------------------------------------------------------------------
 
     def _check_target(
-        self, state: StateDirectory, row: TargetRow, entry: str | None, busy: TransactionRow | None
+        self,
+        state: StateDirectory,
+        row: TargetRow,
+        entries: Mapping[str, str] | None,
+        busy: TransactionRow | None,
     ) -> None:
         if row.releasing:
             if self._found.running is None:
@@ -304,12 +313,14 @@ class _Examination:
             return
         if busy is not None:
             return  # Recovery, or the supervisor that is at work on it, knows what is what.
-        number = self._check_entry(state, row, entry)
+        number = None if entries is None else self._check_entry(state, row, entries.get(row.name))
         rows = {each.number: each for each in state.database.generations(row.name) if each.state == "live"}
-        self._check_strays(state, row.name, rows)
-        for generation in rows.values():
+        if entries is None or number is not None:
+            self._check_strays(state, row.name, rows)
+        current = row.confirmed if number is None else number
+        for generation in _way_back(rows, current):
             if generation.place == "store":
-                self._check_generation(state, row, generation, is_current=generation.number == number)
+                self._check_generation(state, row, generation, is_current=generation.number == current)
         if number is None or number not in rows:
             return
         if row.layout == TREE:
@@ -542,6 +553,13 @@ class _Examination:
                 target=target,
                 path=path,
             )
+
+
+def _way_back(rows: Mapping[int, GenerationRow], number: int | None) -> Iterator[GenerationRow]:
+    """A generation, the one it was made from, and so on: what the others hold is of no use to anybody."""
+    while number is not None and number in rows:
+        yield rows[number]
+        number = rows[number].parent
 
 
 def places(state: Path, runtime_dir: Path | None = None) -> Iterator[tuple[Path, int]]:

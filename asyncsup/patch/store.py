@@ -1132,7 +1132,12 @@ class Store:
         return [self._state.number(part.target) for part in parts] == list(numbers)
 
     def _sweep_generations(self, target: str) -> None:
-        """Remove generations that were dropped while a reader held them, and folders nobody knows of."""
+        """Remove generations that were dropped while a reader held them, and folders nobody knows of.
+
+        Unless the database is an older copy, which knows less than there is.
+        """
+        if self._database.find_generation(target, self._state.number(target)) is None:
+            return
         live = {row.number for row in self._database.generations(target) if row.state == "live"}
         with fs.opened(self._state.generations(target)) as folder:
             found = {int(name) for name in fs.names(folder) if name.isdecimal()}
