@@ -21,6 +21,7 @@ from store_kit import (
     FILES,
     Tree,
     apply,
+    info,
     leftovers,
     memory_folder,
     open_store,
@@ -546,6 +547,20 @@ def test_a_transaction_that_was_cut_off_is_taken_back(layout: Layout, ward: Call
     store.close()
     outcome = w.is_mended("transaction.unfinished")
     assert outcome.mended[0].done == "switched back"
+
+
+def test_a_patch_that_somebody_has_to_decide_about_is_left_to_them(ward: Callable[..., Ward]) -> None:
+    w = ward()
+    patch = w.patch(303)
+    store = w.open()
+    txn = store.begin(action="apply", patch=info(patch), targets=["web"], asked_by="test", by_hand=True)
+    store.stage(txn, "web", patch)
+    store.switch(txn)
+    store.close()
+    outcome = repair(w.state)
+    assert codes(outcome.left) == ["transaction.undecided"]
+    assert (outcome.left.ok, outcome.mended) == (True, ())
+    assert w.seen()["app.json"] == b"303"
 
 
 def test_a_release_that_was_cut_off_is_finished(ward: Callable[..., Ward]) -> None:

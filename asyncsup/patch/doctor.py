@@ -33,6 +33,7 @@ from asyncsup.patch.statedir import (
     StateDirectory,
     lock_holder,
 )
+from asyncsup.patch.store import UNDECIDED
 from asyncsup.patch.target_files import is_file, present
 from asyncsup.patch.tree import Form
 
@@ -263,6 +264,13 @@ class _Examination:
         if self._found.running is not None:
             return
         for row in unfinished:
+            if row.state == UNDECIDED:
+                self._say(
+                    "transaction.undecided",
+                    f"transaction {row.txn} has failed, and waits for somebody to decide about it",
+                    "warning",
+                )
+                continue
             self._say(
                 "transaction.unfinished",
                 f"transaction {row.txn} ({row.action}) was cut off; {row.phase.value}",

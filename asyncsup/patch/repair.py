@@ -264,6 +264,8 @@ class _Repair:
         """As a start of the supervisor would; and what that removes besides."""
         try:
             for done in self.store.recover():
+                if done.action == "undecided":
+                    continue  # It is somebody's to decide about.
                 finding = Finding(
                     code="target.releasing" if done.action == "released" else "transaction.unfinished",
                     message=f"transaction {done.txn} was cut off" if done.txn else "its release was cut off",
