@@ -215,7 +215,13 @@ class Target:
             return await operation.future
         finally:
             if not operation.future.done() or operation.future.cancelled():
-                operation.cancel("its client gave up")
+                self._withdraw(operation)
+
+    def _withdraw(self, operation: _Operation) -> None:
+        """Nobody waits for it any more: it ends if it runs, and never begins if it does not."""
+        operation.cancel("its client gave up")
+        if operation in self._queue:
+            self._queue.remove(operation)
 
     def _preempt(self, because: str) -> None:
         given_up = [operation for operation in self._queue if operation.name != "stop"]
@@ -263,7 +269,7 @@ class Target:
         finally:
             released.set()
             if not acquired.is_set():
-                operation.cancel("its client gave up")
+                self._withdraw(operation)
                 operation.future.cancel()
             elif operation.future.done() and not operation.future.cancelled():
                 operation.future.exception()  # a pre-emption was reported through on_preempt

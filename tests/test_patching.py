@@ -34,6 +34,8 @@ class Field:
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
         self.folder = serve.folder
+        self.program = PROGRAM
+        self.python = [sys.executable]
         self._packages = 0
 
     def start(
@@ -55,11 +57,11 @@ class Field:
             root = self.folder / name
             if not root.exists():
                 root.mkdir()
-                shutil.copy(PROGRAM, root / "program.py")
+                shutil.copy(self.program, root / "program.py")
                 for path, content in FILES.items():
                     (root / path).write_text(content)
             (self.folder / f"{name}.work").mkdir(exist_ok=True)
-            command = json.dumps([sys.executable, str(root / "program.py")])
+            command = json.dumps([*self.python, str(root / "program.py")])
             text.append(
                 f'[target.{name}]\nroot = "{name}"\ndirectory = "{name}.work"\ncommand = {command}\n'
                 f"{(each or {}).get(name, '')}\n"
@@ -98,7 +100,7 @@ class Field:
             folder.mkdir()
             for path, content in (before or FILES).items():
                 (folder / path).write_text(content)
-            shutil.copy(PROGRAM, folder / "program.py")
+            shutil.copy(self.program, folder / "program.py")
         for path, content in (files or {"a.txt": "new-a", "b.txt": "new-b", "sub/c.txt": "new-c"}).items():
             (new / path).parent.mkdir(exist_ok=True)
             (new / path).write_text(content)
@@ -629,27 +631,10 @@ def test_a_warm_patch_that_is_not_taken_up_goes_back_everywhere(
 @pytest.mark.parametrize("how", ["die", "mute", "late-die"])
 def test_a_cold_patch_that_does_not_come_up_goes_back_everywhere(field: Field, how: str) -> None:
     field.start("good", "web", start_timeout="2s" if how == "mute" else "20s")
-    # The new program misbehaves, the old one does not: the behaviour is part of the patch.
+    # The new program misbehaves, the old one does not.
+    field.behave("web", start=how, version="two")
     package = field.package("good", "web", kind=Kind.COLD, probation=1.0 if how == "late-die" else 0.0)
     pids = [field.instance(name)["pid"] for name in ("good", "web")]
-    program = field.folder / f"new-{field._packages}" / "program.py"
-    text = program.read_text()
-    broken = text.replace(
-        '    if behaviour("start") == "die":',
-        f'    os.environ["HOW"] = "{how}"\n    if HERE == "web" and "{how}" == "die":',
-    )
-    broken = broken.replace(
-        'if behaviour("start") != "mute":', f'if not (HERE == "web" and "{how}" == "mute"):'
-    )
-    broken = broken.replace(
-        'if behaviour("start") == "late-die":', f'if HERE == "web" and "{how}" == "late-die":'
-    )
-    program.write_text(broken.replace("VERSION = ", 'HERE = os.environ["ASYNCSUP_NAME"]\nVERSION = ', 1))
-    build_patch(
-        old=field.folder / f"old-{field._packages}", new=program.parent, output=package, name="broken",
-        version="1", build=300, kind=Kind.COLD, targets=["good", "web"], regions=["us-east-1"],
-        probation=1.0 if how == "late-die" else 0.0,
-    )  # fmt: skip
     error = field.refused(package)
     assert (error.error_code, error.remote_exit_status) == ("patch.rolled_back", 23), error.message
     assert "web:0" in error.message

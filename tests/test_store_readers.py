@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import signal
@@ -32,6 +31,7 @@ from asyncsup import failpoints
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import fs
 from asyncsup.patch.store import Layout, Store
+from target_sdk.snapshot import Snapshot
 
 LAYOUTS = [pytest.param(layout, id=layout.value) for layout in Layout]
 
@@ -52,20 +52,8 @@ def read_unpinned(root: Path, current: Path) -> set[bytes]:
 
 
 def read_pinned(root: Path, current: Path) -> set[bytes]:
-    """As the SDK's snapshot does: open the generation once, and read below it."""
-    while True:
-        fd = os.open(current, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            if os.fstat(fd).st_nlink == 0:
-                continue  # Pruned between the open and the lock.
-            found = set()
-            for name in NAMES:
-                with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=fd), "rb") as file:
-                    found.add(file.read())
-            return found
-        finally:
-            os.close(fd)
+    with Snapshot(root=root, current=current) as files:
+        return {files.read_bytes(name) for name in NAMES}
 
 
 @contextmanager
@@ -108,32 +96,40 @@ def reading(read: Callable[[], set[bytes]]) -> Iterator[list[int]]:
     assert status == 0
 
 
+PATCHES = 250
+"""For each layout."""
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pinned_reader_never_sees_a_mix_and_an_unpinned_one_does(layout: Layout, base: Path) -> None:
+def test_a_pinned_reader_never_sees_a_mix_and_an_unpinned_one_does(
+    layout: Layout, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One reader by the SDK's snapshot and one by plain paths, both at the same time."""
     where = target(base, layout)
     write_tree(where.root, dict.fromkeys(NAMES, b"build 0"))
     store = open_store(base, where)
-    build = 0
 
-    def patch_often(times: int) -> None:
-        nonlocal build
-        for _ in range(times):
-            build += 1
-            content = f"build {build}".encode()
-            with package(base, build, modified=dict.fromkeys(NAMES, content)) as patch:
-                apply(store, patch)
-            store.prune("web", 1)
+    def patch_to(build: int) -> None:
+        with package(base, build, modified=dict.fromkeys(NAMES, b"build %d" % build)) as patch:
+            apply(store, patch)
+        store.prune("web", 1)
 
     current = store.current_link("web")
-    patch_often(1)
-    with reading(lambda: read_pinned(where.root, current)) as pinned:
-        patch_often(40)
-    assert pinned[0] > 40
-    assert pinned[1] == 0
-    with reading(lambda: read_unpinned(where.root, current)) as unpinned:
-        patch_often(40)
+    patch_to(1)
+    with (
+        reading(lambda: read_pinned(where.root, current)) as pinned,
+        reading(lambda: read_unpinned(where.root, current)) as unpinned,
+    ):
+        for build in range(2, PATCHES + 2):
+            patch_to(build)
     store.close()
-    assert unpinned[1] > 0, "the control: without mixes here, the test above proves nothing"
+    with capsys.disabled():
+        for how, (passes, mixes) in (("pinned", pinned), ("unpinned", unpinned)):
+            print(f"\n{layout.value}, {PATCHES} patches: {how}, {mixes} mixes in {passes} passes", end="")
+    assert pinned[0] > PATCHES
+    assert pinned[1] == 0
+    assert unpinned[1] > 0, "the control: without mixes here, nothing above is proved"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,13 +1,16 @@
-"""A target that behaves, or misbehaves, as the file `behaviour.json` in its working folder says.
+"""A target that behaves, or misbehaves, as the file `behaviour.json` in its working folder says, read anew
+each time.
 
 Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never, die or regret (the
-first instance takes it up, and then says that it has failed); "start" is ok, die, mute or late-die (ends
-shortly after it was ready). "build" is what it claims at its hello.
+first instance takes it up, and then says that it has failed); "start" is ok, die, mute (not ready as long as
+it says so) or late-die (ends shortly after it was ready). "build" is what it claims at its hello. "instance"
+and "version" say whom the rest is for; all, when they are missing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +27,9 @@ def behaviour(what: str) -> str:
         chosen: dict[str, Any] = json.loads(Path("behaviour.json").read_text())
     except FileNotFoundError:
         return ""
+    for name, mine in (("instance", os.environ.get("ASYNCSUP_INSTANCE")), ("version", VERSION)):
+        if chosen.get(name, mine) != mine:
+            return ""
     return str(chosen.get(what, ""))
 
 
@@ -82,8 +88,11 @@ async def main() -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
     async with target:
         say(target.build)
-        if behaviour("start") != "mute":
-            target.ready()
+        while behaviour("start") == "mute":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), 0.02)
+                return
+        target.ready()
         if behaviour("start") == "late-die":
             await asyncio.sleep(0.1)
             raise SystemExit(9)
