@@ -11,17 +11,27 @@ The standard library's `zipfile` is no validator: it extracts most hostile archi
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError
 from asyncsup.patch import paths
+
+inflater: Any = zlib
+"""What inflates and computes CRC-32: `isal_zlib`, where it is installed, is two to three times as fast."""
+
+with contextlib.suppress(ImportError):
+    from isal import isal_zlib
+
+    inflater = isal_zlib
 
 STORED: Final = 0
 DEFLATED: Final = 8
@@ -156,19 +166,21 @@ def scan(fd: int, size: int, limits: PatchLimits = DEFAULT_LIMITS) -> tuple[Entr
     return _place(fd, records, directory_offset)
 
 
-def stream(fd: int, entry: Entry) -> Iterator[memoryview]:
+def stream(fd: int, entry: Entry, *, ahead: int = 0) -> Iterator[memoryview]:
     """Yield the content of `entry`, never more than it declares; size and CRC-32 are checked at the end.
 
-    Each view is valid until the next is asked for. Positions are absolute, so that several threads may stream
-    from one descriptor.
+    Positions are absolute, so that several threads may stream from one descriptor.
+
+    Args:
+        ahead: each view stays valid while so many others, and the next, are asked for.
 
     Raises:
         PatchMalformedError: ``zip.size``, ``zip.deflate``, ``zip.crc``. What was yielded before is worthless.
     """
-    pieces = _stored(fd, entry) if entry.method == STORED else _inflated(fd, entry)
+    pieces = _stored(fd, entry, ahead) if entry.method == STORED else _inflated(fd, entry)
     crc = 0
     for piece in pieces:
-        crc = zlib.crc32(piece, crc)
+        crc = inflater.crc32(piece, crc)
         yield piece
     if crc != entry.crc:
         _refuse(
@@ -179,10 +191,12 @@ def stream(fd: int, entry: Entry) -> Iterator[memoryview]:
         )
 
 
-def _stored(fd: int, entry: Entry) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(CHUNK, entry.size)))
+def _stored(fd: int, entry: Entry, ahead: int) -> Iterator[memoryview]:
+    size = min(CHUNK, entry.size)
+    buffers = itertools.cycle([memoryview(bytearray(size)) for _ in range(ahead + 1)])
     position, left = entry.data_offset, entry.size
     while left:
+        buffer = next(buffers)
         count = os.preadv(fd, [buffer[: min(CHUNK, left)]], position)
         if count == 0:
             _refuse_shrunk()
@@ -192,12 +206,12 @@ def _stored(fd: int, entry: Entry) -> Iterator[memoryview]:
 
 
 def _inflated(fd: int, entry: Entry) -> Iterator[memoryview]:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflate = inflater.decompressobj(-zlib.MAX_WBITS)
     source = memoryview(bytearray(min(_INFLATE_INPUT, entry.compressed)))
     position, left, produced = entry.data_offset, entry.compressed, 0
     pending: bytes | memoryview = b""
     try:
-        while not inflater.eof:
+        while not inflate.eof:
             if not pending and left:
                 count = os.preadv(fd, [source[: min(len(source), left)]], position)
                 if count == 0:
@@ -205,8 +219,8 @@ def _inflated(fd: int, entry: Entry) -> Iterator[memoryview]:
                 pending, position, left = source[:count], position + count, left - count
             starved = not pending
             # One byte more than declared is room enough to notice that there is more.
-            piece = inflater.decompress(pending, min(CHUNK, entry.size - produced + 1))
-            pending = inflater.unconsumed_tail
+            piece = inflate.decompress(pending, min(CHUNK, entry.size - produced + 1))
+            pending = inflate.unconsumed_tail
             produced += len(piece)
             if produced > entry.size:
                 _refuse(
@@ -222,16 +236,16 @@ def _inflated(fd: int, entry: Entry) -> Iterator[memoryview]:
                     f"entry {quote(entry.name)} ends in the middle of its compressed data",
                     entry=entry.name,
                 )
-    except zlib.error as error:
+    except (zlib.error, inflater.error) as error:
         _refuse(
             "zip.deflate",
             f"entry {quote(entry.name)} does not inflate: {error}; the archive is damaged, fetch it again",
             entry=entry.name,
         )
-    if left or inflater.unused_data:
+    if left or inflate.unused_data:
         _refuse(
             "zip.size",
-            f"entry {quote(entry.name)} holds {left + len(inflater.unused_data)} bytes after the end of its "
+            f"entry {quote(entry.name)} holds {left + len(inflate.unused_data)} bytes after the end of its "
             "compressed data",
             entry=entry.name,
         )

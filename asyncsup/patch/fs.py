@@ -15,7 +15,8 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -147,6 +148,50 @@ def open_below(base: int, parts: Sequence[str]) -> int:
         os.close(fd)
         raise
     return fd
+
+
+class LastFolder:
+    """The folder of the path before, kept open (or known to be missing): files of one folder come one after
+    the other.
+
+    Args:
+        opening: opens the folder that some components name.
+    """
+
+    def __init__(self, opening: Callable[[Sequence[str]], int]) -> None:
+        self._opening = opening
+        self._parts: Sequence[str] | None = None
+        self._fd = -1
+        self._missing: Sequence[str] | None = None
+
+    def __enter__(self) -> LastFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def open(self, parts: Sequence[str]) -> int:
+        """The open folder; it stays open until another one is asked for.
+
+        Raises:
+            what ``opening`` raises.
+        """
+        if parts == self._missing:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/".join(parts))
+        if parts != self._parts:
+            self._close()
+            try:
+                self._fd = self._opening(parts)
+            except FileNotFoundError:
+                self._missing = parts
+                raise
+            self._parts = parts
+        return self._fd
+
+    def _close(self) -> None:
+        if self._parts is not None:
+            self._parts = None
+            os.close(self._fd)
 
 
 def make_below(base: int, parts: Sequence[str], durability: Durability, *, like: int | None = None) -> int:
@@ -371,6 +416,37 @@ def _room(needs: Sequence[Need]) -> Room:
     )
 
 
+EARLY_OBJECTS: Final = 2000
+"""After so many, what has been written begins to go to disk while the rest is being written."""
+
+
+def _syncfs(fd: int) -> None:
+    if _libc.syncfs(fd) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class _EarlySync(threading.Thread):
+    """One ``syncfs`` beside the writing. The one at the barrier is shorter for it, and still needed."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(name="early sync")
+        self._fd = fd
+        self._error: OSError | None = None
+
+    def run(self) -> None:
+        try:
+            _syncfs(self._fd)
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for its end. A failed write is reported to one ``syncfs`` only: it must not be lost here."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
 class Durability:
     """Makes what is written durable at the next `barrier`, in the cheaper of two ways.
 
@@ -386,6 +462,7 @@ class Durability:
         self._limit = limit
         self._objects = 0
         self._bulk = False
+        self._early: _EarlySync | None = None
         self._folders: dict[tuple[int, int], int] = {}
         self._filesystems: dict[int, int] = {}
         for fd in filesystems:
@@ -397,6 +474,8 @@ class Durability:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._early is not None:
+            self._early.join()
         self._forget_folders()
         while self._filesystems:
             os.close(self._filesystems.popitem()[1])
@@ -415,11 +494,12 @@ class Durability:
 
     def barrier(self) -> None:
         """Everything handed in so far is on disk when this returns."""
+        if self._early is not None:
+            self._early.finish()
+            self._early = None
         if self._bulk:
             for fd in self._filesystems.values():
-                if _libc.syncfs(fd) != 0:
-                    code = ctypes.get_errno()
-                    raise OSError(code, os.strerror(code))
+                _syncfs(fd)
         for fd in self._folders.values():
             os.fsync(fd)
         self._forget_folders()
@@ -427,7 +507,14 @@ class Durability:
     def _left_to_syncfs(self, device: int) -> bool:
         self._objects += 1
         self._bulk = self._bulk or self._objects > self._limit
-        return self._bulk and device in self._filesystems
+        if device not in self._filesystems:
+            return False
+        if self._objects % EARLY_OBJECTS == 0 and (self._early is None or not self._early.is_alive()):
+            if self._early is not None:
+                self._early.finish()
+            self._early = _EarlySync(self._filesystems[device])
+            self._early.start()
+        return self._bulk
 
     def _forget_folders(self) -> None:
         while self._folders:

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -71,22 +71,28 @@ class OverlayRoot:
         """The text of the leaf link for `path`."""
         return f"{self._current}/{path}"
 
-    def look(self, path: str, row: FileRow | None, generation: int, *, hashed: bool) -> Found:
-        """What stands at `path`; `row` and `generation` are of the current generation."""
+    def look(
+        self, path: str, row: FileRow | None, *, here: fs.LastFolder, current: fs.LastFolder, hashed: bool
+    ) -> Found:
+        """What stands at `path`.
+
+        Args:
+            row: what is known of the current generation's file.
+            here, current: folders of the root, and of the current generation.
+        """
         folders, name = split(path)
         managed = row is not None and row.sha256 is not None
         try:
-            with fs.below(self.fd, folders) as folder:
-                status = fs.lstat(name, folder)
-                if status is not None and fs.link_text(name, folder) == self.text(path):
-                    if not managed:
-                        return Found(presence=Presence.ABSENT)  # A link left over; it dangles.
-                    with fs.below(generation, folders) as inner:
-                        return regular(name, inner, row, hashed=hashed)
-                if status is not None and presence_of(status) is Presence.ORDINARY:
-                    found = regular(name, folder, None, hashed=hashed)
-                    detached = managed and found.presence is Presence.ORDINARY
-                    return replace(found, presence=Presence.DETACHED) if detached else found
+            folder = here.open(folders)
+            status = fs.lstat(name, folder)
+            if status is not None and fs.link_text(name, folder) == self.text(path):
+                if not managed:
+                    return Found(presence=Presence.ABSENT)  # A link left over; it dangles.
+                return regular(name, current.open(folders), row, hashed=hashed)
+            if status is not None and presence_of(status) is Presence.ORDINARY:
+                found = regular(name, folder, None, hashed=hashed)
+                detached = managed and found.presence is Presence.ORDINARY
+                return replace(found, presence=Presence.DETACHED) if detached else found
         except FileNotFoundError:
             status = None
         except fs.BlockedPathError as error:
@@ -220,26 +226,31 @@ class OverlayRoot:
 
     # --- leaf links -----------------------------------------------------------------------------------------
 
-    def link(self, path: str, durability: fs.Durability) -> None:
-        """Make the leaf link for a name that the current generation does not have (yet).
+    def link(self, paths: Iterable[str], durability: fs.Durability) -> None:
+        """Make the leaf links for names that the current generation does not have (yet).
 
         Raises:
             PatchRefusedError: something stands there by now.
         """
-        folders, name = split(path)
-        folder = fs.make_below(self.fd, folders, durability)
-        try:
-            os.symlink(self.text(path), name, dir_fd=folder)
+
+        def make(folders: Sequence[str]) -> int:
+            folder = fs.make_below(self.fd, folders, durability)
             durability.directory(folder)
-        except FileExistsError:
-            if fs.link_text(name, folder) != self.text(path):
-                raise PatchRefusedError(
-                    f"{self.target}: {path} has come into being while the patch was staged",
-                    code="gate.conflict",
-                    target=self.target,
-                ) from None
-        finally:
-            os.close(folder)
+            return folder
+
+        with fs.LastFolder(make) as last:
+            for path in paths:
+                folders, name = split(path)
+                folder = last.open(folders)
+                try:
+                    os.symlink(self.text(path), name, dir_fd=folder)
+                except FileExistsError:
+                    if fs.link_text(name, folder) != self.text(path):
+                        raise PatchRefusedError(
+                            f"{self.target}: {path} has come into being while the patch was staged",
+                            code="gate.conflict",
+                            target=self.target,
+                        ) from None
 
     def unlink(self, path: str, durability: fs.Durability) -> None:
         """Remove a leaf link, if it is ours; anything else under the name is the program's."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from asyncsup.errors import PatchRefusedError
@@ -41,11 +42,16 @@ class OverlayFiles(TargetFiles):
     def look(self, changes: Iterable[FileChange], *, hashed: bool) -> list[Found]:
         number = self.state.number(self.name)
         rows, kept = self.database.files(self.name, number), self.database.kept(self.name, number)
-        with self._root() as root, fs.opened(self.state.generation(self.name, number)) as generation:
+        with (
+            self._root() as root,
+            fs.opened(self.state.generation(self.name, number)) as generation,
+            fs.LastFolder(partial(fs.open_below, root.fd)) as here,
+            fs.LastFolder(partial(fs.open_below, generation)) as current,
+        ):
             return [
                 problem_with(change.path)
                 or marked(
-                    root.look(change.path, rows.get(change.path), generation, hashed=hashed),
+                    root.look(change.path, rows.get(change.path), here=here, current=current, hashed=hashed),
                     kept.get(change.path),
                 )
                 for change in changes
@@ -64,10 +70,10 @@ class OverlayFiles(TargetFiles):
 
     def folders_to_make(self, planned: Sequence[Planned]) -> list[str]:
         made: dict[str, None] = {}
+        folders = {tuple(split(item.change.path)[0]): None for item in planned if item.appears}
         with self._root() as root:
-            for item in planned:
-                if item.appears:
-                    made.update(dict.fromkeys(fs.missing_folders(root.fd, split(item.change.path)[0])))
+            for parts in folders:
+                made.update(dict.fromkeys(fs.missing_folders(root.fd, parts)))
         return list(made)
 
     def needs_of_layout(self, planned: Sequence[Planned]) -> list[Need]:
@@ -129,9 +135,7 @@ class OverlayFiles(TargetFiles):
         """
         seen = self._adopt(part, root, planned, durability)
         self._forget(part, planned, durability)
-        for item in planned:
-            if item.appears:
-                root.link(item.change.path, durability)
+        root.link((item.change.path for item in planned if item.appears), durability)
         durability.barrier()
         return seen
 

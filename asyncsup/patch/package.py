@@ -16,7 +16,7 @@ import re
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Final, Literal, NoReturn, Self
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError, PatchNotFoundError, PatchRefusedError, UsageError
 from asyncsup.patch import archive, prototype
+from asyncsup.patch.ahead import DEPTH, read_ahead
 from asyncsup.patch.archive import DEFAULT_LIMITS, Entry, limit, quote
 from asyncsup.patch.manifest import SCHEMA, FileChange, Manifest, Op, Problem, malformed, parse_manifest
 
@@ -41,6 +42,9 @@ Sources = dict[str, Entry]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
+
+AHEAD_BYTES: Final = 256 << 10
+"""Files from this size on are worth a second thread; smaller ones would pay more for handing over."""
 
 _SIGNATURE = re.compile(r"signatures/([A-Za-z0-9][A-Za-z0-9._@+-]{0,127})\.sig")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -133,7 +137,7 @@ class Package:
             raise ValueError(f"{change!r} is no new or modified file of this package")
         digest = hashlib.sha256()
         try:
-            for piece in archive.stream(self._file.fileno(), entry):
+            for piece in self._pieces(entry):
                 digest.update(piece)
                 if write is not None:
                     write(piece)
@@ -149,6 +153,11 @@ class Package:
                 file=self.path.name,
                 entry=entry.name,
             )
+
+    def _pieces(self, entry: Entry) -> Iterator[memoryview]:
+        if entry.size < AHEAD_BYTES:
+            return archive.stream(self._file.fileno(), entry)
+        return read_ahead(archive.stream(self._file.fileno(), entry, ahead=DEPTH))
 
 
 def _source_key(package_format: Format, change: FileChange) -> str:

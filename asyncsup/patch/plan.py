@@ -39,6 +39,9 @@ class Presence(Enum):
     FOLDER = "folder"
     SPECIAL = "special"
 
+    # A member is only ever itself; Enum's own hash is slow enough to be seen in patches of many files.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanError:

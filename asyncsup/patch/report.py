@@ -41,12 +41,15 @@ class PackageView:
 
     def __init__(self, package: Package, manifest: Manifest) -> None:
         self._package = package
-        self._originals = dict(zip(manifest.files, package.manifest.files, strict=True))
+        self._originals = {
+            change.path: original
+            for change, original in zip(manifest.files, package.manifest.files, strict=True)
+        }
         self.id = package.id
         self.manifest = manifest
 
     def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
-        self._package.extract(self._originals[change], fd, progress)
+        self._package.extract(self._originals[change.path], fd, progress)
 
 
 @dataclass(slots=True, kw_only=True)

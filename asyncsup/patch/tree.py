@@ -37,15 +37,15 @@ class Form(Enum):
     OTHER = "something else"
 
 
-def look(path: str, row: FileRow | None, content: int, *, hashed: bool) -> Found:
-    """What stands at `path` below the open folder `content`."""
+def look(path: str, row: FileRow | None, content: fs.LastFolder, *, hashed: bool) -> Found:
+    """What stands at `path` below the folder that `content` opens folders of."""
     folders, name = split(path)
     managed = row is not None and row.sha256 is not None
     try:
-        with fs.below(content, folders) as folder:
-            status = fs.lstat(name, folder)
-            if status is not None and presence_of(status) is Presence.ORDINARY:
-                return regular(name, folder, row, hashed=hashed)
+        folder = content.open(folders)
+        status = fs.lstat(name, folder)
+        if status is not None and presence_of(status) is Presence.ORDINARY:
+            return regular(name, folder, row, hashed=hashed)
     except FileNotFoundError:
         status = None
     except fs.BlockedPathError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from asyncsup.errors import PatchRefusedError
@@ -41,12 +42,12 @@ class TreeFiles(TargetFiles):
     def look(self, changes: Iterable[FileChange], *, hashed: bool) -> list[Found]:
         number = self.state.number(self.name)
         rows, kept = self.database.files(self.name, number), self.database.kept(self.name, number)
-        with self._content() as content:
+        with self._content() as content, fs.LastFolder(partial(fs.open_below, content)) as here:
             return [
                 problem_with(change.path)
                 or self._problem_with_persistent(change.path)
                 or marked(
-                    look(change.path, rows.get(change.path), content, hashed=hashed), kept.get(change.path)
+                    look(change.path, rows.get(change.path), here, hashed=hashed), kept.get(change.path)
                 )
                 for change in changes
             ]
@@ -286,18 +287,19 @@ class TreeFiles(TargetFiles):
             self._check_unchanged(part, content)
 
     def _check_unchanged(self, part: PartRow, content: int) -> None:
-        for change in self.database.changes(part.txn, self.name):
-            if change.seen is None:
-                continue
-            found = look(change.path, None, content, hashed=False)
-            # Not the inode: a root from another file system has been copied since.
-            if found.problem is not None or _without_inode(found.identity) != _without_inode(change.seen):
-                what, code = ("changed", "gate.drift") if change.seen else ("created", "gate.conflict")
-                raise PatchRefusedError(
-                    f"{self.name}: {change.path} was {what} by the program after the patch was staged",
-                    code=code,
-                    target=self.name,
-                )
+        with fs.LastFolder(partial(fs.open_below, content)) as here:
+            for change in self.database.changes(part.txn, self.name):
+                if change.seen is None:
+                    continue
+                found = look(change.path, None, here, hashed=False)
+                # Not the inode: a root from another file system has been copied since.
+                if found.problem is not None or _without_inode(found.identity) != _without_inode(change.seen):
+                    what, code = ("changed", "gate.drift") if change.seen else ("created", "gate.conflict")
+                    raise PatchRefusedError(
+                        f"{self.name}: {change.path} was {what} by the program after the patch was staged",
+                        code=code,
+                        target=self.name,
+                    )
 
     def remove_names(self, part: PartRow) -> None:
         """Nothing to do: a tree that is not current is not seen."""
