@@ -1404,6 +1404,7 @@ def _build_native(
         notes=args.notes,
         include=args.include,
         exclude=args.exclude,
+        delta=args.delta,
         limits=limits,
         progress=progress,
     )
@@ -1501,6 +1502,7 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--notes", default="", metavar="TEXT", help="for people")
     add("--include", action="append", default=[], metavar="GLOB", help="only these files; may be repeated")
     add("--exclude", action="append", default=[], metavar="GLOB", help="not these files; may be repeated")
+    add("--delta", action="store_true", help="differences to the old files, where that is smaller")
     add("--sign", action="append", default=[], metavar="KEY", help="as `patch sign --key`; may be repeated")
     add("--checksum", action="store_true", help="also write OUT.zip.sha256, as sha256sum would")
     add("--prototype", action="store_true", help="in the layout of the original prototype")

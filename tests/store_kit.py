@@ -229,6 +229,15 @@ class Meddling:
 
     def extract(self, change: FileChange, fd: int, progress: Callable[[int], None] | None = None) -> None:
         self.package.extract(change, fd, progress)
+        self._once()
+
+    def rebuild(
+        self, change: FileChange, base: int, fd: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        self.package.rebuild(change, base, fd, progress)
+        self._once()
+
+    def _once(self) -> None:
         if self._meddle is not None:
             meddle, self._meddle = self._meddle, None
             meddle()

@@ -125,7 +125,7 @@ def test_the_defaults_are_the_agreed_ones() -> None:
     assert (patch.trust, patch.keep, patch.auto) == ("digest", 3, False)
     assert patch.limits == PatchLimits(
         package_size=2 << 30, files=50_000, file_size=4 << 30, total_size=8 << 30, ratio=200, path_depth=64,
-        manifest_size=16 << 20, signatures=32, signature_size=64 << 10,
+        manifest_size=16 << 20, signatures=32, signature_size=64 << 10, delta_size=128 << 20,
     )  # fmt: skip
 
 

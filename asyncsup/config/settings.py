@@ -137,6 +137,8 @@ class PatchLimits:
     """Ten thousand files take 1.4 MiB."""
     signatures: Annotated[int, integer(1, 1000)] = 32
     signature_size: Annotated[int, values.SIZE] = 64 << 10
+    delta_size: Annotated[int, values.SIZE] = 128 << 20
+    """The old and the new content of a file that comes as a delta: both are held in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,9 +25,11 @@ from typing import BinaryIO, Final, NoReturn
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchBuildError, PatchMalformedError
 from asyncsup.patch import archive, paths
+from asyncsup.patch import delta as deltas
 from asyncsup.patch.archive import CHUNK, DEFAULT_LIMITS, DEFLATED, MAX16, MAX32, STORED
 from asyncsup.patch.manifest import (
     DEFAULT_MODE,
+    Delta,
     FileChange,
     Kind,
     Manifest,
@@ -36,7 +38,7 @@ from asyncsup.patch.manifest import (
     encode_manifest,
     parse_manifest,
 )
-from asyncsup.patch.package import FILES, MANIFEST, open_package
+from asyncsup.patch.package import DELTAS, FILES, MANIFEST, open_package
 
 Progress = Callable[[int], None]
 """Called with the number of bytes read since the last call."""
@@ -45,6 +47,9 @@ ENV_CREATED: Final = "SOURCE_DATE_EPOCH"
 """Seconds since 1970: what reproducible builds take for the time (https://reproducible-builds.org/specs)."""
 
 _COMPRESSION_LEVEL: Final = 6
+MIN_DELTA_BYTES: Final = 1 << 10
+"""A delta of a smaller file saves less than its lines in the manifest take."""
+
 _DATE_1980: Final = 1 << 5 | 1
 _VERSION: Final = 20
 
@@ -78,6 +83,7 @@ def build_patch(
     notes: str = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    delta: bool = False,
     limits: PatchLimits = DEFAULT_LIMITS,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -90,6 +96,8 @@ def build_patch(
         created: None takes ``SOURCE_DATE_EPOCH``, and without that the manifest does not say.
         include, exclude: shell patterns. One without ``/`` is tried on every component of a path, one with on
             the whole path, where ``*`` matches ``/`` as well. Without `include` everything is included.
+        delta: modified files come as differences to the old ones, where that is smaller. With another version
+            of zstd the bytes are others.
         limits: those of whoever is to read it.
 
     Raises:
@@ -102,6 +110,9 @@ def build_patch(
     before = {} if old is None else _list_folder(old, include, exclude)
     after = _list_folder(new, include, exclude)
     changes, contents = _compare(before, after, progress)
+    differences: dict[str, bytes] = {}
+    if delta:
+        changes, differences = _with_deltas(changes, before, contents, limits)
     if not changes:
         raise PatchBuildError(
             f"there is nothing to patch: {new} holds what {old} holds" if old else f"{new} holds no file",
@@ -128,7 +139,10 @@ def build_patch(
         writer = _ArchiveWriter(file, ratio=limits.ratio)
         writer.add(MANIFEST, len(raw), lambda: iter([memoryview(raw)]))
         for change in changes:
-            if change.op is not Op.DELETED:
+            if change.path in differences:
+                raw_delta = memoryview(differences[change.path])
+                writer.add(DELTAS + change.path, len(raw_delta), lambda raw=raw_delta: iter([raw]))  # type: ignore[misc]
+            elif change.op is not Op.DELETED:
                 _add_change(writer, change, contents[change.path], progress)
         writer.finish()
         file.flush()
@@ -263,6 +277,52 @@ def _compare(
         contents[path] = new
     _check_paths([change.path for change in changes])
     return tuple(changes), contents
+
+
+def _with_deltas(
+    changes: Sequence[FileChange],
+    before: Mapping[str, _Source],
+    after: Mapping[str, _Source],
+    limits: PatchLimits,
+) -> tuple[tuple[FileChange, ...], dict[str, bytes]]:
+    """The changes, and the deltas of those modified files of which they are smaller than the whole."""
+    if not deltas.available():
+        raise PatchBuildError(
+            f"deltas take the package zstandard: {deltas.INSTALL}, or build without --delta",
+            code="build.delta",
+        )
+    made: dict[str, bytes] = {}
+    changed = []
+    for change in changes:
+        if change.op is Op.MODIFIED and _worth_a_delta(before[change.path], after[change.path], limits):
+            old, new = (_whole(side[change.path]) for side in (before, after))
+            if (hashlib.sha256(old).hexdigest(), hashlib.sha256(new).hexdigest()) != (
+                change.base_sha256,
+                change.sha256,
+            ):
+                _refuse_changed(after[change.path].file)
+            raw = deltas.make(old, new)
+            whole = zlib.compressobj(_COMPRESSION_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+            if len(raw) < min(len(new), len(whole.compress(new)) + len(whole.flush())):
+                made[change.path] = raw
+                change = replace(  # noqa: PLW2901
+                    change,
+                    delta=Delta(
+                        base_sha256=change.base_sha256 or "",
+                        sha256=hashlib.sha256(raw).hexdigest(),
+                        size=len(raw),
+                    ),
+                )
+        changed.append(change)
+    return tuple(changed), made
+
+
+def _worth_a_delta(old: _Source, new: _Source, limits: PatchLimits) -> bool:
+    return new.size >= MIN_DELTA_BYTES and max(old.size, new.size) <= limits.delta_size
+
+
+def _whole(source: _Source) -> bytes:
+    return b"".join(bytes(piece) for piece in _read_file(source, None))
 
 
 def _check_paths(changed: Sequence[str]) -> None:

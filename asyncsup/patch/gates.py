@@ -8,11 +8,12 @@ judges again when the patch is staged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from asyncsup.patch.delta import INSTALL
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.plan import FilePlan, what_would_do
 from asyncsup.patch.space import Room
@@ -30,6 +31,7 @@ class TargetFacts:
         highest: the highest build a patch has brought the target to, whatever it has now; None before the
             first one.
         build_floor: the highest floor that a patch applied to the target has set; None when none did.
+        reads_deltas: what deltas need is installed here.
     """
 
     name: str
@@ -41,6 +43,7 @@ class TargetFacts:
     held: str | None
     highest: int | None = None
     build_floor: int | None = None
+    reads_deltas: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +107,28 @@ def assess(
                 _expired(manifest, now, seen),
                 _kind(manifest, facts),
                 _held(facts, retry_held),
+                *_delta(manifest, facts),
             )
         ),
     )
     return Assessment(target=facts.name, gates=gates, already=same and all(gate.ok for gate in gates))
+
+
+def _delta(manifest: Manifest, facts: TargetFacts) -> Iterator[Gate]:
+    """Only where a file comes as a delta."""
+    count = sum(change.delta is not None for change in manifest.files)
+    if not count:
+        return
+    files = f"{count} file{'' if count == 1 else 's'} of the patch"
+    if facts.reads_deltas:
+        yield _open("delta", f"{files} as a difference to what is there")
+    else:
+        yield _closed(
+            "delta",
+            f"{files} came as a difference to the old content, which takes the package zstandard; install it "
+            f"for the supervisor ({INSTALL}), or have the patch built without --delta",
+            "gate.delta",
+        )
 
 
 _DECIDED: Final = {"keep": "kept", "overwrite": "overwritten", "refuse": "refused"}

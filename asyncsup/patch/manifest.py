@@ -26,6 +26,8 @@ SCHEMA: Final = "asyncsup.patch/1"
 MAX_INTEGER: Final = 2**53
 """Builds and sizes stay below it: the largest integers that every JSON reader keeps exact."""
 
+DELTA_FORMAT: Final = "zstd-patch"
+
 MAX_PROBATION: Final = 7 * 86400.0
 MAX_NOTES: Final = 16 << 10
 MAX_NESTING: Final = 32
@@ -69,6 +71,20 @@ class Op(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a package holds of a modified file in place of its content: its difference to the old content.
+
+    Args:
+        base_sha256: digest of the old content.
+        sha256, size: of the delta itself.
+    """
+
+    base_sha256: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileChange:
     """One file of a patch.
 
@@ -80,6 +96,7 @@ class FileChange:
         base_sha256: digest the old content must have; None accepts any.
         missing_ok: a deleted file may already be gone, a modified one may be missing and is then created.
         replace: a new file may overwrite one that is there.
+        delta: the content comes as a difference to the old one.
     """
 
     path: str
@@ -90,6 +107,7 @@ class FileChange:
     base_sha256: str | None = None
     missing_ok: bool = False
     replace: bool = False
+    delta: Delta | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -409,7 +427,8 @@ _KEYS: Final = (
     "build_floor", "downgrade", "files", "probation", "notes",
 )  # fmt: skip
 _REQUIRES_KEYS: Final = ("build_min", "build_max")
-_FILE_KEYS: Final = ("path", "op", "sha256", "size", "mode", "base_sha256", "missing_ok", "replace")
+_FILE_KEYS: Final = ("path", "op", "sha256", "size", "mode", "base_sha256", "missing_ok", "replace", "delta")
+_DELTA_KEYS: Final = ("format", "base_sha256", "sha256", "size")
 
 
 def _read_manifest(value: dict[str, Any], reader: Reader) -> Manifest:
@@ -571,12 +590,39 @@ def _read_file(value: Any, where: str, reader: Reader) -> FileChange:
         base_sha256=reader.optional(entry, "base_sha256", where, digest, None),
         missing_ok=reader.optional(entry, "missing_ok", where, reader.boolean, False),
         replace=reader.optional(entry, "replace", where, reader.boolean, False),
+        delta=reader.optional(
+            entry, "delta", where, lambda item, at: _read_delta(item, at, entry, reader), None
+        ),
     )
+
+
+def _read_delta(value: Any, where: str, change: Mapping[str, Any], reader: Reader) -> Delta | None:
+    entry = reader.object(value, where)
+    reader.known(entry, _DELTA_KEYS, where)
+
+    def digest(item: Any, at: str) -> str:
+        return reader.pattern(item, at, _SHA256, "64 lower-case hexadecimal digits")
+
+    def known_format(item: Any, at: str) -> None:
+        if item != DELTA_FORMAT:
+            reader.problem(at, f"must be {DELTA_FORMAT!r}, got {shorten(item)}")
+
+    reader.required(entry, "format", where, known_format, None)
+    delta = Delta(
+        base_sha256=reader.required(entry, "base_sha256", where, digest, ""),
+        sha256=reader.required(entry, "sha256", where, digest, ""),
+        size=reader.required(entry, "size", where, reader.integer, 0),
+    )
+    if change.get("base_sha256") != entry.get("base_sha256"):
+        reader.problem(join(where, "base_sha256"), "must be the file's own base_sha256 once more")
+    if change.get("missing_ok"):
+        reader.problem(where, "does not go with missing_ok: without the old content there is no new one")
+    return delta
 
 
 _ALLOWED: Final[Mapping[Op, frozenset[str]]] = {
     Op.NEW: frozenset({"sha256", "size", "mode", "replace"}),
-    Op.MODIFIED: frozenset({"sha256", "size", "mode", "base_sha256", "missing_ok"}),
+    Op.MODIFIED: frozenset({"sha256", "size", "mode", "base_sha256", "missing_ok", "delta"}),
     Op.DELETED: frozenset({"base_sha256", "missing_ok"}),
 }
 
@@ -660,6 +706,13 @@ def _file_object(change: FileChange) -> dict[str, Any]:
         value["missing_ok"] = True
     if change.replace:
         value["replace"] = True
+    if change.delta is not None:
+        value["delta"] = {
+            "format": DELTA_FORMAT,
+            "base_sha256": change.delta.base_sha256,
+            "sha256": change.delta.sha256,
+            "size": change.delta.size,
+        }
     return value
 
 

@@ -41,7 +41,7 @@ from asyncsup.errors import (
     TrustUnavailableError,
     UsageError,
 )
-from asyncsup.patch import fs
+from asyncsup.patch import delta, fs
 from asyncsup.patch.audit import Head
 from asyncsup.patch.checksum import has_checksum, read_checksum
 from asyncsup.patch.clock import SeenClock
@@ -1091,6 +1091,7 @@ class PatchOverseer:
             held=self._store.held(package.id),
             highest=marks.highest if marks is not None else None,
             build_floor=marks.floor if marks is not None else None,
+            reads_deltas=delta.available(),
         )
         signed = trust is not None and trust.ok
         now, seen = self._time()

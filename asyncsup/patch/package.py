@@ -26,6 +26,7 @@ from typing import Final, Literal, NoReturn, Self
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError, PatchNotFoundError, PatchRefusedError, UsageError
 from asyncsup.patch import archive, prototype
+from asyncsup.patch import delta as deltas
 from asyncsup.patch.ahead import DEPTH, read_ahead
 from asyncsup.patch.archive import DEFAULT_LIMITS, Entry, limit, quote
 from asyncsup.patch.manifest import SCHEMA, FileChange, Manifest, Op, Problem, malformed, parse_manifest
@@ -34,6 +35,7 @@ __all__ = ["DEFAULT_LIMITS", "Package", "PatchLimits", "open_package"]
 
 MANIFEST: Final = "manifest.json"
 FILES: Final = "files/"
+DELTAS: Final = "deltas/"
 SIGNATURES: Final = "signatures/"
 
 Format = Literal["asyncsup.patch/1", "prototype"]
@@ -102,10 +104,80 @@ class Package:
                 is damaged (``zip.*``). What was written up to then is worthless.
             OSError: writing failed.
         """
+        if change.delta is not None:
+            raise ValueError(f"{change!r} comes as a delta")
         self._read(change, lambda piece: _write_all(fd, piece), progress)
 
+    def rebuild(self, change: FileChange, base: int, fd: int, progress: Progress | None = None) -> None:
+        """Write the content of a file that comes as a delta to `fd`, made of its old content.
+
+        The digests of the old content and of the delta are checked before anything is made of them, that of
+        the result at the end.
+
+        Args:
+            base: descriptor of the old content, or of a file that has the new content already.
+
+        Raises:
+            PatchRefusedError: ``gate.base``: the file is another one.
+            PatchMalformedError: as `extract` does, and ``delta.invalid``, ``delta.size``, ``zip.ratio``.
+            OSError: reading or writing failed.
+        """
+        if change.delta is None:
+            raise ValueError(f"{change!r} does not come as a delta")
+        old = self._read_base(change, base)
+        digest = hashlib.sha256(old).hexdigest()
+        if digest == change.sha256:
+            _write_all(fd, memoryview(old))
+            return
+        if digest != change.delta.base_sha256:
+            raise PatchRefusedError(
+                f"{change.path} is not the file its delta was made for (SHA-256 {digest[:12]}…, expected "
+                f"{change.delta.base_sha256[:12]}…)",
+                code="gate.base",
+            )
+        delta, size = self._read_delta(change), change.size or 0
+        if size > max(archive.RATIO_FLOOR, self.limits.ratio * (len(old) + len(delta))):
+            made = f"makes {size} bytes of {len(old)}; {limit(self.limits, 'ratio')}"
+            raise self._refused(change, made, "zip.ratio")
+        result = hashlib.sha256()
+        try:
+            for piece in deltas.rebuild(delta, old, size, largest=self.limits.delta_size):
+                result.update(piece)
+                _write_all(fd, piece)
+                if progress is not None:
+                    progress(len(piece))
+        except PatchMalformedError as error:
+            raise self._refused(change, error.message, error.error_code) from error.__cause__
+        if result.hexdigest() != change.sha256:
+            made = f"makes content with SHA-256 {result.hexdigest()}, the manifest says {change.sha256}"
+            raise self._refused(change, made, "digest.sha256")
+
+    def _read_base(self, change: FileChange, base: int) -> bytes:
+        """The old content, which has to fit into memory."""
+        size = os.fstat(base).st_size
+        if size > self.limits.delta_size:
+            asked = f"is one to a file of {size} bytes, {limit(self.limits, 'delta_size')}"
+            raise self._refused(change, asked, "delta.size")
+        with os.fdopen(base, "rb", closefd=False) as file:
+            return file.read(size)
+
+    def _read_delta(self, change: FileChange) -> bytes:
+        """The bytes of a delta, which are what the manifest says they are."""
+        pieces: list[bytes] = []
+        self._read(change, lambda piece: pieces.append(bytes(piece)), None)
+        return b"".join(pieces)
+
+    def _refused(self, change: FileChange, message: str, code: str) -> PatchMalformedError:
+        return PatchMalformedError(
+            f"{self.path.name}: the delta of {quote(change.path)} {message}",
+            code=code,
+            file=self.path.name,
+            entry=DELTAS + change.path,
+        )
+
     def verify(self, progress: Progress | None = None) -> None:
-        """Read all files as `extract` would, and throw them away.
+        """Read all files as `extract` would, and throw them away. Of deltas only they themselves are checked:
+        what they make depends on what is there.
 
         Raises:
             PatchMalformedError: as in `extract`, for the first file that is not what it should be.
@@ -133,7 +205,10 @@ class Package:
         self, change: FileChange, write: Callable[[memoryview], None] | None, progress: Progress | None
     ) -> None:
         entry = self._sources.get(_source_key(self.format, change))
-        if entry is None or entry.size != change.size:
+        sha256, size = (
+            (change.sha256, change.size) if change.delta is None else (change.delta.sha256, change.delta.size)
+        )
+        if entry is None or entry.size != size:
             raise ValueError(f"{change!r} is no new or modified file of this package")
         digest = hashlib.sha256()
         try:
@@ -145,10 +220,10 @@ class Package:
                     progress(len(piece))
         except PatchMalformedError as error:
             raise _with_file(error, self.path) from error.__cause__
-        if digest.hexdigest() != change.sha256:
+        if digest.hexdigest() != sha256:
             raise PatchMalformedError(
                 f"{self.path.name}: entry {quote(entry.name)} has SHA-256 {digest.hexdigest()}, the manifest "
-                f"says {change.sha256}; build the package again",
+                f"says {sha256}; build the package again",
                 code="digest.sha256",
                 file=self.path.name,
                 entry=entry.name,
@@ -366,18 +441,23 @@ def _match(
             problems.append(Problem(code="manifest.path", where=f"{where}.path", message=message))
         if change.sha256 is None:
             continue
-        entry = unlisted.pop(FILES + change.path, None)
+        name, size = (
+            (FILES + change.path, change.size)
+            if change.delta is None
+            else (DELTAS + change.path, change.delta.size)
+        )
+        entry = unlisted.pop(name, None)
         if entry is None:
-            message = f"the archive has no entry {quote(FILES + change.path)}"
+            message = f"the archive has no entry {quote(name)}"
             problems.append(Problem(code="manifest.missing_file", where=where, message=message))
-        elif entry.size != change.size:
-            message = f"says {change.size} bytes, the archive's entry has {entry.size}"
+        elif entry.size != size:
+            message = f"says {size} bytes, the archive's entry has {entry.size}"
             problems.append(Problem(code="manifest.file_size", where=f"{where}.size", message=message))
         else:
             sources[change.path] = entry
     for name, entry in unlisted.items():
         signature = _SIGNATURE.fullmatch(name)
-        if entry.is_folder and (name in {FILES, SIGNATURES} or name.startswith(FILES)):
+        if entry.is_folder and (name == SIGNATURES or name.startswith((FILES, DELTAS))):
             continue
         if signature is not None and not entry.is_folder:
             signatures[signature[1]] = _read_small(fd, entry, limits, "signature_size")
@@ -386,9 +466,27 @@ def _match(
     if len(signatures) > limits.signatures:
         message = f"the archive has {len(signatures)} signatures, {limit(limits, 'signatures')}"
         problems.append(Problem(code="zip.count", where="", message=message))
+    problems.extend(_above_limits(manifest, limits))
     if problems:
         raise malformed(problems)
     return signatures, sources
+
+
+def _above_limits(manifest: Manifest, limits: PatchLimits) -> Iterator[Problem]:
+    """What deltas make is not in the archive, and has the same limits all the same."""
+    total = 0
+    for index, change in enumerate(manifest.files):
+        size = change.size or 0
+        total += size
+        if change.delta is None:
+            continue
+        for name, code in (("delta_size", "delta.size"), ("file_size", "zip.file_size")):
+            if size > getattr(limits, name):
+                message = f"the delta makes {size} bytes, {limit(limits, name)}"
+                yield Problem(code=code, where=f"files[{index}].size", message=message)
+    if total > limits.total_size:
+        message = f"the files have {total} bytes in all, {limit(limits, 'total_size')}"
+        yield Problem(code="zip.total_size", where="files", message=message)
 
 
 def _match_prototype(

@@ -133,6 +133,13 @@ def judge(change: FileChange, found: Found, *, policy: Policy = "refuse", adopts
     if policy == "keep":
         note = f"{drift.message}; kept as it is, without what the patch has for it"
         return FilePlan(path=change.path, op="keep", note=note, drift=drift, decision="keep")
+    if policy == "overwrite" and _lacks_base(change, found):
+        needed = PlanError(
+            code=drift.code,
+            message=f"{drift.message}, and cannot be overwritten: the patch only has its difference to what "
+            "it was",
+        )
+        return _refused(change, needed, needed, ("keep",))
     if policy == "refuse" or found.presence in _NO_FILES:
         choices: tuple[Policy, ...] = ("keep",) if found.presence in _NO_FILES else ("keep", "overwrite")
         return _refused(change, drift, drift, choices)
@@ -152,6 +159,11 @@ _NO_FILES: Final = {
     Presence.FOLDER: "a folder",
     Presence.SPECIAL: "not a regular file",
 }
+
+
+def _lacks_base(change: FileChange, found: Found) -> bool:
+    """Whether a file comes as a delta, and what it is a delta to is not there."""
+    return change.delta is not None and found.sha256 not in {change.delta.base_sha256, change.sha256}
 
 
 def _refused(

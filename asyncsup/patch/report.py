@@ -51,6 +51,9 @@ class PackageView:
     def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
         self._package.extract(self._originals[change.path], fd, progress)
 
+    def rebuild(self, change: FileChange, base: int, fd: int, progress: Progress | None = None) -> None:
+        self._package.rebuild(self._originals[change.path], base, fd, progress)
+
 
 @dataclass(slots=True, kw_only=True)
 class Part:

@@ -45,6 +45,10 @@ class PatchSource(Protocol):
     def extract(self, change: FileChange, fd: int, progress: Progress | None = None) -> None:
         """Write the content of one file, checking size and digest; raises PatchMalformedError."""
 
+    def rebuild(self, change: FileChange, base: int, fd: int, progress: Progress | None = None) -> None:
+        """The same for a file that comes as a delta, of its old content open at `base`; raises
+        PatchRefusedError as well when that is not what the delta asks for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
@@ -282,7 +286,10 @@ class TargetFiles(ABC):
                 folders, name = split(change.path)
                 fd = os.open(name, fs.CREATE, 0o600, dir_fd=inner.open(folders))
                 try:
-                    package.extract(change, fd, progress)
+                    if change.delta is None:
+                        package.extract(change, fd, progress)
+                    else:
+                        self._rebuild(package, item, fd, progress)
                     if am_root:
                         os.fchown(fd, *(found.owner or (owner.st_uid, owner.st_gid)))
                     os.fchmod(fd, mode & ~0o222 | 0o400)
@@ -302,6 +309,14 @@ class TargetFiles(ABC):
                     identity=identity(status),
                 )
         return rows
+
+    def _rebuild(self, package: PatchSource, item: Planned, fd: int, progress: Progress | None) -> None:
+        with self.folder_of(item) as folder:
+            base = os.open(split(item.change.path)[1], fs.READ, dir_fd=folder)
+        try:
+            package.rebuild(item.change, base, fd, progress)
+        finally:
+            os.close(base)
 
     def _stamp(self, planned: Iterable[Planned]) -> int:
         """The mtime second of the files to be written: one no earlier file of the target was written in.
