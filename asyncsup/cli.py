@@ -11,10 +11,11 @@ imported by the one that needs it: `asyncsup status` runs in shell prompts and h
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TextIO
 
 from asyncsup import render
@@ -40,6 +41,9 @@ GRACE_SECONDS: Final = 5.0
 FOLLOW_SECONDS: Final = 25.0
 RETRY_SECONDS: Final = 0.5
 """How often a follower looks whether a supervisor that went away is back."""
+
+CURRENT_GENERATION: Final = -1
+"""What `--from-generation current` stands for."""
 
 EXIT_NOT_READY: Final = 3
 EXIT_INTERRUPTED: Final = 130
@@ -1326,7 +1330,10 @@ def _patch_build(session: Session) -> int:
     old, new = (None, *map(Path, args.folders))[-2:]
     assert new is not None
     output, limits = Path(args.output), _limits(session)
+    stack = contextlib.ExitStack()
     try:
+        if args.from_generation is not None:
+            old = stack.enter_context(_installed_files(session, new))
         if args.prototype:
             _build_prototype(args, old, new, output)
         elif args.sign:
@@ -1347,9 +1354,42 @@ def _patch_build(session: Session) -> int:
             checksum.write_text(f"{value['id']}  {output.name}\n", encoding="utf-8")
     except OSError as error:
         raise _file_error(error) from None
+    finally:
+        stack.close()
     out.clear_bar()
     out.result(value, lambda: render.built_lines(value, ink=out.ink))
     return 0
+
+
+@contextlib.contextmanager
+def _installed_files(session: Session, new: Any) -> Iterator[Any]:
+    """The old side for ``--from-generation``: the files of a target as they are installed."""
+    from pathlib import Path
+
+    from asyncsup.config import find_config, load_supervisor
+    from asyncsup.patch.build import list_folder
+    from asyncsup.patch.installed import installed
+
+    args, out = session.args, session.out
+    if len(args.folders) != 1 or len(args.targets) != 1 or args.prototype:
+        raise UsageError(
+            "--from-generation takes the place of OLD: give NEW, and one -t TARGET whose files they are"
+        )
+    named = session.args.config
+    config = load_supervisor(find_config(None if named is None else Path(named), os.environ))
+    number = None if args.from_generation == CURRENT_GENERATION else args.from_generation
+    with installed(config.state_dir, args.targets[0], number) as there:
+        if args.delete_foreign:
+            yield there.files
+            return
+        files, foreign = there.without_foreign(list_folder(new, args.include, args.exclude))
+        if foreign:
+            some = ", ".join(map(render.clean, foreign[:5])) + (", ..." if len(foreign) > 5 else "")
+            out.note(
+                f"left alone, because no patch has brought them: {render.plural(len(foreign), 'file')} that "
+                f"{new} has not ({some}); --delete-foreign deletes them"
+            )
+        yield files
 
 
 def _build_native(
@@ -1379,7 +1419,8 @@ def _build_native(
             ) from None
         expires = expires if expires.tzinfo is not None else expires.replace(tzinfo=UTC)
     done = 0
-    total = sum(_tree_bytes(str(folder)) for folder in (old, new) if folder is not None)
+    was = sum(file.size for file in old.values()) if isinstance(old, dict) else _tree_bytes(old)
+    total = was + _tree_bytes(new)
 
     def progress(count: int) -> None:
         nonlocal done
@@ -1404,6 +1445,8 @@ def _build_native(
         notes=args.notes,
         include=args.include,
         exclude=args.exclude,
+        normal_modes=args.normal_modes,
+        store=args.store,
         delta=args.delta,
         limits=limits,
         progress=progress,
@@ -1429,7 +1472,9 @@ def _build_signed(
         sign_package(unsigned, key=last, output=output, limits=limits, notice=out.note)
 
 
-def _tree_bytes(folder: str) -> int:
+def _tree_bytes(folder: Any) -> int:
+    if folder is None:
+        return 0
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -1473,9 +1518,20 @@ def _file_error(error: OSError) -> AsyncsupError:
     return AsyncsupError(f"{name}{error.strerror or error}", code="file.failed")
 
 
+def _generation(text: str) -> int:
+    if text == "current":
+        return CURRENT_GENERATION
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a generation nor `current`")
+    return int(text)
+
+
 def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.usage = "asyncsup patch build [OLD] NEW -o OUT.zip --build N (--warm | --cold) [OPTIONS]"
+    parser.usage = (
+        "asyncsup patch build [OLD | --from-generation N] NEW "
+        "-o OUT.zip --build N (--warm | --cold) [OPTIONS]"
+    )
     add(
         "folders",
         nargs="+",
@@ -1502,6 +1558,16 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--notes", default="", metavar="TEXT", help="for people")
     add("--include", action="append", default=[], metavar="GLOB", help="only these files; may be repeated")
     add("--exclude", action="append", default=[], metavar="GLOB", help="not these files; may be repeated")
+    add(
+        "--from-generation",
+        type=_generation,
+        default=None,
+        metavar="N|current",
+        help="OLD is what target -t has installed, in this generation of it",
+    )
+    add("--delete-foreign", action="store_true", help="with it: delete also what no patch has brought")
+    add("--normal-modes", action="store_true", help="0755 for what may be executed, 0644 for all else")
+    add("--store", action="store_true", help="compress nothing: the same bytes with every zlib")
     add("--delta", action="store_true", help="differences to the old files, where that is smaller")
     add("--sign", action="append", default=[], metavar="KEY", help="as `patch sign --key`; may be repeated")
     add("--checksum", action="store_true", help="also write OUT.zip.sha256, as sha256sum would")

@@ -581,3 +581,70 @@ def test_prototype_package_that_would_be_refused_is_not_written(output: Path, ke
         build_prototype_patch(**{"output": output, "region": "r", "build": 1, "warm": True, **keys})
     assert caught.value.error_code == "build.manifest"
     assert list(output.parent.iterdir()) == []
+
+
+# --- the same input, the same bytes -------------------------------------------------------------------------
+
+
+def copied(
+    tree: Tree, folder: Path, *, umask: int = 0o022, backwards: bool = False, mtime: int = 10**9
+) -> Path:
+    """The same files as another checkout of them may have them."""
+    before = os.umask(umask)
+    try:
+        folder.mkdir()
+        for path, content in sorted(tree.items(), reverse=backwards):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+            os.utime(folder / path, (mtime, mtime))
+    finally:
+        os.umask(before)
+    return folder
+
+
+def made(folder: Path, output: Path, **keys: Any) -> bytes:
+    make(old=None, new=folder, output=output, **keys)
+    return output.read_bytes()
+
+
+def test_times_order_and_the_umask_of_the_build_change_no_byte(tmp_path: Path) -> None:
+    first = made(copied(NEW, tmp_path / "a"), tmp_path / "a.zip")
+    before = os.umask(0o077)
+    try:
+        other = copied(NEW, tmp_path / "b", backwards=True, mtime=5 * 10**8)
+        assert made(other, tmp_path / "b.zip") == first
+    finally:
+        os.umask(before)
+
+
+def test_permission_bits_are_content_unless_they_are_made_normal(tmp_path: Path) -> None:
+    one, two = (copied(NEW, tmp_path / f"{umask:o}", umask=umask) for umask in (0o022, 0o077))
+    for folder in (one, two):
+        (folder / "job.json").chmod(0o755 & ~(0o077 if folder is two else 0o022))
+    assert made(one, tmp_path / "1.zip") != made(two, tmp_path / "2.zip")
+    normal = made(one, tmp_path / "1.zip", normal_modes=True)
+    assert normal == made(two, tmp_path / "2.zip", normal_modes=True)
+    with open_package(tmp_path / "2.zip") as package:
+        modes = {change.path: change.mode for change in package.manifest.files}
+        assert modes["job.json"] == 0o755
+        assert set(modes.values()) == {None, 0o755}
+
+
+def test_another_zlib_changes_bytes_but_not_what_is_signed_and_none_when_stored(
+    new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = [tmp_path / name for name in ("1.zip", "2.zip", "3.zip", "4.zip")]
+    ours, ours_stored = made(new, outputs[0]), made(new, outputs[1], store=True)
+    real = zlib.compressobj
+
+    def other(*arguments: Any) -> Any:
+        return (
+            real(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY) if len(arguments) == 3 else real(*arguments)
+        )
+
+    monkeypatch.setattr(zlib, "compressobj", other)
+    assert made(new, outputs[2]) != ours
+    assert made(new, outputs[3], store=True) == ours_stored
+    with open_package(outputs[0]) as first, open_package(outputs[2]) as second:
+        assert first.manifest_bytes == second.manifest_bytes
+        second.verify()

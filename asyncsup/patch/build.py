@@ -55,7 +55,7 @@ _VERSION: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
+class Source:
     """A regular file of a folder that is compared."""
 
     file: Path
@@ -65,7 +65,7 @@ class _Source:
 
 def build_patch(
     *,
-    old: Path | None,
+    old: Path | Mapping[str, Source] | None,
     new: Path,
     output: Path,
     name: str,
@@ -83,6 +83,8 @@ def build_patch(
     notes: str = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    normal_modes: bool = False,
+    store: bool = False,
     delta: bool = False,
     limits: PatchLimits = DEFAULT_LIMITS,
     progress: Progress | None = None,
@@ -92,10 +94,12 @@ def build_patch(
     Content and permission bits count, times and empty folders do not; `.asyncsup*` is left out always.
 
     Args:
-        old: None when there was nothing before: every file is new.
+        old: a folder, or files by path; None when there was nothing before: every file is new.
         created: None takes ``SOURCE_DATE_EPOCH``, and without that the manifest does not say.
         include, exclude: shell patterns. One without ``/`` is tried on every component of a path, one with on
             the whole path, where ``*`` matches ``/`` as well. Without `include` everything is included.
+        normal_modes: files are 0755 if their owner may execute them, else 0644, whatever their other bits.
+        store: nothing is compressed; the bytes are then the same with every version of zlib.
         delta: modified files come as differences to the old ones, where that is smaller. With another version
             of zstd the bytes are others.
         limits: those of whoever is to read it.
@@ -104,18 +108,25 @@ def build_patch(
         PatchBuildError: no package can be made of this; `output` is as it was.
         OSError: reading or writing failed; `output` is as it was.
     """
-    if old is not None:
+    if isinstance(old, Path):
         _check_apart(output, old)
     _check_apart(output, new)
-    before = {} if old is None else _list_folder(old, include, exclude)
-    after = _list_folder(new, include, exclude)
+    if isinstance(old, Path):
+        before = list_folder(old, include, exclude)
+    else:
+        before = {path: file for path, file in (old or {}).items() if _is_chosen(path, include, exclude)}
+    after = list_folder(new, include, exclude)
+    if normal_modes:
+        before, after = _normalised(before), _normalised(after)
     changes, contents = _compare(before, after, progress)
     differences: dict[str, bytes] = {}
     if delta:
         changes, differences = _with_deltas(changes, before, contents, limits)
     if not changes:
         raise PatchBuildError(
-            f"there is nothing to patch: {new} holds what {old} holds" if old else f"{new} holds no file",
+            f"there is nothing to patch: {new} holds what is there already"
+            if old
+            else f"{new} holds no file",
             code="build.empty",
         )
     manifest = Manifest(
@@ -136,7 +147,7 @@ def build_patch(
     )
     raw, manifest = _check_manifest(manifest)
     with _written_atomically(output) as (file, temporary):
-        writer = _ArchiveWriter(file, ratio=limits.ratio)
+        writer = _ArchiveWriter(file, ratio=limits.ratio, store=store)
         writer.add(MANIFEST, len(raw), lambda: iter([memoryview(raw)]))
         for change in changes:
             if change.path in differences:
@@ -204,11 +215,11 @@ def build_prototype_patch(
 # --- comparing ----------------------------------------------------------------------------------------------
 
 
-def _list_folder(root: Path, include: Sequence[str], exclude: Sequence[str]) -> dict[str, _Source]:
+def list_folder(root: Path, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Source]:
     """The regular files below `root` by relative path, sorted."""
     if not root.is_dir():
         raise PatchBuildError(f"{root} is not a folder", code="build.folder")
-    found: dict[str, _Source] = {}
+    found: dict[str, Source] = {}
     pending = [""]
     while pending:
         prefix = pending.pop()
@@ -224,7 +235,20 @@ def _list_folder(root: Path, include: Sequence[str], exclude: Sequence[str]) -> 
     return dict(sorted(found.items()))
 
 
-def _source(root: Path, path: str, status: os.stat_result) -> _Source:
+def _is_chosen(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether `list_folder` would list a path: a folder that is excluded is so with all that is in it."""
+    components = path.split("/")
+    leading = ("/".join(components[:depth]) for depth in range(1, len(components) + 1))
+    return not any(_matches(each, exclude) for each in leading) and (not include or _matches(path, include))
+
+
+def _normalised(files: Mapping[str, Source]) -> dict[str, Source]:
+    return {
+        path: replace(file, mode=0o755 if file.mode & 0o100 else DEFAULT_MODE) for path, file in files.items()
+    }
+
+
+def _source(root: Path, path: str, status: os.stat_result) -> Source:
     mode = status.st_mode
     if not stat.S_ISREG(mode):
         word = "a symbolic link" if stat.S_ISLNK(mode) else "no plain file"
@@ -239,7 +263,7 @@ def _source(root: Path, path: str, status: os.stat_result) -> _Source:
             code="build.file_type",
             path=path,
         )
-    return _Source(file=root / path, size=status.st_size, mode=stat.S_IMODE(mode))
+    return Source(file=root / path, size=status.st_size, mode=stat.S_IMODE(mode))
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -252,11 +276,11 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _compare(
-    before: Mapping[str, _Source], after: Mapping[str, _Source], progress: Progress | None
-) -> tuple[tuple[FileChange, ...], dict[str, _Source]]:
+    before: Mapping[str, Source], after: Mapping[str, Source], progress: Progress | None
+) -> tuple[tuple[FileChange, ...], dict[str, Source]]:
     """The changes in order of their paths, and where the content of the new and modified ones is."""
     changes: list[FileChange] = []
-    contents: dict[str, _Source] = {}
+    contents: dict[str, Source] = {}
     for path in sorted({*before, *after}):
         old, new = before.get(path), after.get(path)
         if new is None:
@@ -281,8 +305,8 @@ def _compare(
 
 def _with_deltas(
     changes: Sequence[FileChange],
-    before: Mapping[str, _Source],
-    after: Mapping[str, _Source],
+    before: Mapping[str, Source],
+    after: Mapping[str, Source],
     limits: PatchLimits,
 ) -> tuple[tuple[FileChange, ...], dict[str, bytes]]:
     """The changes, and the deltas of those modified files of which they are smaller than the whole."""
@@ -317,11 +341,11 @@ def _with_deltas(
     return tuple(changed), made
 
 
-def _worth_a_delta(old: _Source, new: _Source, limits: PatchLimits) -> bool:
+def _worth_a_delta(old: Source, new: Source, limits: PatchLimits) -> bool:
     return new.size >= MIN_DELTA_BYTES and max(old.size, new.size) <= limits.delta_size
 
 
-def _whole(source: _Source) -> bytes:
+def _whole(source: Source) -> bytes:
     return b"".join(bytes(piece) for piece in _read_file(source, None))
 
 
@@ -347,14 +371,14 @@ def _check_paths(changed: Sequence[str]) -> None:
         )
 
 
-def _digest(source: _Source, progress: Progress | None) -> str:
+def _digest(source: Source, progress: Progress | None) -> str:
     digest = hashlib.sha256()
     for piece in _read_file(source, progress):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _read_file(source: _Source, progress: Progress | None) -> Iterator[memoryview]:
+def _read_file(source: Source, progress: Progress | None) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(max(1, min(CHUNK, source.size))))
     total = 0
     with source.file.open("rb", buffering=0) as file:
@@ -370,7 +394,7 @@ def _read_file(source: _Source, progress: Progress | None) -> Iterator[memoryvie
 
 
 def _add_change(
-    writer: _ArchiveWriter, change: FileChange, source: _Source, progress: Progress | None
+    writer: _ArchiveWriter, change: FileChange, source: Source, progress: Progress | None
 ) -> None:
     # Content that is better stored is read a second time, which is not progress.
     report = [progress]
@@ -467,12 +491,21 @@ class _ArchiveWriter:
     Args:
         file: empty, seekable, positioned at 0.
         ratio: what readers refuse to inflate.
+        store: compress nothing.
         dos: entries made on MS-DOS, as those of the prototype's packages.
     """
 
-    def __init__(self, file: BinaryIO, *, ratio: int = DEFAULT_LIMITS.ratio, dos: bool = False) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        ratio: int = DEFAULT_LIMITS.ratio,
+        store: bool = False,
+        dos: bool = False,
+    ) -> None:
         self._file = file
         self._ratio = ratio
+        self._store = store
         self._dos = dos
         self._records: list[bytes] = []
 
@@ -491,7 +524,7 @@ class _ArchiveWriter:
         start = offset + len(self._local(name, STORED, 0, 0, size))
         method = DEFLATED
         self._file.seek(start)
-        written = self._deflate(size, read)
+        written = None if self._store else self._deflate(size, read)
         if written is None:
             method = STORED
             self._file.seek(start)
