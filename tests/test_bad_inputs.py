@@ -220,7 +220,7 @@ class Site:
         return {path: what for path, what in whole.items() if not path.startswith(".asyncsup/state.db")}
 
 
-def make_site(folder: Path, trust: str) -> Serve:
+def make_site(folder: Path, trust: str, patch: str) -> Serve:
     serve = Serve(folder / "site")
     for name in ("pricer", "cold-only"):
         root = serve.folder / name
@@ -233,7 +233,7 @@ def make_site(folder: Path, trust: str) -> Serve:
     target = f'command = "sleep 3600"\nbuild = {BUILD}\nprotocol = "none"\n'
     serve.write(
         f'[supervisor]\nregion = "{REGION}"\n[patch]\ntrust = "{trust}"\nallowed_signers = "signers"\n'
-        f"signatures_required = {len(SIGNERS)}\nprobation = 0\n"
+        f"signatures_required = {len(SIGNERS)}\nprobation = 0\n{patch}\n"
         f'[target.pricer]\nroot = "pricer"\n{target}'
         f'[target.cold-only]\nroot = "cold-only"\n{target}patch = {{ allow = ["cold"] }}\n'
     )
@@ -241,10 +241,11 @@ def make_site(folder: Path, trust: str) -> Serve:
 
 
 @contextlib.contextmanager
-def running(trust: str) -> Iterator[Site]:
+def running(trust: str, patch: str = "") -> Iterator[Site]:
+    """A site of its own, until the block ends; `patch` are more settings of `[patch]`."""
     # Short: the path of a socket has little room.
     folder = Path(tempfile.mkdtemp(prefix="as-"))
-    serve = make_site(folder, trust)
+    serve = make_site(folder, trust, patch)
     try:
         with serve.start() as client:
             yield Site(serve=serve, client=client)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import os
 import resource
-import shutil
 import signal
 import stat
 import subprocess
@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Serve
+from conftest import wait_for
 from ssh_kit import key
-from test_patching import Field
-from test_supervisor import QUICK, SLEEPER
+from test_bad_inputs import Site, running
 from zip_forge import FILES, Part, forge, manifest_part, native
 
 from asyncsup.client import ControlClient
@@ -47,14 +47,6 @@ from asyncsup.patch.uploads import Uploads
 VALID = native(*FILES)
 LONG_NAME = "x" * 251 + ".zip"
 """As long as a name can be: there is no room for an ending behind it."""
-
-
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
 
 
 # --- the checksum beside a package --------------------------------------------------------------------------
@@ -166,7 +158,7 @@ def test_a_package_that_others_write_to_is_read_from_a_copy_of_what_was_checked(
     try:
         # Without the copy the attack works, so that this test can fail.
         control = accepted_builds(path, digest, None, until=EVIL_BUILD, tries=5000)
-        builds = accepted_builds(path, digest, private, until=EVIL_BUILD, tries=500)
+        builds = accepted_builds(path, digest, private, until=EVIL_BUILD, tries=200)
     finally:
         stop.set()
         writer.join()
@@ -227,37 +219,51 @@ def test_a_link_is_followed_only_where_that_is_meant(tmp_path: Path) -> None:
 # --- the inbox ----------------------------------------------------------------------------------------------
 
 
-def listed(serve: Serve) -> dict[str, str]:
-    with ControlClient(serve.endpoint) as client:
-        return {entry["file"]: entry["state"] for entry in client.call("patch.list")["inbox"]}
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with running("none") as site:
+        yield site
 
 
-def no_text(inbox: Path) -> Path:
-    return Path(os.fsdecode(os.fsencode(inbox) + b"/\xff.zip"))
+_builds = itertools.count(300)
 
 
-def test_odd_names_in_the_inbox_keep_nobody_from_seeing_the_others(serve: Serve) -> None:
-    serve.start(f"{QUICK}[target.web]\n{SLEEPER}").close()
+def package(**keys: Any) -> bytes:
+    """One that brings a file and a build that the site has not yet."""
+    build = next(_builds)
+    return native(Part(name=f"files/{build}.txt", data=b"brought"), build=build, **keys)
+
+
+def clear(inbox: Path) -> None:
+    for path in [*inbox.iterdir(), *inbox.glob("*/*")]:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+    for name in ("applied", "rejected"):
+        (inbox / name).mkdir(exist_ok=True)
+
+
+@pytest.fixture
+def inbox(site: Site) -> Iterator[Path]:
+    clear(site.serve.inbox)
+    yield site.serve.inbox
+    clear(site.serve.inbox)
+
+
+def test_odd_names_in_the_inbox_keep_nobody_from_seeing_the_others(site: Site, inbox: Path) -> None:
     odd = {
-        LONG_NAME,
-        "\x1b[2J\x1b[31m.zip",
-        "new\nline.zip",
-        "\u202egnp.zip",
-        " .zip",
-        "-rf.zip",
-        "%s{0}.zip",
-    }
+        LONG_NAME, "\x1b[2J\x1b[31m.zip", "new\nline.zip", "\u202egnp.zip", " .zip", "-rf.zip", "%s{0}.zip",
+    }  # fmt: skip
     for name in odd:
-        (serve.inbox / name).write_bytes(VALID)
-    no_text(serve.inbox).write_bytes(VALID)
-    (serve.inbox / "link.zip").symlink_to("/etc/passwd")
-    os.mkfifo(serve.inbox / "pipe.zip")
-    huge(serve.inbox / "sparse.zip")
-    (serve.inbox / "good.zip").write_bytes(VALID)
-    expected = dict.fromkeys(odd | {"good.zip"}, "complete") | {"sparse.zip": "incomplete"}
-    assert listed(serve) == expected
+        (inbox / name).write_bytes(VALID)
+    Path(os.fsdecode(os.fsencode(inbox) + b"/\xff.zip")).write_bytes(VALID)
+    (inbox / "link.zip").symlink_to("/etc/passwd")
+    os.mkfifo(inbox / "pipe.zip")
+    huge(inbox / "sparse.zip")
+    (inbox / "good.zip").write_bytes(VALID)
+    found = {entry["file"]: entry["state"] for entry in site.client.call("patch.list")["inbox"]}
+    assert found == dict.fromkeys(odd | {"good.zip"}, "complete") | {"sparse.zip": "incomplete"}
     shown = subprocess.run(
-        [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "patch", "list"],
+        [sys.executable, "-m", "asyncsup", "-c", str(site.serve.config), "patch", "list"],
         capture_output=True, check=True, stdin=subprocess.DEVNULL,
     ).stdout  # fmt: skip
     assert b"good.zip" in shown
@@ -265,78 +271,82 @@ def test_odd_names_in_the_inbox_keep_nobody_from_seeing_the_others(serve: Serve)
     assert "\u202e".encode() not in shown
 
 
-def test_a_package_with_the_longest_name_is_filed_with_its_report(field: Field) -> None:
-    field.start("web")
-    shutil.copy(field.package("web"), field.serve.inbox / LONG_NAME)
-    assert field.client.call("patch.apply", name=LONG_NAME)["verdict"] == "committed"
-    report, package = sorted((field.serve.inbox / "applied").iterdir(), key=lambda path: path.suffix)
-    assert package.name.startswith("xxx")
-    assert report.name == f"{package.name}.json"
-    assert not [path for path in field.serve.inbox.iterdir() if path.suffix == ".zip"]
+def test_a_package_with_the_longest_name_is_filed_with_its_report(site: Site, inbox: Path) -> None:
+    (inbox / LONG_NAME).write_bytes(package())
+    assert site.client.call("patch.apply", name=LONG_NAME)["verdict"] == "committed"
+    report, filed = sorted((inbox / "applied").iterdir(), key=lambda path: path.suffix)
+    assert filed.name.startswith("xxx")
+    assert report.name == f"{filed.name}.json"
+    assert not list(inbox.glob("*.zip"))
 
 
-def test_a_package_with_the_longest_name_does_not_stop_the_automatic_ones(field: Field) -> None:
-    field.start("web", patch="auto = true\n")
-    (field.serve.inbox / LONG_NAME).write_bytes(VALID)
-    shutil.copy(field.package("web"), field.folder / "p.tmp")
-    (field.folder / "p.tmp").rename(field.serve.inbox / "p.zip")
-    field.said("web", "build=300 a.txt=new-a")
+def test_a_package_with_the_longest_name_does_not_stop_the_automatic_ones() -> None:
+    with running("none", "auto = true") as site:
+        (site.serve.inbox / LONG_NAME).write_bytes(native(*FILES, targets=["elsewhere"]))
+        (site.folder / "p.tmp").write_bytes(native(*FILES))
+        (site.folder / "p.tmp").rename(site.serve.inbox / "p.zip")
+        wait_for((site.serve.inbox / "applied/p.zip.json").exists, "the package to be applied")
 
 
 @pytest.mark.parametrize("what", ["folder", "report", "package"])
-def test_nothing_is_filed_through_a_link(field: Field, what: str) -> None:
+def test_nothing_is_filed_through_a_link(site: Site, inbox: Path, tmp_path: Path, what: str) -> None:
     """Who may write to the inbox may put links where reports go; root would follow them anywhere."""
-    field.start("web")
-    elsewhere = field.folder / "elsewhere"
-    elsewhere.mkdir()
-    applied = field.serve.inbox / "applied"
+    applied = inbox / "applied"
     if what == "folder":
         applied.rmdir()
-        applied.symlink_to(elsewhere)
-    elif what == "report":
-        (applied / "p.zip.json").symlink_to(elsewhere / "created")
+        applied.symlink_to(tmp_path)
     else:
-        (applied / "p.zip").symlink_to(elsewhere / "created")
-    shutil.copy(field.package("web"), field.serve.inbox / "p.zip")
-    assert field.client.call("patch.apply", name="p.zip")["verdict"] == "committed"
-    assert not list(elsewhere.iterdir())
+        (applied / ("p.zip.json" if what == "report" else "p.zip")).symlink_to(tmp_path / "created")
+    (inbox / "p.zip").write_bytes(package())
+    assert site.client.call("patch.apply", name="p.zip")["verdict"] == "committed"
+    assert not list(tmp_path.iterdir())
     if what == "folder":
-        assert (field.serve.inbox / "p.zip").exists()
-        assert "stays where it is" in field.serve.errors()
+        assert (inbox / "p.zip").exists()
+        assert "stays where it is" in site.serve.errors()
     else:
         assert json.loads((applied / "p-2.zip.json").read_text())["verdict"] == "committed"
         assert (applied / "p-2.zip").is_file()
 
 
-def test_a_link_in_the_inbox_is_no_package_even_by_its_path(field: Field) -> None:
-    field.start("web")
-    package = field.package("web")
-    (field.serve.inbox / "p.zip").symlink_to(package)
-    error = field.refused(field.serve.inbox / "p.zip")
-    assert error.error_code == "zip.unreadable"
-    assert field.apply(package)["verdict"] == "committed"
+def test_a_link_in_the_inbox_is_no_package_even_by_its_path(site: Site, inbox: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(package())
+    (inbox / "p.zip").symlink_to(tmp_path / "p.zip")
+    with pytest.raises(RemoteError) as caught:
+        site.client.call("patch.apply", path=str(inbox / "p.zip"))
+    assert caught.value.error_code == "zip.unreadable"
+    assert site.client.call("patch.apply", path=str(tmp_path / "p.zip"))["verdict"] == "committed"
 
 
-def test_a_new_package_in_the_inode_of_the_old_one_is_another_package(field: Field) -> None:
-    field.start("web")
-    inbox = field.serve.inbox
-    shutil.copy(field.package("web", probation=1.0), inbox / "p.zip")
-    newer = field.package("web", build=400, before={"a.txt": "new-a"}, files={"a.txt": "newest"})
-    with field.applying(inbox / "p.zip") as outcome:
-        field.said("web", "build=300")
+def test_a_new_package_in_the_inode_of_the_old_one_is_another_package(site: Site, inbox: Path) -> None:
+    older, newer = package(probation=2.0), package()
+    root = site.folder / "pricer"
+    before = set(root.iterdir())
+    (inbox / "p.zip").write_bytes(older)
+    outcome: list[Any] = []
+
+    def apply() -> None:
+        with ControlClient(site.serve.endpoint) as other:
+            outcome.append(other.call("patch.apply", name="p.zip"))
+
+    thread = threading.Thread(target=apply)
+    thread.start()
+    try:
+        wait_for(lambda: set(root.iterdir()) - before, "the file that it brings")
         # The same inode, for certain.
-        (inbox / "p.zip").write_bytes(newer.read_bytes())
+        (inbox / "p.zip").write_bytes(newer)
+    finally:
+        thread.join(30)
     assert outcome[0]["verdict"] == "committed"
-    assert (inbox / "p.zip").exists()
-    assert field.client.call("patch.apply", name="p.zip")["verdict"] == "committed"
+    assert (inbox / "p.zip").read_bytes() == newer
+    assert site.client.call("patch.apply", name="p.zip")["verdict"] == "committed"
 
 
 @pytest.mark.parametrize(
     "path", ["/" + "x" * 300, "/proc/1/fd/0/x", "/dev/full", "/", "/a\0b", "/" + "d/" * 3000]
 )
-def test_a_path_that_cannot_be_one_is_not_found(serve: Serve, path: str) -> None:
-    with serve.start(f"{QUICK}[target.web]\n{SLEEPER}") as client, pytest.raises(RemoteError) as caught:
-        client.call("patch.plan", path=path)
+def test_a_path_that_cannot_be_one_is_not_found(site: Site, path: str) -> None:
+    with pytest.raises(RemoteError) as caught:
+        site.client.call("patch.plan", path=path)
     assert (caught.value.error_code, caught.value.remote_exit_status) == ("patch.not_found", 4)
 
 
