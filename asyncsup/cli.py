@@ -1203,16 +1203,21 @@ def _patch_verify(session: Session) -> int:
     sha256 = args.sha256 if args.sha256 or args.crc32 else read_checksum(Path(args.file))
     crc32 = None if args.crc32 is None else parse_crc32(args.crc32)
     limits = _limits(session)
-    with open_package(Path(args.file), limits=limits, sha256=sha256, crc32=crc32) as package:
+    try:
+        total = Path(args.file).stat().st_size
+    except OSError:
+        total = 0  # what is wrong with it the package says
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        out.bar(done, total)
+
+    opened = open_package(Path(args.file), limits=limits, sha256=sha256, crc32=crc32, progress=progress)
+    with opened as package:
         signed = _check_signatures(package, args.allowed_signers, args.required)
-        total = sum(change.size or 0 for change in package.manifest.files)
-        done = 0
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            out.bar(done, total)
-
+        done, total = 0, package.content_size
         package.verify(progress)
         checked_against = "sha256" if sha256 else "crc32" if crc32 is not None else None
         value: dict[str, Any] = {

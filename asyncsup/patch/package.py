@@ -186,6 +186,11 @@ class Package:
             if change.op is not Op.DELETED:
                 self._read(change, None, progress)
 
+    @property
+    def content_size(self) -> int:
+        """Bytes that `verify` reads: of all files and deltas, unpacked."""
+        return sum(entry.size for entry in self._sources.values())
+
     def close(self) -> None:
         """Close the file; harmless when repeated."""
         self._file.close()
@@ -252,6 +257,7 @@ def open_package(
     crc32: int | None = None,
     follow: bool = True,
     private_copies: Path | None = None,
+    progress: Progress | None = None,
 ) -> Package:
     """Open a package and check everything about it but the content of its files.
 
@@ -265,6 +271,7 @@ def open_package(
         follow: `path` may be a symbolic link.
         private_copies: a folder that nobody else may enter. A file that others may write to is copied there,
             to a file without a name, while its digest is computed; everything is read from the copy.
+        progress: of computing the digest.
 
     Raises:
         PatchMalformedError: it is not a valid package; the code says why.
@@ -285,7 +292,9 @@ def open_package(
             copy = None
             if private_copies is not None and _others_may_write(status):
                 copy = undo.enter_context(_private_file(private_copies))
-            package = _read_package(file, path, limits, copy=copy, sha256=sha256, crc32=crc32)
+            package = _read_package(
+                file, path, limits, copy=copy, sha256=sha256, crc32=crc32, progress=progress
+            )
             package.owner = status.st_uid, status.st_gid
             undo.pop_all()
         if copy is not None:
@@ -328,13 +337,16 @@ def _read_package(
     copy: FileIO | None,
     sha256: str | None,
     crc32: int | None,
+    progress: Progress | None,
 ) -> Package:
     fd = file.fileno()
     status = os.fstat(fd)
     if status.st_size > limits.package_size:
         _refuse("zip.package_size", f"has {status.st_size} bytes, {limit(limits, 'package_size')}")
     try:
-        package_id, checksum = _digests(fd, status.st_size, copy, want_crc32=crc32 is not None)
+        package_id, checksum = _digests(
+            fd, status.st_size, copy, want_crc32=crc32 is not None, progress=progress
+        )
         if sha256 is not None and sha256.lower() != package_id:
             _refuse("digest.sha256", f"has SHA-256 {package_id}, {sha256.lower()} was asked for")
         if crc32 is not None and crc32 != checksum:
@@ -351,7 +363,9 @@ def _read_package(
     return package
 
 
-def _digests(fd: int, size: int, copy: FileIO | None, *, want_crc32: bool) -> tuple[str, int]:
+def _digests(
+    fd: int, size: int, copy: FileIO | None, *, want_crc32: bool, progress: Progress | None
+) -> tuple[str, int]:
     """SHA-256 and CRC-32 of the file, which is copied to `copy` on the way."""
     digest = hashlib.sha256()
     checksum = 0
@@ -368,6 +382,8 @@ def _digests(fd: int, size: int, copy: FileIO | None, *, want_crc32: bool) -> tu
         if copy is not None:
             _write_copy(copy.fileno(), piece)
         position += count
+        if progress is not None:
+            progress(count)
     return digest.hexdigest(), checksum
 
 

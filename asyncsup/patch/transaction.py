@@ -244,9 +244,16 @@ class Transaction:
     async def _stage(self) -> None:
         loop = asyncio.get_running_loop()
 
+        told = 0
+
         def progress(size: int) -> None:
+            nonlocal told
             self._staged_bytes += size
-            loop.call_soon_threadsafe(self._publish_progress)
+            done = self._staged_bytes
+            # A hundred events of a patch are enough, however many files it has.
+            if done - told >= self.change.total_bytes / 100 or done == self.change.total_bytes:
+                told = done
+                loop.call_soon_threadsafe(self._publish_progress, done)
 
         for participant in self.change.participants:
             with self._step("stage", participant.target.name) as step:
@@ -606,8 +613,8 @@ class Transaction:
         self._store.record(self.txn, step, target=target, instance=instance, detail=detail, took=took, at=at)
         self.publish("patch.step", **{k: v for k, v in record.items() if k not in {"seq", "at"}})
 
-    def _publish_progress(self) -> None:
-        self.publish("patch.progress", done=self._staged_bytes, total=self.change.total_bytes)
+    def _publish_progress(self, done: int) -> None:
+        self.publish("patch.progress", done=done, total=self.change.total_bytes)
 
     def publish(self, kind: str, **fields: Any) -> None:
         """An event of this transaction, as all of them begin."""
