@@ -308,6 +308,7 @@ class ControlServer:
             instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}
             for instance in target.instances
         }
+        described["marks"] = self.supervisor.overseer.marks(target.name)
         described["drift"] = await self.supervisor.overseer.drift_of(target)
         described["history"] = await self.supervisor.overseer.history(target.name, 5)
         return described

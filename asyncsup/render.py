@@ -421,7 +421,7 @@ def show_lines(
             ("busy", clean(value.get("busy") or "")),
             ("queued", _queue(value.get("waiting") or ())),
             ("region", clean(value.get("region") or "")),
-            ("build", _number(value.get("build"))),
+            ("build", _number(value.get("build")) + _marks_text(value.get("marks"))),
             ("generation", _number(value.get("generation"))),
             ("patch", clean(value.get("patch") or "")),
             ("waits", _patch_waits(value)),
@@ -464,6 +464,13 @@ def show_lines(
         lines += ["", "last transactions"]
         lines += [f"  {line}" for line in _history_table(history, width and width - 2, ink, tz)]
     return lines
+
+
+def _marks_text(marks: Value | None) -> str:
+    if not marks:
+        return ""
+    floor = "" if marks.get("floor") is None else f", floor {clean(marks['floor'])}"
+    return f" (highest so far {clean(marks.get('highest', '?'))}{floor})"
 
 
 def _setting(value: object) -> str:
@@ -871,7 +878,7 @@ def transaction_lines(value: Value, *, ink: Ink = PLAIN, tz: tzinfo | None = Non
             ("asked by", _listed(value.get("asked_by"))),
             *_request_pairs(value.get("request") or {}),
             ("error", clean(_error_text(value.get("error")))),
-            ("audit", _records_text(value.get("audit") or ())),
+            ("audit", _records_text(value.get("audit") or {})),
         ]
     )
     for decided in (value.get("request") or {}).get("gates") or ():
@@ -912,12 +919,12 @@ def _signer_text(signer: Value) -> str:
     return f"{signer.get('principals', '?')} {signer.get('fingerprint', '?')}"
 
 
-def _records_text(records: Sequence[Value]) -> str:
-    if not records:
+def _records_text(audit: Value) -> str:
+    if not audit:
         return ""
-    first, last = records[0].get("seq"), records[-1].get("seq")
-    which = f"record {_number(first)}" if first == last else f"records {_number(first)} to {_number(last)}"
-    return f"{which}, {clean(records[-1].get('hash'))}"
+    first, last = clean(audit.get("first", "?")), clean(audit.get("last", "?"))
+    which = f"record {first}" if first == last else f"records {first} to {last}"
+    return f"{which}, {clean(audit.get('hash', ''))}"
 
 
 def verified_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:

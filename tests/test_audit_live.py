@@ -48,6 +48,7 @@ class Ground:
 
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
+        serve.alone = True
         self.folder = serve.folder
         (self.folder / "web").mkdir()
         (self.folder / "web/a.txt").write_text("200")
@@ -164,7 +165,7 @@ def test_a_patch_is_written_down_with_who_asked_every_gate_every_step_and_every_
     assert not field.client.call("audit.verify", heads=["0" * 64])["ok"]
     shown = field.client.call("patch.show", id=str(txn))
     assert shown["request"]["by"] == begun["by"]
-    assert shown["audit"][-1]["seq"] <= report["audit"]["seq"]
+    assert shown["audit"]["last"] <= report["audit"]["seq"]
 
 
 def test_whatever_is_refused_is_written_down_with_what_refused_it(ground: Ground, command: Command) -> None:
@@ -266,7 +267,6 @@ def test_commit_abort_rollback_prune_release_and_a_retry_say_who(ground: Ground)
 def test_a_supervisor_that_was_killed_finds_its_chain_whole_and_writes_down_what_it_takes_back(
     ground: Ground, command: Command
 ) -> None:
-    ground.serve.alone = True
     ground.serve.environ = {"ASYNCSUP_FAILPOINT": "store.switch.recorded:kill"}
     ground.start()
     with contextlib.suppress(Exception):
@@ -354,6 +354,7 @@ def test_no_older_build_comes_back_but_by_a_rollback_or_a_signed_downgrade(
     assert ground.refused(ground.package(280, sign=True)) == "gate.build"
     assert ground.refused(ground.package(240, sign=True, downgrade=True)) == "gate.floor"
     assert ground.apply(ground.package(260, sign=True, downgrade=True))["verdict"] == "committed"
+    assert ground.client.call("show", name="web")["marks"] == {"highest": 260, "floor": 250}
     assert ground.refused(ground.package(255, sign=True)) == "gate.build"
     assert ground.apply(ground.package(270, sign=True))["verdict"] == "committed"
     assert ground.content() == "270"

@@ -34,7 +34,7 @@ from store_kit import (
 )
 
 from asyncsup import cli, failpoints
-from asyncsup.errors import StateError
+from asyncsup.errors import NotAllowedError, StateError
 from asyncsup.patch import doctor, fs
 from asyncsup.patch.doctor import Diagnosis, diagnose
 from asyncsup.patch.package import Package
@@ -684,11 +684,15 @@ def test_doors_that_stand_open_are_shut(ward: Callable[..., Ward], tmp_path: Pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_folder_of_somebody_else(ward: Callable[..., Ward]) -> None:
+def test_what_belongs_to_somebody_else(ward: Callable[..., Ward]) -> None:
     w = ward()
     os.chown(w.state / "sets", 65534, 65534)
     assert w.codes() == ["permissions.owner"]
     os.chown(w.state / "sets", 0, 0)
+    os.chown(w.state, 65534, 65534)
+    assert w.codes() == []
+    with pytest.raises(NotAllowedError):
+        repair(w.state)
 
 
 def test_a_file_system_that_cannot_swap_names_or_link(

@@ -660,6 +660,7 @@ class Database:
         by_hand: bool = False,
     ) -> int:
         """A new transaction over the targets in `sources` (which generation each has now)."""
+        facts = {k: audit.plain_text(v) if isinstance(v, str) else v for k, v in facts.items()}
         with self.write() as sql:
             cursor = sql.execute(
                 "INSERT INTO transactions (action, patch, name, version, build, kind, floor, downgrade, "

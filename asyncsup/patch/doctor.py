@@ -122,14 +122,24 @@ def diagnose(path: Path, *, runtime_dir: Path | None = None, progress: Progress 
         runtime_dir: its permissions are looked at as well.
         progress: called with bytes read so far, and to be read.
     Raises:
-        StateError: there is no such directory, or it cannot even be listed.
+        StateError: there is no such directory, or it cannot be read.
     """
-    first = _Examination(path, runtime_dir, progress).run()
+    first = _look(path, runtime_dir, progress)
     if first.running is None or not first.findings:
         return first
-    second = _Examination(path, runtime_dir, progress).run()
+    second = _look(path, runtime_dir, progress)
     second.findings = [finding for finding in second.findings if finding in first.findings]
     return second
+
+
+def _look(path: Path, runtime_dir: Path | None, progress: Progress | None) -> Diagnosis:
+    try:
+        return _Examination(path, runtime_dir, progress).run()
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise StateError(
+            f"{path} cannot be examined: {error.strerror}{where}", code="state.unusable"
+        ) from error
 
 
 class _Examination:
@@ -155,8 +165,6 @@ class _Examination:
         except StateError as error:
             self._say(f"database.{error.error_code.rpartition('.')[2]}", error.message)
             return self._found
-        except OSError as error:
-            raise StateError(f"{self._path}: {error.strerror}", code="state.unusable") from error
         with contextlib.closing(state):
             try:
                 self._check_database(state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,7 +83,8 @@ def examine(database: Database, anchors: Collection[str] = ()) -> Judgement:
             row.txn: {**asdict(row), "committed": row.phase is Phase.COMMITTED}
             for row in database.transactions(None, -1)
         }
-        faults += replay.compare(history, database.all_held(), database.all_marks())
+        clock = datetime.fromtimestamp(database.clock(), UTC)
+        faults += replay.compare(history, database.all_held(), database.all_marks(), clock)
     return _judgement(examiner, faults)
 
 

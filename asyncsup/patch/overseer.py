@@ -358,6 +358,11 @@ class PatchOverseer:
                 return job.report.txn
         return None
 
+    def marks(self, target: str) -> dict[str, Any] | None:
+        """What no patch of a target may go below; None before the first one."""
+        marks = self._store.marks(target)
+        return None if marks is None else {"highest": marks.highest, "floor": marks.floor}
+
     def undecided(self, target: str) -> int | None:
         """The number of the patch on a target that has failed and waits for somebody to decide about it."""
         return next((each.txn for each in self._undecided.values() if target in each.targets), None)
@@ -553,9 +558,19 @@ class PatchOverseer:
     async def release(self, name: str, *, actor: Actor) -> list[str]:
         """Turn a target's managed files back into ordinary ones; returns their paths."""
         target = self._known(name)
-        async with target.hold("release", str(actor), on_preempt=lambda _: None):
-            release = partial(self._store.release, target.name, by=actor.to_json())
-            return await anyio.to_thread.run_sync(release)
+        release = partial(self._store.release, target.name, by=actor.to_json())
+        try:
+            async with target.hold("release", str(actor), on_preempt=lambda _: None):
+                return await anyio.to_thread.run_sync(release)
+        except AsyncsupError as error:
+            self._store.note(
+                "target.release_failed",
+                target=target.name,
+                error=error.message,
+                code=error.error_code,
+                by=actor.to_json(),
+            )
+            raise
 
     async def apply_arrivals(self) -> None:
         """Apply what comes into the inbox, in order of build, until cancelled (``[patch] auto``)."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from asyncsup.actor import Actor
-from asyncsup.errors import AsyncsupError, StateLockedError
+from asyncsup.errors import AsyncsupError, NotAllowedError, StateLockedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow, timestamp
@@ -94,13 +94,15 @@ def repair(
         overwrite: files that somebody has written to or removed are made anew as well.
     Raises:
         StateLockedError: a supervisor has it; nothing was touched.
-        StateError: there is no such directory.
+        NotAllowedError: it is another user's; nothing was touched.
+        StateError: there is no such directory, or it cannot be read.
         PatchMalformedError, PatchNotFoundError: of a package.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(open_package(package)) for package in packages]
         before = diagnose(path, runtime_dir=runtime_dir, progress=progress)
         _refuse_beside_a_supervisor(before.path)
+        _refuse_as_somebody_else(before.path)
         job = _Repair(opened, overwrite=overwrite)
         job.mend_permissions(before, runtime_dir)
         hopeless = [f for f in _with_code(before, "database", "state") if f.code != "database.integrity"]
@@ -125,6 +127,16 @@ def _refuse_beside_a_supervisor(path: Path) -> None:
             f"{path} is in use by a supervisor (process {holder}), and nothing is mended beside it; "
             "`asyncsup shutdown` first. Without --repair it can be examined all the same",
             pid=holder,
+            state_dir=str(path),
+        )
+
+
+def _refuse_as_somebody_else(path: Path) -> None:
+    owner = path.stat().st_uid
+    if owner != os.geteuid():
+        raise NotAllowedError(
+            f"{path} belongs to uid {owner}, and what is made anew has to belong to it as well; repair it as "
+            "that user",
             state_dir=str(path),
         )
 

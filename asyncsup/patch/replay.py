@@ -8,6 +8,7 @@ them behind the supervisor's back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from asyncsup.patch.audit import Fault
@@ -28,10 +29,14 @@ class Replay:
         self._transactions: dict[int, Facts] = {}
         self._held: set[str] = set()
         self._marks: dict[str, Marks] = {}
+        self._latest: datetime | None = None
 
     def take(self, fields: Mapping[str, Any]) -> None:
         """The next record."""
         event, txn = str(fields.get("event")), fields.get("txn")
+        at = _time(fields.get("at"))
+        if self._latest is None or event == "clock.trusted" or (at is not None and at > self._latest):
+            self._latest = at
         if event == "patch.held":
             self._held.add(str(fields.get("patch")))
         elif event == "patch.unheld":
@@ -71,17 +76,24 @@ class Replay:
         transactions: Mapping[int, Mapping[str, Any]],
         held: Mapping[str, str],
         marks: Mapping[str, Marks],
+        clock: datetime,
     ) -> list[Fault]:
         """What is not as the records say it should be.
 
         Args:
             transactions: the history, by number; of each what is in `COMPARED`.
+            clock: the latest time that is remembered.
         """
-        return [
+        faults = [
             *self._compare_transactions(transactions),
             *self._compare_held(held),
             *self._compare_marks(marks),
         ]
+        # Records have milliseconds.
+        if self._latest is not None and clock < self._latest - timedelta(seconds=0.001):
+            message = f"the latest time is remembered as {clock}, by the records it is {self._latest}"
+            faults.append(Fault(code="audit.clock", message=message))
+        return faults
 
     def _compare_transactions(self, rows: Mapping[int, Mapping[str, Any]]) -> Iterator[Fault]:
         for txn in sorted(self._transactions.keys() | rows.keys()):
@@ -115,3 +127,11 @@ class Replay:
                     f"{should or 'none'}"
                 )
                 yield Fault(code="audit.marks", message=message)
+
+
+def _time(text: object) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return time if time.tzinfo is not None else None

@@ -1325,7 +1325,7 @@ class Store:
             "request": next((_request(fields) for _, fields in records if "asked_by" in fields), {}),
             "steps": [_step(fields) for _, fields in records if fields.get("event") == "txn.step"],
             "files": files,
-            "audit": [{"seq": found.seq, "hash": found.hash} for found, _ in records],
+            "audit": _span([found for found, _ in records]),
         }
 
     def find_transaction(self, reference: str) -> dict[str, Any]:
@@ -1479,6 +1479,18 @@ def _facts(patch: PatchInfo) -> dict[str, Any]:
 def _request(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Who asked for what, and what was decided, out of the first record of a transaction."""
     return {key: fields[key] for key in ("by", "package", "trust", "wish", "gates") if key in fields}
+
+
+def _span(records: Sequence[Row]) -> dict[str, Any] | None:
+    """Which records are about a transaction."""
+    if not records:
+        return None
+    return {
+        "first": records[0].seq,
+        "last": records[-1].seq,
+        "count": len(records),
+        "hash": records[-1].hash,
+    }
 
 
 def _step(fields: Mapping[str, Any]) -> dict[str, Any]:
