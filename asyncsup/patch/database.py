@@ -432,7 +432,7 @@ class Database:
         """Write something down together with what the surrounding `write` changes: both or neither."""
         with self.write():
             self._write_notes()
-            self._append(_Note(event=event, txn=txn, at=at or timestamp(), fields=fields))
+            self._append([_Note(event=event, txn=txn, at=at or timestamp(), fields=fields)])
 
     def write_notes(self) -> None:
         """Write down what was noted."""
@@ -441,17 +441,21 @@ class Database:
                 pass
 
     def _write_notes(self) -> None:
-        while self._written_notes < len(self._notes):
-            self._append(self._notes[self._written_notes])
-            self._written_notes += 1
+        # One at a time by its number: an event loop may add to them meanwhile.
+        first, last = self._written_notes, len(self._notes)
+        self._append([self._notes[position] for position in range(first, last)])
+        self._written_notes = last
 
-    def _append(self, note: _Note) -> None:
-        before = self._newest or self.head()
-        fields = note.fields if note.txn is None else {**note.fields, "txn": note.txn}
-        line = audit.encode(before, note.event, note.at, fields)
-        self._newest = Head(seq=1 if before is None else before.seq + 1, hash=audit.digest(line))
-        values = (self._newest.seq, note.txn, line.decode(), self._newest.hash)
-        self._connection.execute("INSERT INTO audit VALUES (?, ?, ?, ?)", values)
+    def _append(self, notes: Sequence[_Note]) -> None:
+        before = self._newest or (self.head() if notes else None)
+        rows = []
+        for note in notes:
+            fields = note.fields if note.txn is None else {**note.fields, "txn": note.txn}
+            line = audit.encode(before, note.event, note.at, fields)
+            before = Head(seq=1 if before is None else before.seq + 1, hash=audit.digest(line))
+            rows.append((before.seq, note.txn, line.decode(), before.hash))
+        self._connection.executemany("INSERT INTO audit VALUES (?, ?, ?, ?)", rows)
+        self._newest = before
 
     def clock(self) -> float:
         """The latest time at which anything was written down; 0.0 when nothing was."""
