@@ -64,7 +64,7 @@ class Ground:
         self.serve.stop()
         self.start(**options)
 
-    def package(self, build: int, *, sign: bool = False, **more: Any) -> Path:
+    def package(self, build: int, *, sign: str | None = None, **more: Any) -> Path:
         content = str(build).encode()
         change = FileChange(
             path="a.txt", op=Op.MODIFIED, sha256=hashlib.sha256(content).hexdigest(), size=len(content)
@@ -77,8 +77,8 @@ class Ground:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("manifest.json", encode_manifest(manifest))
             archive.writestr("files/a.txt", content)
-        if sign:
-            sign_package(path, key=ssh_kit.key("alice").private)
+        if sign is not None:
+            sign_package(path, key=ssh_kit.key(sign).private)
         return path
 
     def apply(self, package: Path, **params: Any) -> Any:
@@ -330,7 +330,7 @@ def test_no_older_build_comes_back_but_by_a_rollback_or_a_signed_downgrade(
     required = f'trust = "required"\nallowed_signers = "{signers}"'
     ground.start(required)
     assert ground.refused(ground.package(300)) == "trust.unsigned"
-    three_hundred = ground.package(300, sign=True, build_floor=250)
+    three_hundred = ground.package(300, sign="alice", build_floor=250)
     report = ground.apply(three_hundred)
     assert [signer["principals"] for signer in report["signers"]] == ["alice@example.org"]
     first, second = [
@@ -343,7 +343,7 @@ def test_no_older_build_comes_back_but_by_a_rollback_or_a_signed_downgrade(
     ground.client.call("patch.rollback", target="web")
     assert ground.content() == "200"
     # Higher than what is there, lower than what was.
-    assert ground.refused(ground.package(280, sign=True)) == "gate.build"
+    assert ground.refused(ground.package(280, sign="alice")) == "gate.build"
     # What was there may come again.
     assert ground.apply(three_hundred)["verdict"] == "committed"
     ground.client.call("patch.rollback", target="web")
@@ -351,12 +351,12 @@ def test_no_older_build_comes_back_but_by_a_rollback_or_a_signed_downgrade(
     ground.client.call("patch.prune", target="web", keep=0)
     ground.client.call("target.release", target="web")
     ground.again(patch=required, target=f'layout = "tree"\n{DOWN}')
-    assert ground.refused(ground.package(280, sign=True)) == "gate.build"
-    assert ground.refused(ground.package(240, sign=True, downgrade=True)) == "gate.floor"
-    assert ground.apply(ground.package(260, sign=True, downgrade=True))["verdict"] == "committed"
+    assert ground.refused(ground.package(280, sign="alice")) == "gate.build"
+    assert ground.refused(ground.package(240, sign="alice", downgrade=True)) == "gate.floor"
+    assert ground.apply(ground.package(260, sign="alice", downgrade=True))["verdict"] == "committed"
     assert ground.client.call("show", name="web")["marks"] == {"highest": 260, "floor": 250}
-    assert ground.refused(ground.package(255, sign=True)) == "gate.build"
-    assert ground.apply(ground.package(270, sign=True))["verdict"] == "committed"
+    assert ground.refused(ground.package(255, sign="alice")) == "gate.build"
+    assert ground.apply(ground.package(270, sign="alice"))["verdict"] == "committed"
     assert ground.content() == "270"
     assert ground.client.call("audit.verify")["ok"]
 
@@ -391,18 +391,26 @@ def test_a_time_that_was_seen_before_the_start_counts() -> None:
     assert clock.behind() == 5000.0
 
 
-def test_a_patch_that_expires_is_refused_while_the_clock_is_behind(ground: Ground) -> None:
+def test_nothing_that_has_expired_comes_back_to_life_while_the_clock_is_behind(ground: Ground) -> None:
     # As if a supervisor had been at work tomorrow, and somebody had set the clock back since then.
     (ground.folder / ".asyncsup").mkdir()
     database = Database.open(ground.folder / ".asyncsup/state.db")
     database.set_meta("clock", repr(time.time() + 86400))
     database.close()
-    ground.start()
-    expires = datetime.now(UTC) + timedelta(days=300)
-    expiring = ground.package(300, expires=expires)
+    tonight = (datetime.now(UTC) + timedelta(hours=12)).strftime("%Y%m%d%H%M%SZ")
+    signers = ground.folder / "signers"
+    signers.write_text(
+        f'alice@example.org valid-before="{tonight}" {ssh_kit.key("alice").line}\n'
+        f"bob@example.org {ssh_kit.key('bob').line}\n"
+    )
+    ground.start(f'trust = "required"\nallowed_signers = "{signers}"')
+    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=300)
+    expiring = ground.package(300, expires=expires, sign="bob")
     assert ground.refused(expiring) == "gate.clock"
-    assert ground.apply(ground.package(299))["verdict"] == "committed"
+    assert ground.refused(ground.package(299, sign="alice")) == "trust.expired_key"
+    assert ground.apply(ground.package(299, sign="bob"))["verdict"] == "committed"
     assert ground.refused(expiring) == "gate.clock"
     assert ground.apply(expiring, trust_clock=True)["verdict"] == "committed"
     assert only(records(ground.client), "clock.trusted")["by"] == myself(os.getpid())
-    assert ground.apply(ground.package(301, expires=expires))["verdict"] == "committed"
+    assert ground.apply(ground.package(301, expires=expires, sign="alice"))["verdict"] == "committed"
+    assert ground.client.call("audit.verify")["ok"]
