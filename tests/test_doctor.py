@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,7 +35,7 @@ from store_kit import (
 )
 
 from asyncsup import cli, failpoints
-from asyncsup.errors import NotAllowedError, StateError
+from asyncsup.errors import AsyncsupError, NotAllowedError, StateError
 from asyncsup.patch import doctor, fs
 from asyncsup.patch.doctor import Diagnosis, diagnose
 from asyncsup.patch.package import Package
@@ -720,6 +721,57 @@ def test_little_room_is_worth_a_warning(ward: Callable[..., Ward], monkeypatch: 
     found = diagnose(w.state)
     assert found.ok
     assert {finding.code for finding in found.findings} >= {"space.bytes", "space.inodes"}
+
+
+# --- whatever it is -----------------------------------------------------------------------------------------
+
+
+def damage(chance: random.Random, base: Path) -> str:
+    """Something happens to something."""
+    path = chance.choice([path for path in sorted(base.rglob("*")) if path.suffix != ".zip"])
+    what = chance.choice(["gone", "folder", "link", "loop", "cut", "garbage", "mode", "renamed", "copied"])
+    with contextlib.suppress(OSError):
+        if what in {"gone", "folder", "link", "loop"}:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if what == "folder":
+            path.mkdir()
+        elif what in {"link", "loop"}:
+            path.symlink_to(path.name if what == "loop" else chance.choice(["/nowhere", base, "../x"]))
+        elif what in {"cut", "garbage"} and path.is_file():
+            path.chmod(0o644)
+            path.write_bytes(path.read_bytes()[:3] if what == "cut" else chance.randbytes(20))
+        elif what == "mode" and not path.is_symlink():
+            path.chmod(chance.choice([0o777, 0o600, 0o644]))
+        elif what == "renamed":
+            path.rename(path.with_name(f"{path.name}.x"))
+        elif what == "copied" and path.is_file():
+            shutil.copy(path, path.with_name(f"{path.name}.y"))
+    return f"{what} {path.relative_to(base)}"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_damaged_it_says_so_mends_once_and_is_right_about_the_rest(
+    seed: int, ward: Callable[..., Ward]
+) -> None:
+    chance = random.Random(seed)
+    w = ward(chance.choice(list(Layout)))
+    happened = [damage(chance, w.base) for _ in range(chance.choice([1, 2, 4]))]
+    try:
+        diagnose(w.state)
+        outcome = repair(w.state, overwrite=chance.random() < 0.3)
+        again = repair(w.state)
+    except AsyncsupError as error:
+        assert error.error_code in {"state.missing", "state.unusable", "state.database"}, happened
+        return
+    assert again.mended == (), happened
+    if outcome.left.ok:
+        store = w.open()
+        found = store.examine()
+        store.close()
+        assert found.ok, happened
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ class _Examination:
         self._check_permissions()
         self._check_space()
         self._check_file_system()
+        if not self._check_folders():
+            return self._found
         try:
             state = StateDirectory.look(self._path)
         except StateError as error:
@@ -195,6 +197,17 @@ class _Examination:
                 self._say(
                     "permissions.mode", f"has mode {mode:04o}, at most {most:04o} is safe", path=str(path)
                 )
+
+    def _check_folders(self) -> bool:
+        """Whether nothing stands where folders of ours should be."""
+        wrong = [
+            path
+            for name in (GENERATIONS, SETS, PERSIST, STAGING, SAVED, PYCACHE, UPLOADS)
+            if os.path.lexists(path := self._path / name) and (path.is_symlink() or not path.is_dir())
+        ]
+        for path in wrong:
+            self._say("state.folder", "is no folder", path=str(path))
+        return not wrong
 
     def _check_space(self) -> None:
         volume = os.statvfs(self._path)
@@ -305,10 +318,6 @@ class _Examination:
         except StateError as error:
             self._say("pointer.broken", error.message, path=str(state.path / CURRENT))
             return None
-        except OSError as error:
-            message = f"its set cannot be read: {error.strerror}"
-            self._say("pointer.broken", message, path=str(state.path / CURRENT))
-            return None
         if not entries:
             self._say("pointer.missing", "there is no pointer", path=str(state.path / CURRENT))
             return None
@@ -373,12 +382,18 @@ class _Examination:
         return number
 
     def _check_strays(self, state: StateDirectory, target: str, rows: Mapping[int, GenerationRow]) -> None:
+        for path in (state.generations(target), state.path / PERSIST / target):
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+                self._say("state.folder", "is no folder", target=target, path=str(path))
+                return
         folder = state.generations(target)
         if not folder.is_dir():
             self._say("generation.missing", "the folder of all its generations is missing", target=target)
             return
         for path in sorted(folder.iterdir()):
-            if not path.name.isdecimal():
+            if not path.name.isdecimal() or path.is_symlink() or not path.is_dir():
+                if path.name.isdecimal() and int(path.name) in rows:
+                    continue  # That is said of the generation.
                 self._say("stray.folder", "is no generation", "warning", target=target, path=str(path))
             elif int(path.name) not in rows and self._found.running is None:
                 self._say(
@@ -393,6 +408,15 @@ class _Examination:
         self, state: StateDirectory, row: TargetRow, generation: GenerationRow, *, is_current: bool
     ) -> None:
         number = generation.number
+        folder_path = state.generation(row.name, number)
+        if os.path.lexists(folder_path) and (folder_path.is_symlink() or not folder_path.is_dir()):
+            self._say(
+                "generation.kind",
+                f"generation {number} is no folder any more",
+                target=row.name,
+                generation=number,
+            )
+            return
         if not state.exists(row.name, number):
             self._say(
                 "generation.missing",

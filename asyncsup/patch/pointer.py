@@ -64,12 +64,25 @@ class Pointer:
             return not any(name.isdecimal() for name in fs.names(fd))
 
     def entries(self) -> dict[str, str]:
-        """Every target's link in the current set, as its text; empty when there is no set yet."""
+        """Every target's link in the current set, as its text; empty when there is no set yet.
+
+        Raises:
+            StateError: the pointer, or something in the set, is not what it should be.
+        """
         number = self.number()
         if number is None:
             return {}
+        found = {}
         with fs.opened(self._state / SETS / str(number)) as fd:
-            return {name: os.readlink(name, dir_fd=fd) for name in fs.names(fd)}
+            for name in fs.names(fd):
+                text = fs.link_text(name, fd)
+                if text is None:
+                    raise StateError(
+                        f"{self._state / SETS / str(number) / name} is no link to a generation",
+                        code="state.pointer",
+                    )
+                found[name] = text
+        return found
 
     def flip(self, changes: Mapping[str, str], *, point: str) -> None:
         """Move the targets in `changes` to other links, and no other target, in one step.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from asyncsup.actor import Actor
-from asyncsup.errors import AsyncsupError, NotAllowedError, StateLockedError
+from asyncsup.errors import AsyncsupError, NotAllowedError, StateError, StateLockedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow, timestamp
@@ -162,7 +162,13 @@ class _Repair:
         Raises:
             StateLockedError, StateError: it cannot be had, or opened.
         """
-        self.state = StateDirectory.open(path)
+        try:
+            self.state = StateDirectory.open(path)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise StateError(
+                f"{path} cannot be opened: {error.strerror}{where}", code="state.unusable"
+            ) from error
         self.store = Store(self.state)
         self._taken = True
         for each in self.mended:
@@ -236,12 +242,15 @@ class _Repair:
         confirmed."""
         try:
             self.store.settle()
-        except AsyncsupError as error:
-            self.because.update({f.key: error.message for f in _with_code(diagnosis, "pointer")})
+        except (OSError, AsyncsupError) as error:
+            self.because.update({f.key: str(error) for f in _with_code(diagnosis, "pointer")})
             return
 
-        def is_set(_: Finding) -> str:
-            if not self.state.pointer.entries():
+        def set_anew(_: Finding) -> str:
+            try:
+                self.state.pointer.entries()
+            except StateError:
+                # One of the set's links is none: each target is shown again below.
                 self.state.pointer.replace({}, point="store.repair")
             return "set to what was last confirmed"
 
@@ -260,7 +269,7 @@ class _Repair:
             return f"set to generation {row.confirmed}, which was confirmed last"
 
         for finding in _with_code(diagnosis, "pointer.missing", "pointer.broken"):
-            self._try(finding, is_set)
+            self._try(finding, set_anew)
         entries = self.state.pointer.entries()
         for row in self.state.database.targets():
             if row.name not in entries:
@@ -293,11 +302,12 @@ class _Repair:
             if path.parent.name == "uploads":
                 path.unlink(missing_ok=True)
             if os.path.lexists(path):
-                raise _CannotMendError("it is not known what it is")
+                raise _CannotMendError("it could not be removed")
             return "removed"
 
         def is_swept(finding: Finding) -> str:
-            if self.state.exists(_given(finding.target), _given(finding.generation)):
+            path = self.state.generation(_given(finding.target), _given(finding.generation))
+            if os.path.lexists(path):
                 raise _CannotMendError("a reader holds it")
             return "removed"
 
@@ -490,7 +500,7 @@ class _Repair:
     def _link_leaf(self, finding: Finding) -> str:
         row = self.state.database.target(_given(finding.target))
         with fs.opened(row.root) as root, fs.Durability(self.state.fd, root) as durability:
-            self.state.overlay(row, root).link(_given(finding.path), durability)
+            self.state.overlay(row, root).link([_given(finding.path)], durability)
             durability.barrier()
         return "link made again"
 
