@@ -739,7 +739,7 @@ def damage(chance: random.Random, base: Path) -> str:
         if what == "folder":
             path.mkdir()
         elif what in {"link", "loop"}:
-            path.symlink_to(path.name if what == "loop" else chance.choice(["/nowhere", base, "../x"]))
+            path.symlink_to(path.name if what == "loop" else chance.choice(["/nowhere", str(base), "../x"]))
         elif what in {"cut", "garbage"} and path.is_file():
             path.chmod(0o644)
             path.write_bytes(path.read_bytes()[:3] if what == "cut" else chance.randbytes(20))
