@@ -47,7 +47,9 @@ def outcome(
     fd = os.memfd_create("entry")
     try:
         os.write(fd, compressed)
-        return b"".join(bytes(piece) for piece in archive.stream(fd, entry))
+        whole = archive.read_small(fd, entry)
+        assert whole == b"".join(bytes(piece) for piece in archive.stream(fd, entry))
+        return whole
     except PatchMalformedError as error:
         return error.error_code
     finally:

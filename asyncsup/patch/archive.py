@@ -191,6 +191,29 @@ def stream(fd: int, entry: Entry, *, ahead: int = 0) -> Iterator[memoryview]:
         )
 
 
+def read_small(fd: int, entry: Entry) -> bytes:
+    """The content of an entry of up to `CHUNK` bytes, as `stream` gives it, at once.
+
+    Raises:
+        PatchMalformedError: as `stream` does.
+    """
+    raw = os.pread(fd, entry.compressed, entry.data_offset)
+    if entry.method == DEFLATED and len(raw) == entry.compressed:
+        inflate = inflater.decompressobj(-zlib.MAX_WBITS)
+        with contextlib.suppress(zlib.error, inflater.error):
+            content: bytes = inflate.decompress(raw, entry.size + 1)
+            whole = inflate.eof and not inflate.unused_data and len(content) == entry.size
+            if whole and _crc_fits(content, entry):
+                return content
+    elif len(raw) == entry.size and _crc_fits(raw, entry):
+        return raw
+    return b"".join(bytes(piece) for piece in stream(fd, entry))  # which says what is wrong with it
+
+
+def _crc_fits(content: bytes, entry: Entry) -> bool:
+    return bool(inflater.crc32(content) == entry.crc)
+
+
 def _stored(fd: int, entry: Entry, ahead: int) -> Iterator[memoryview]:
     size = min(CHUNK, entry.size)
     buffers = itertools.cycle([memoryview(bytearray(size)) for _ in range(ahead + 1)])

@@ -235,8 +235,8 @@ class Package:
             )
 
     def _pieces(self, entry: Entry) -> Iterator[memoryview]:
-        if entry.size < AHEAD_BYTES:
-            return archive.stream(self._file.fileno(), entry)
+        if entry.size < AHEAD_BYTES and entry.compressed <= AHEAD_BYTES:
+            return iter([memoryview(archive.read_small(self._file.fileno(), entry))])
         return read_ahead(archive.stream(self._file.fileno(), entry, ahead=DEPTH))
 
 

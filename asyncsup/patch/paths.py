@@ -40,6 +40,7 @@ class PathFault:
     message: str
 
 
+@lru_cache(maxsize=1 << 14)
 def path_fault(path: str, *, max_depth: int = MAX_DEPTH, private: bool = True) -> PathFault | None:
     """The first rule that `path` breaks, or None when it may be used.
 

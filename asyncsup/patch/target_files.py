@@ -284,19 +284,22 @@ class TargetFiles(ABC):
                 mode = change.mode if change.mode is not None else found.mode
                 mode = (DEFAULT_MODE if mode is None else mode) & 0o777
                 folders, name = split(change.path)
-                fd = os.open(name, fs.CREATE, 0o600, dir_fd=inner.open(folders))
+                delivered = mode & ~0o222 | 0o400
+                fd = os.open(name, fs.CREATE, delivered, dir_fd=inner.open(folders))
                 try:
                     if change.delta is None:
                         package.extract(change, fd, progress)
                     else:
                         self._rebuild(package, item, fd, progress)
-                    if am_root:
-                        os.fchown(fd, *(found.owner or (owner.st_uid, owner.st_gid)))
-                    os.fchmod(fd, mode & ~0o222 | 0o400)
                     mtime = stamp * 1_000_000_000 + position
                     os.utime(fd, ns=(mtime, mtime))
-                    durability.file(fd)
                     status = os.fstat(fd)
+                    wanted = found.owner or (owner.st_uid, owner.st_gid)
+                    if am_root and wanted != (status.st_uid, status.st_gid):
+                        os.fchown(fd, *wanted)
+                    if status.st_mode & 0o7777 != delivered:
+                        os.fchmod(fd, delivered)
+                    durability.file(fd)
                 finally:
                     os.close(fd)
                 failpoint("store.stage.written")
