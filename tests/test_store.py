@@ -464,19 +464,6 @@ def test_a_root_on_another_file_system_is_copied(layout: Layout, tmp_path: Path,
     assert not any(path.is_symlink() for path in root.rglob("*") if path.name != "link")
 
 
-def test_a_mount_inside_a_tree_is_refused(bench: Callable[..., Bench], stack: ExitStack) -> None:
-    b = bench(Layout.TREE)
-    (b.root / "mnt").mkdir()
-    with mounted(b.root / "mnt", "size=64k"):
-        patch = b.patch(300, modified={"app.json": b"two"})
-        txn = begin(b.store, patch)
-        with pytest.raises(PatchRefusedError, match="another file system is mounted at mnt") as caught:
-            b.store.stage(txn, "web", patch)
-        assert caught.value.error_code == "gate.filesystem"
-        b.store.abort(txn)
-        assert seen(b.root) == FILES
-
-
 @both_layouts
 def test_a_disk_too_small_for_the_patch_is_noticed_before_and_while_staging(
     layout: Layout, tmp_path: Path, stack: ExitStack

@@ -43,6 +43,7 @@ ORIGINAL: Tree = {
     "rules/us.json": b"us 1",
     "rules/old/gone.json": b"to be deleted",
     "data/own.log": b"the program's",
+    "own.state": b"saved",
 }
 FIRST: Tree = {**ORIGINAL, "app.json": b"two", "extra/deep/new.json": b"new in 2"}
 SECOND: Tree = {
@@ -50,6 +51,7 @@ SECOND: Tree = {
     "rules/eu.json": b"eu 3",
     "rules/us.json": b"us 1",
     "data/own.log": b"the program's",
+    "own.state": b"saved",
     "extra/deep/new.json": b"new in 3",
     "extra/deeper/still/more.json": b"also new",
 }
@@ -78,7 +80,13 @@ class Scene:
     def make(cls, base: Path, shape: str) -> Scene:
         base.mkdir()
         targets = tuple(
-            target(base, layout, f"t{n}", persist=("data",) if layout is Layout.TREE else (), build=100)
+            target(
+                base,
+                layout,
+                f"t{n}",
+                persist=("data", "own.state", "absent") if layout is Layout.TREE else (),
+                build=100,
+            )
             for n, layout in enumerate(SHAPES[shape])
         )
         for each in targets:
@@ -279,7 +287,9 @@ def meddled(scene: Scene, output: Path) -> None:
     for each in scene.targets:
         (each.root / "app.json").unlink()
         (each.root / "extra/deep/new.json").unlink()
-        write_tree(each.root, {"app.json": MINE})
+        # And a persistent one is saved again, by replacing it.
+        write_tree(each.root, {"app.json": MINE, "own.state.tmp": b"saved"})
+        (each.root / "own.state.tmp").replace(each.root / "own.state")
 
 
 def meddled_later(scene: Scene, output: Path) -> None:

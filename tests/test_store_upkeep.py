@@ -524,6 +524,11 @@ def test_without_root_rights_everything_works_as_well(stack: ExitStack) -> None:
                 write_tree(where.root, FILES)
                 (where.root / "rules").chmod(0o555 if layout is Layout.TREE else 0o755)
                 store = open_store(base, where)
+                (where.root / "app.json").chmod(0)
+                with package(base, 299, modified={"app.json": b"2"}) as patch:
+                    (plan,) = store.plan("web", patch.manifest)
+                    assert plan.code == "gate.unreadable", plan
+                (where.root / "app.json").chmod(0o644)
                 with package(base, 300, modified={"rules/eu.json": b"x"}, new={"n/m": b""}) as patch:
                     apply(store, patch)
                     assert seen(where.root) == {**FILES, "rules/eu.json": b"x", "n/m": b""}

@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import os
 import platform
-import shutil
+import re
+import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +34,9 @@ CHUNK_BYTES: Final = 1 << 20
 NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors of a write that more room would cure."""
 
+REMOVAL_ATTEMPTS: Final = 8
+"""How often a folder is emptied that somebody fills meanwhile."""
+
 CROSS_DEVICE: Final = errno.EXDEV
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 _RENAME_EXCHANGE: Final = 2
@@ -44,6 +49,7 @@ _SYS_RENAMEAT2: Final = {
     "s390x": 347,
 }
 
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -311,7 +317,7 @@ def link(name: str, directory: int, new_name: str, new_directory: int) -> bool:
 
 
 def copy(name: str, directory: int, new_name: str, new_directory: int, durability: Durability) -> None:
-    """Copy a file, link or FIFO. A socket is not copied: it belongs to whoever has bound it."""
+    """Copy a file, link, FIFO or device. A socket is not copied: it belongs to whoever has bound it."""
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(name, dir_fd=directory), new_name, dir_fd=new_directory)
@@ -325,6 +331,8 @@ def copy(name: str, directory: int, new_name: str, new_directory: int, durabilit
             os.close(source)
     elif stat.S_ISFIFO(status.st_mode):
         os.mkfifo(new_name, stat.S_IMODE(status.st_mode), dir_fd=new_directory)
+    elif not stat.S_ISSOCK(status.st_mode):
+        os.mknod(new_name, status.st_mode, status.st_rdev, dir_fd=new_directory)
 
 
 def link_or_copy(
@@ -340,14 +348,18 @@ def link_or_copy(
 def copy_regular(
     source: int, name: str, directory: int, durability: Durability, *, mode: int | None = None
 ) -> None:
-    """A new file with the content, owner, times and (unless given) mode of the open file `source`."""
+    """A new file with the content, owner, times and (unless given) mode of the open file `source`. Where that
+    has large holes, so has the new one.
+    """
     status = os.fstat(source)
     fd = os.open(name, CREATE, 0o600, dir_fd=directory)
     try:
-        offset = 0
-        while chunk := os.pread(source, CHUNK_BYTES, offset):
+        offset = _next_data(source, 0)
+        while offset is not None and (chunk := os.pread(source, CHUNK_BYTES, offset)):
+            os.lseek(fd, offset, os.SEEK_SET)
             write_all(fd, chunk)
-            offset += len(chunk)
+            offset = _next_data(source, offset + len(chunk))
+        os.ftruncate(fd, os.fstat(source).st_size)
         if os.geteuid() == 0:
             os.fchown(fd, status.st_uid, status.st_gid)
         os.fchmod(fd, stat.S_IMODE(status.st_mode) if mode is None else mode)
@@ -358,6 +370,16 @@ def copy_regular(
         raise
     finally:
         os.close(fd)
+
+
+def _next_data(fd: int, offset: int) -> int | None:
+    """Where the next content is, at `offset` or behind a hole; None when only a hole is left, or nothing."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -374,25 +396,69 @@ def remove_tree(name: str, directory: int) -> None:
     if not stat.S_ISDIR(status.st_mode):
         unlink_quietly(name, directory)
         return
+    trash = f"{secrets.token_hex(8)}-"
+    for attempt in itertools.count(1):
+        try:
+            _make_writable(name, directory)
+            with below(directory, [name]) as top:
+                numbers = itertools.count()
+                while flat := names(top):
+                    for entry in flat:
+                        _flatten(entry, top, trash, numbers)
+            os.rmdir(name, dir_fd=directory)
+        except FileNotFoundError:
+            return  # Somebody else removes it as well.
+        except OSError as error:
+            # Somebody writes to it meanwhile.
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} or attempt == REMOVAL_ATTEMPTS:
+                raise
+        else:
+            return
+
+
+def _flatten(name: str, top: int, trash: str, numbers: Iterator[int]) -> None:
+    """Remove an entry of the folder `top`; the folders in it become entries of `top`, to be removed next.
+
+    So neither the depth of a tree nor the number of its folders costs descriptors, stack or long paths.
+    """
+    status = lstat(name, top)
+    if status is None:
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        unlink_quietly(name, top)
+        return
+    _make_writable(name, top)
+    with below(top, [name]) as folder:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for inner, is_folder in found:
+            if is_folder:
+                _make_writable(inner, folder)
+                os.rename(inner, f"{trash}{next(numbers)}", src_dir_fd=folder, dst_dir_fd=top)
+            else:
+                unlink_quietly(inner, folder)
+    os.rmdir(name, dir_fd=top)
+
+
+def _make_writable(name: str, directory: int) -> None:
+    """So that a folder can be emptied, and moved: a program's own need not be."""
+    if os.geteuid() != 0:
+        os.chmod(name, 0o700, dir_fd=directory)
+
+
+def mount_points() -> frozenset[str]:
+    """Every folder, and every file, that something is mounted at."""
     try:
-        shutil.rmtree(name, onerror=_unless_gone, dir_fd=directory)
-    except PermissionError:
-        _loosen(name, directory)
-        shutil.rmtree(name, onerror=_unless_gone, dir_fd=directory)
+        with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123
+            lines = file.read().splitlines()
+    except OSError:
+        return frozenset()
+    # Spaces, tabs, newlines and backslashes are written as octal numbers.
+    return frozenset(os.fsdecode(_OCTAL.sub(_unescape, line.split()[4])) for line in lines)
 
 
-def _unless_gone(_function: object, _path: object, problem: tuple[type, BaseException, object]) -> None:
-    if not isinstance(problem[1], FileNotFoundError):
-        raise problem[1]
-
-
-def _loosen(name: str, directory: int) -> None:
-    """Make folders writable for their owner, which a program's own tree need not be."""
-    os.chmod(name, 0o700, dir_fd=directory)
-    with below(directory, [name]) as fd, os.scandir(fd) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                _loosen(entry.name, fd)
+def _unescape(match: re.Match[bytes]) -> bytes:
+    return bytes([int(match[1], 8)])
 
 
 def rooms(needs: Iterable[Need]) -> list[Room]:

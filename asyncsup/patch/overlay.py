@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,7 @@ from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
 from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, identity, presence_of, regular, split
 from asyncsup.patch.plan import Found, Presence
+from asyncsup.patch.swap import put
 
 ADOPTION_ATTEMPTS: Final = 8
 _ADOPTED: Final = f"{TEMPORARY_PREFIX}adopted"
@@ -146,7 +147,7 @@ class OverlayRoot:
             for path, temporary in list(pending.items()):
                 before = linked[path]
                 with self._folder_of(path) as (folder, name):
-                    if before is not None and _put(name, temporary, folder, before.is_it):
+                    if before is not None and put(name, temporary, folder, before.is_it):
                         adopted[path] = before.status
                         del pending[path]
                     fs.unlink_quietly(temporary, folder)
@@ -293,7 +294,7 @@ class OverlayRoot:
                 fs.copy_regular(source, temporary, folder, durability, mode=mode)
             finally:
                 os.close(source)
-            done = _put(name, temporary, folder, lambda status: os.path.samestat(status, link))
+            done = put(name, temporary, folder, lambda status: os.path.samestat(status, link))
             fs.unlink_quietly(temporary, folder)
             durability.directory(folder)
             return done
@@ -332,33 +333,6 @@ class OverlayRoot:
             code="gate.drift",
             target=self.target,
         )
-
-
-def _put(name: str, temporary: str, folder: int, expected: Callable[[os.stat_result], bool]) -> bool:
-    """Swap `temporary` and `name`, provided that what stands under `name` is what is `expected`.
-
-    Swapping first and looking afterwards is the only order without a gap. What comes out unexpectedly was put
-    there a moment ago and goes back at once; should something newer have taken its place by then, that comes
-    out in its turn and goes back, and so on: in the end the newest stands under `name`.
-
-    Returns whether ours stands there. What is left under `temporary` is not needed any more.
-    """
-    placed = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
-    ours = True
-    while True:
-        try:
-            fs.exchange(temporary, name, first_dir=folder, second_dir=folder)
-        except FileNotFoundError:
-            return False  # The program has removed it: so be it.
-        failpoint("store.adopt.swapped")
-        out = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
-        if expected(out):
-            return ours
-        expected, placed, ours = _same_as(placed), out, False
-
-
-def _same_as(status: os.stat_result) -> Callable[[os.stat_result], bool]:
-    return lambda other: os.path.samestat(other, status)
 
 
 def _is_in(generation: int, folders: Sequence[str], name: str, status: os.stat_result) -> bool:

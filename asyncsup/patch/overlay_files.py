@@ -16,7 +16,7 @@ from asyncsup.patch.database import FileRow, KeptRow, PartRow
 from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
 from asyncsup.patch.manifest import DEFAULT_MODE, FileChange
 from asyncsup.patch.overlay import Home, OverlayRoot
-from asyncsup.patch.plan import Found, Presence
+from asyncsup.patch.plan import Found, PlanError, Presence
 from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
     PatchSource,
@@ -29,6 +29,10 @@ from asyncsup.patch.target_files import (
     problem_with,
 )
 
+MOUNTED: Final = Found(
+    presence=Presence.ABSENT,
+    problem=PlanError(code="gate.filesystem", message="is a mount point, and nothing can take its place"),
+)
 PUT_IN_PLACE: Final = "was put there by somebody, in place of what a patch had made of it"
 REMOVED: Final = "was delivered by a patch and has since been removed"
 _RELEASED: Final = f"{TEMPORARY_PREFIX}released"
@@ -39,9 +43,13 @@ class OverlayFiles(TargetFiles):
 
     # --- looking --------------------------------------------------------------------------------------------
 
+    def check_root(self) -> None:
+        """Any folder will do: each name in it is judged for itself."""
+
     def look(self, changes: Iterable[FileChange], *, hashed: bool) -> list[Found]:
         number = self.state.number(self.name)
         rows, kept = self.database.files(self.name, number), self.database.kept(self.name, number)
+        mounted, where = fs.mount_points(), os.path.realpath(self.row.root)
         with (
             self._root() as root,
             fs.opened(self.state.generation(self.name, number)) as generation,
@@ -50,6 +58,7 @@ class OverlayFiles(TargetFiles):
         ):
             return [
                 problem_with(change.path)
+                or (MOUNTED if f"{where}/{change.path}" in mounted else None)
                 or marked(
                     root.look(change.path, rows.get(change.path), here=here, current=current, hashed=hashed),
                     kept.get(change.path),

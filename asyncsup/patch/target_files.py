@@ -99,8 +99,17 @@ class TargetFiles(ABC):
             PatchRefusedError: there is no root to look into.
         """
 
+    @abstractmethod
+    def check_root(self) -> None:
+        """Refuse a root that the layout cannot work with, before anything is done to it."""
+
     def plan(self, changes: Sequence[FileChange], policy: Policy) -> list[Planned]:
-        """What would become of each file."""
+        """What would become of each file.
+
+        Raises:
+            PatchRefusedError: the root cannot be patched at all.
+        """
+        self.check_root()
         found = self.look(changes, hashed=True)
         return [
             Planned(change=change, found=there, plan=judge(change, there, policy=policy, adopts=self.adopts))

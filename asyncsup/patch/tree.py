@@ -8,6 +8,7 @@ brings it along to whichever generation comes next.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -23,8 +24,11 @@ from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
 from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, folders_of, presence_of, regular, split
 from asyncsup.patch.plan import Found, Presence
+from asyncsup.patch.swap import put, same_as
 
+REPLACEMENT_ATTEMPTS: Final = 8
 _CARRIED: Final = f"{TEMPORARY_PREFIX}carried"
+_MOVED: Final = f"{TEMPORARY_PREFIX}moved-"
 
 
 class Form(Enum):
@@ -221,8 +225,13 @@ def _entries(folder: int) -> list[tuple[str, bool]]:
         return [
             (entry.name, entry.is_dir(follow_symlinks=False))
             for entry in entries
-            if not entry.name.startswith(TEMPORARY_PREFIX)
+            if entry.name != _CARRIED and not entry.name.startswith(_MOVED)
         ]
+
+
+def _temporary_for(path: str) -> str:
+    """The name beside a persistent file while it is moved; others may be moved in the same folder."""
+    return _MOVED + hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
 
 
 def _open_or_none(base: int, parts: Sequence[str]) -> int | None:
@@ -369,6 +378,62 @@ class TreeRoot:
 
     # --- persistent paths -----------------------------------------------------------------------------------
 
+    def settle_persistent(self, content: int, paths: Sequence[str]) -> None:
+        """After a move that was cut off: what the program saved last under a persistent name counts."""
+        for path in paths:
+            folders, name = split(path)
+            folder, temporary = _open_or_none(content, folders), _temporary_for(path)
+            if folder is None:
+                continue
+            try:
+                aside = fs.lstat(temporary, folder)
+                if aside is None:
+                    continue
+                swapped = fs.link_text(name, folder) == str(self._persisted / path)
+                if stat.S_ISREG(aside.st_mode) and swapped:
+                    with fs.opened(self._persisted) as base, fs.below(base, folders) as home:
+                        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=home)
+                        os.fsync(home)
+                # Two names of one file are both left by a rename.
+                fs.unlink_quietly(temporary, folder)
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _take_newer(self, path: str, folder: int, home: int, durability: fs.Durability) -> None:
+        """A persistent file that the program has replaced, as atomic saves do: what it saved is what counts.
+
+        Raises:
+            PatchRefusedError: the program replaces it all the time.
+        """
+        name, temporary = split(path)[1], _temporary_for(path)
+        for _ in range(REPLACEMENT_ATTEMPTS):
+            fs.unlink_quietly(temporary, home)
+            try:
+                linked = fs.link(name, folder, temporary, home)
+            except FileNotFoundError:
+                return
+            if not linked:
+                break
+            newer = os.stat(temporary, dir_fd=home, follow_symlinks=False)
+            os.rename(temporary, name, src_dir_fd=home, dst_dir_fd=home)
+            fs.unlink_quietly(temporary, home)
+            durability.directory(home)
+            durability.barrier()
+            failpoint("store.persist.taken")
+            fs.unlink_quietly(temporary, folder)
+            os.symlink(str(self._persisted / path), temporary, dir_fd=folder)
+            done = put(name, temporary, folder, same_as(newer))
+            fs.unlink_quietly(temporary, folder)
+            durability.directory(folder)
+            if done:
+                return
+        raise PatchRefusedError(
+            f"{self.target}: {path} is persistent, and the program replaces it faster than it can be moved",
+            code="gate.conflict",
+            target=self.target,
+        )
+
     def move_persistent_out(self, content: int, paths: Sequence[str], durability: fs.Durability) -> None:
         """Move persistent paths out of the open generation `content`, where they exist and have not been
         moved yet. A link takes their place, in one step.
@@ -376,6 +441,14 @@ class TreeRoot:
         Raises:
             PatchRefusedError: there is data in both places.
         """
+        self.settle_persistent(content, paths)
+        try:
+            self._move_persistent_out(content, paths, durability)
+        except BaseException:
+            self.settle_persistent(content, paths)
+            raise
+
+    def _move_persistent_out(self, content: int, paths: Sequence[str], durability: fs.Durability) -> None:
         for path in paths:
             folders, name = split(path)
             text = str(self._persisted / path)
@@ -389,7 +462,11 @@ class TreeRoot:
                 with fs.opened(self._persisted) as base:
                     home = fs.make_below(base, folders, durability, like=content)
                 try:
-                    if fs.lstat(name, home) is not None and fs.link_text(name, home) != text:
+                    stored = fs.lstat(name, home)
+                    if stored is not None and stat.S_ISREG(stored.st_mode) and stat.S_ISREG(status.st_mode):
+                        self._take_newer(path, folder, home, durability)
+                        continue
+                    if stored is not None and fs.link_text(name, home) != text:
                         raise PatchRefusedError(
                             f"{self.target}: {path} is persistent and stored at {text}, yet the program has "
                             "made another one in its tree",

@@ -39,6 +39,23 @@ class TreeFiles(TargetFiles):
 
     # --- looking --------------------------------------------------------------------------------------------
 
+    def check_root(self) -> None:
+        content = os.path.realpath(self.state.content(self.row))
+        mounted = sorted(
+            point for point in fs.mount_points() if point == content or point.startswith(f"{content}/")
+        )
+        if mounted:
+            where = (
+                "is a mount point" if mounted[0] == content else f"has something mounted in it ({mounted[0]})"
+            )
+            raise PatchRefusedError(
+                f"{self.name}: {self.row.root} {where}, and the tree layout cannot move that from one "
+                "generation to the next; mount it elsewhere, and put a symbolic link in its place",
+                code="gate.filesystem",
+                target=self.name,
+                root=str(self.row.root),
+            )
+
     def look(self, changes: Iterable[FileChange], *, hashed: bool) -> list[Found]:
         number = self.state.number(self.name)
         rows, kept = self.database.files(self.name, number), self.database.kept(self.name, number)
@@ -353,6 +370,9 @@ class TreeFiles(TargetFiles):
             self._settle_root(number)
         if form is not Form.MISSING:
             self._tree.remove_aside()
+        if form is Form.LINKED:
+            with self._content() as content:
+                self._tree.settle_persistent(content, self.row.persist)
 
     def _content(self) -> contextlib.AbstractContextManager[int]:
         path = self.state.content(self.row)
