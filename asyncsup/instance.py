@@ -163,6 +163,7 @@ class Instance:
         self._waiters: list[asyncio.Future[None]] = []
         self._streams: dict[str, OutputStream] = {}
         self._reload_confirmed: asyncio.Future[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     # --- looking --------------------------------------------------------------------------------------------
 
@@ -286,6 +287,12 @@ class Instance:
             )
         except (TimeoutError, PeerGoneError, PeerError) as error:
             log.warning("%s was not told that patch %s is off: %s", self.name, patch[:12], error)
+
+    def abort_later(self, patch: str, *, deadline: float) -> None:
+        """As `abort`, for one that will not listen for a while, and is not waited for."""
+        task = asyncio.get_running_loop().create_task(self.abort(patch, deadline=deadline))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     async def reload(self, request: protocol.Reload, *, deadline: float) -> ReloadOutcome:
         """Have changed resources taken up, in whichever way this instance knows. Never raises: the outcome

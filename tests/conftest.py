@@ -39,14 +39,14 @@ def short_tmp() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def wait_for(condition: Condition, what: str, timeout: float = 20.0) -> Any:
+def wait_for(condition: Condition, what: str, timeout: float = 20.0, *, every: float = 0.01) -> Any:
     """Poll a condition that lies outside this process; returns its first true value."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
-        time.sleep(0.01)
+        time.sleep(every)
     raise AssertionError(f"waited {timeout:g} s in vain for {what}")
 
 

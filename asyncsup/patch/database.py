@@ -272,14 +272,17 @@ def timestamp(seconds: float | None = None) -> str:
 
 
 class Database:
-    """One connection, used from any thread, one at a time.
+    """Two connections, used from any thread: one writer at a time, and readers that do not wait for it. A
+    disk that takes long over a write holds up nobody who only asks.
 
     Every method may raise `StateError`: ``state.database``, or ``state.full`` when the disk is.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, connection: sqlite3.Connection, reader: sqlite3.Connection, path: Path) -> None:
+        self._lock = threading.RLock()
         self._connection = connection
+        self._reading = threading.RLock()
+        self._reader = reader
         self._path = path
         self._depth = 0
         self._notes: deque[_Note] = deque()
@@ -287,26 +290,23 @@ class Database:
         """How many of them the write that is under way takes along."""
         self._newest: Head | None = None
         """The last record of the write that is under way."""
+        self._writing: int | None = None
+        """The thread that writes: what it reads meanwhile is to hold what it has written."""
 
     @classmethod
     def open(cls, path: Path) -> Database:
         """Open the database, creating it when there is none."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        connection = None
-        try:
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            connection.row_factory = sqlite3.Row
-            database = cls(connection, path)
-            database._prepare()
-        except sqlite3.Error as error:
-            if connection is not None:
-                connection.close()
-            raise _state_error(path, error) from error
-        except BaseException:
-            if connection is not None:
-                connection.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            try:
+                connection = undo.enter_context(contextlib.closing(_connect(path)))
+                reader = undo.enter_context(contextlib.closing(_connect(path)))
+                database = cls(connection, reader, path)
+                database._prepare()
+            except sqlite3.Error as error:
+                raise _state_error(path, error) from error
+            undo.pop_all()
         return database
 
     @classmethod
@@ -328,17 +328,17 @@ class Database:
         if version != SCHEMA_VERSION:
             connection.close()
             raise _wrong_version(path, version)
-        return cls(connection, path)
+        return cls(connection, connection, path)
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Everything that is read in the block is as it was at one instant."""
-        with self.lock, self._translated():
-            self._connection.execute("BEGIN")
+        with self._reading, self._translated():
+            self._reader.execute("BEGIN")
             try:
                 yield
             finally:
-                self._connection.execute("ROLLBACK")
+                self._reader.execute("ROLLBACK")
 
     def complaints(self) -> list[str]:
         """What SQLite's own check of the file finds."""
@@ -347,7 +347,7 @@ class Database:
 
     def rebuild_indexes(self) -> None:
         """Make all indexes anew, from the tables."""
-        with self.lock, self._translated():
+        with self._lock, self._translated():
             self._connection.execute("REINDEX")
 
     def _prepare(self) -> None:
@@ -364,19 +364,21 @@ class Database:
             self.record("chain.begun", format=audit.FORMAT, chain=secrets.token_hex(16))
 
     def close(self) -> None:
-        with self.lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._connection.close()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """All changes in the block, or none of them, and on disk when it ends; nested blocks belong to the
         outermost. What was noted for the audit goes along."""
-        with self.lock:
+        with self._lock:
             if self._depth:
                 yield self._connection
                 return
             with self._translated():
                 self._depth += 1
+                self._writing = threading.get_ident()
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
                     try:
@@ -394,6 +396,7 @@ class Database:
                         self._notes.popleft()
                 finally:
                     self._written_notes, self._newest = 0, None
+                    self._writing = None
                     self._depth -= 1
 
     @contextlib.contextmanager
@@ -404,8 +407,11 @@ class Database:
             raise _state_error(self._path, error) from error
 
     def _all(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        with self.lock, self._translated():
-            return self._connection.execute(sql, values).fetchall()
+        if self._writing == threading.get_ident():
+            with self._translated():
+                return self._connection.execute(sql, values).fetchall()
+        with self._reading, self._translated():
+            return self._reader.execute(sql, values).fetchall()
 
     def _one(self, sql: str, *values: object) -> sqlite3.Row | None:
         rows = self._all(sql, *values)
@@ -702,9 +708,10 @@ class Database:
         return [_transaction(row) for row in rows]
 
     def unfinished_transactions(self) -> list[TransactionRow]:
-        """Those that recovery has to look at: open ones, and committed ones with things left to tidy."""
+        """Those that recovery has to look at: open ones, committed ones with things left to tidy, and those
+        without a verdict."""
         rows = self._all(
-            "SELECT * FROM transactions WHERE phase != ? AND NOT (phase = ? AND cleaned) OR ended IS NULL "
+            "SELECT * FROM transactions WHERE phase != ? AND NOT (phase = ? AND cleaned) OR verdict IS NULL "
             "ORDER BY txn",
             Phase.ABORTED,
             Phase.COMMITTED,
@@ -869,6 +876,12 @@ def _wrong_version(path: Path, version: int) -> StateError:
     return StateError(
         f"{path} has schema version {version}, this asyncsup knows {SCHEMA_VERSION}", code="state.version"
     )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    return connection
 
 
 def _state_error(path: Path, error: sqlite3.Error) -> StateError:

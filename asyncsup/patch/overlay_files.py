@@ -453,8 +453,7 @@ class OverlayFiles(TargetFiles):
             new = max(row.number for row in self.database.generations(self.name)) + 1
             self.create_empty(new)
         self.database.add_generation(self.new_generation_row(new, like=number, place="store"))
-        with self.database.lock:
-            self.state.pointer.flip({self.name: self.state.entry(self.name, new)}, point="store.release")
+        self.state.pointer.flip({self.name: self.state.entry(self.name, new)}, point="store.release")
         return released
 
     def resume(self) -> None:

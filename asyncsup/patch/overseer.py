@@ -41,6 +41,7 @@ from asyncsup.errors import (
     TrustUnavailableError,
     UsageError,
 )
+from asyncsup.failpoints import step_failpoint
 from asyncsup.patch import delta, fs
 from asyncsup.patch.audit import Head
 from asyncsup.patch.checksum import has_checksum, read_checksum
@@ -63,7 +64,7 @@ from asyncsup.patch.report import (
 )
 from asyncsup.patch.space import Need
 from asyncsup.patch.store import INTERRUPTED, MIN_PREFIX, PatchInfo, StagedTarget, Undecided
-from asyncsup.patch.transaction import Change, Participant, Progress, Transaction
+from asyncsup.patch.transaction import Change, Participant, Progress, Transaction, io_failed
 from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
 from asyncsup.patch.way_back import Extent, Stacks, goals_of_patch, goals_of_target
@@ -180,6 +181,7 @@ class _Job:
     because: str = "cancelled"
 
     def cancel(self, because: str) -> None:
+        log.info("%s %s: to be ended, %s", self.report.action, self.report.txn or "(not begun)", because)
         self.because = because
         if self.transaction is not None:
             self.transaction.cancel_reason = because
@@ -405,6 +407,7 @@ class PatchOverseer:
     async def _take_back(self, job: _Job, way: WayBack, wish: Wish) -> dict[str, Any]:
         goals = await anyio.to_thread.run_sync(self._goals, way)
         targets = [self._supervisor.targets[name] for name in goals]
+        job.report.patch = self._store.state(targets[0].name).patch
         return await self._carry_out(job, targets, partial(self._roll_back, way, wish), wish)
 
     async def commit(self, reference: str, *, actor: Actor) -> dict[str, Any]:
@@ -501,9 +504,10 @@ class PatchOverseer:
             raise
         finally:
             verdict: Verdict = "committed" if keep else "rolled_back"
+            write_down = partial(self._write_down_decision, transaction, undecided, verdict, error)
             with anyio.CancelScope(shield=True):
-                write = partial(self._write_down_decision, transaction, undecided, verdict, error)
-                head = await anyio.to_thread.run_sync(write)
+                failures, head = await anyio.to_thread.run_sync(write_down)
+            transaction.note_failures("write down", failures)
             job.report.audit = head.to_json()
             transaction.publish(
                 "patch.ended", verdict=verdict if error is None else verdict_of(error), audit=head.to_json()
@@ -512,21 +516,22 @@ class PatchOverseer:
 
     def _write_down_decision(
         self, transaction: Transaction, undecided: Undecided, verdict: Verdict, error: AsyncsupError | None
-    ) -> Head:
+    ) -> tuple[list[Exception], Head]:
+        """As `_write_down`."""
         txn = undecided.txn
-        facts = {"instances": _answers(transaction)}
+        facts, code, why = {"instances": _answers(transaction)}, undecided.code, undecided.error
+        todo: list[Callable[[], object]] = []
         if error is not None and any(each.txn == txn for each in self._store.undecided()):
-            failed = f"{undecided.error}; and then: {error.message}"
-            self._store.leave_undecided(txn, error=failed, code=undecided.code, facts=facts)
-            return self._store.head()
-        outcome = verdict if error is None else verdict_of(error)
-        self._store.finish(txn, verdict=outcome, error=undecided.error, code=undecided.code, facts=facts)
-        del self._undecided[txn]
-        if verdict == "committed":
-            self._let_go(undecided.patch, undecided.targets)
-        elif undecided.code != INTERRUPTED:
-            self._store.hold(undecided.patch, undecided.error)
-        return self._store.head()
+            why = f"{why}; and then: {error.message}"
+            todo.append(partial(self._store.leave_undecided, txn, error=why, code=code, facts=facts))
+        else:
+            if verdict == "rolled_back" and code != INTERRUPTED:
+                todo.append(partial(self._store.hold, undecided.patch, why))
+            outcome = verdict if error is None else verdict_of(error)
+            todo.append(partial(self._store.finish, txn, verdict=outcome, error=why, code=code, facts=facts))
+            if verdict == "committed":
+                todo += self._to_let_go(undecided.patch, undecided.targets)
+        return self._do_all(transaction, todo)
 
     async def drift(self, target: str | None) -> list[dict[str, Any]]:
         """Files of one target, or of all, that are not as patches have left them."""
@@ -629,8 +634,9 @@ class PatchOverseer:
             raise
 
     async def _apply_job(self, job: _Job, source: Source, wish: Wish) -> None:
-        def settle(outcome: dict[str, Any] | AsyncsupError) -> None:
+        async def settle(outcome: dict[str, Any] | AsyncsupError) -> None:
             try:
+                await step_failpoint("overseer.settle")
                 self._settle(source, outcome)
                 self.uploads.drop(source.path)
             except OSError as error:
@@ -642,28 +648,38 @@ class PatchOverseer:
         self,
         job: _Job,
         work: Awaitable[dict[str, Any]],
-        settle: Callable[[dict[str, Any] | AsyncsupError], None] = lambda _: None,
+        settle: Callable[[dict[str, Any] | AsyncsupError], Awaitable[None]] | None = None,
     ) -> None:
         """Do the work of a job, tidy up after it, and resolve its futures, whatever happens."""
         outcome: dict[str, Any] | AsyncsupError
         try:
             try:
-                outcome = await work
+                outcome = await self._until_cancelled(job, work)
             except AsyncsupError as error:
-                error.details.setdefault("report", job.report.to_json(verdict_of(error), error))
                 outcome = error
+            except OSError as error:
+                outcome = io_failed(error)
             except Exception as error:
                 log.exception("a patch failed unexpectedly")
                 outcome = PatchError(f"{type(error).__name__}: {error}", code="internal")
-                outcome.details["report"] = job.report.to_json("refused", outcome)
+            if isinstance(outcome, AsyncsupError):
+                outcome.details.setdefault("report", job.report.to_json(verdict_of(outcome), outcome))
             if job.report.txn is None:
                 await self._write_down_attempt(job, outcome)
-            settle(outcome)
+            if settle is not None:
+                await settle(outcome)
             _resolve(job, outcome)
         finally:
             for future in (job.end, job.answer):
                 future.cancel()  # unless it is resolved: the supervisor itself is being torn down
             self._jobs.discard(job)
+
+    async def _until_cancelled(self, job: _Job, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+        with job.scope:
+            return await work
+        raise PatchTargetRefusedError(
+            f"ended before anything was changed: {job.because}", code="request.cancelled"
+        )
 
     async def _write_down_attempt(self, job: _Job, outcome: dict[str, Any] | AsyncsupError) -> None:
         """Nothing was begun, but it was asked for, and by whom and why it came to nothing is remembered."""
@@ -690,6 +706,7 @@ class PatchOverseer:
             log.error("what was asked for could not be written down: %s", failure.message)  # noqa: TRY400 - foreseen
 
     async def _apply_package(self, job: _Job, source: Source, wish: Wish) -> dict[str, Any]:
+        await step_failpoint("overseer.verify")
         if wish.trust_clock:
             await anyio.to_thread.run_sync(partial(self._store.trust_clock, by=wish.actor.to_json()))
             self._clock.trust(time.time())
@@ -732,17 +749,15 @@ class PatchOverseer:
         async with AsyncExitStack() as holds:
             for target in targets:
                 holds.callback(self._supervisor.end_if_essential_is_down, target)
-            with job.scope:
-                # In one order everywhere: two patches that share targets cannot wait for each other.
-                for target in sorted(targets, key=lambda target: target.name):
-                    await holds.enter_async_context(
-                        target.hold(label, str(wish.actor), on_preempt=job.cancel, wait_busy=wish.wait_busy)
-                    )
-                verdict = await work(job, targets)
-            if job.scope.cancelled_caught:
-                raise PatchTargetRefusedError(
-                    f"ended before anything was changed: {job.because}", code="request.cancelled"
+            # In one order everywhere: two patches that share targets cannot wait for each other.
+            for target in sorted(targets, key=lambda target: target.name):
+                await holds.enter_async_context(
+                    target.hold(label, str(wish.actor), on_preempt=job.cancel, wait_busy=wish.wait_busy)
                 )
+            for target in targets:
+                await anyio.to_thread.run_sync(self._store.tidy_up, target.name)
+            await step_failpoint("overseer.gates")
+            verdict = await work(job, targets)
         return job.report.to_json(verdict)
 
     async def _apply_to(
@@ -906,10 +921,10 @@ class PatchOverseer:
             raise
         finally:
             verdict: Verdict = "committed" if error is None else verdict_of(error)
+            write_down = partial(self._write_down, transaction, verdict, error, info, names)
             with anyio.CancelScope(shield=True):
-                head = await anyio.to_thread.run_sync(
-                    partial(self._write_down, transaction, verdict, error, info, names)
-                )
+                failures, head = await anyio.to_thread.run_sync(write_down)
+            transaction.note_failures("write down", failures)
             job.report.audit = head.to_json()
             transaction.publish("patch.ended", verdict=verdict, audit=head.to_json())
 
@@ -924,40 +939,63 @@ class PatchOverseer:
         error: AsyncsupError | None,
         info: PatchInfo | None,
         targets: Sequence[str],
-    ) -> Head:
-        """Everything the store is to remember of a transaction that has ended; in a worker thread.
+    ) -> tuple[list[Exception], Head]:
+        """Everything the store is to remember of a transaction that has ended, and what it is to forget; in a
+        worker thread. What has become of the targets is settled, and nothing that goes wrong now may be
+        reported as if it had not.
 
-        Returns the audit's last record of it.
+        Returns what failed, and the audit's last record of the transaction.
         """
         facts = {"instances": _answers(transaction)}
+        todo: list[Callable[[], object]] = []
         if isinstance(error, PatchUndecidedError):
             cause = error.__cause__
             assert isinstance(cause, AsyncsupError)
-            self._store.leave_undecided(
-                transaction.txn, error=cause.message, code=cause.error_code, facts=facts
+            todo.append(
+                partial(
+                    self._store.leave_undecided,
+                    transaction.txn,
+                    error=cause.message,
+                    code=cause.error_code,
+                    facts=facts,
+                )
             )
-            self._undecided |= {each.txn: each for each in self._store.undecided()}
-            return self._store.head()
-        self._store.finish(
-            transaction.txn,
-            verdict=verdict,
-            error=error.message if error else None,
-            code=error.error_code if error else None,
-            facts=facts,
-        )
-        if _is_the_patchs_fault(error) and info is not None:
-            self._store.hold(info.id, error.message)
+        else:
+            if _is_the_patchs_fault(error) and info is not None:
+                # First, so that one that is known to have ended is also known to be on hold.
+                todo.append(partial(self._store.hold, info.id, error.message))
+            todo.append(
+                partial(
+                    self._store.finish,
+                    transaction.txn,
+                    verdict=verdict,
+                    error=error.message if error else None,
+                    code=error.error_code if error else None,
+                    facts=facts,
+                )
+            )
         if verdict == "committed":
-            self._let_go(None if info is None else info.id, targets)
-        return self._store.head()
+            todo += self._to_let_go(None if info is None else info.id, targets)
+        return self._do_all(transaction, todo)
 
-    def _let_go(self, patch: str | None, targets: Sequence[str]) -> None:
+    def _do_all(
+        self, transaction: Transaction, todo: Sequence[Callable[[], object]]
+    ) -> tuple[list[Exception], Head]:
+        failures: list[Exception] = []
+        for do in todo:
+            try:
+                do()
+            except (OSError, AsyncsupError) as failure:
+                log.error("transaction %d: %s", transaction.txn, failure)  # noqa: TRY400 - foreseen
+                failures.append(failure)
+        self._undecided = {each.txn: each for each in self._store.undecided()}
+        return failures, self._store.head()
+
+    def _to_let_go(self, patch: str | None, targets: Sequence[str]) -> list[Callable[[], object]]:
         """Of what a patch that is committed makes superfluous."""
-        if patch is not None:
-            self._store.unhold(patch)
-        for name in targets:
-            by = Actor(via="supervisor").to_json()
-            self._store.prune(name, self._supervisor.config.patch.keep, by=by)
+        keep, by = self._supervisor.config.patch.keep, Actor(via="supervisor").to_json()
+        todo: list[Callable[[], object]] = [partial(self._store.prune, name, keep, by=by) for name in targets]
+        return todo if patch is None else [partial(self._store.unhold, patch), *todo]
 
     def _settle(self, source: Source, outcome: dict[str, Any] | AsyncsupError) -> None:
         """Move a zip out of the inbox, with its report, once it has been dealt with."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -31,13 +32,15 @@ KEPT_SETS: Final = 8
 
 
 class Pointer:
-    """Reads and moves the pointer of one state directory. The caller serialises calls.
+    """Reads and moves the pointer of one state directory.
 
     Args:
         fd: a descriptor of the state directory; stays the caller's.
     """
 
     def __init__(self, state: Path, fd: int) -> None:
+        self._lock = threading.Lock()
+        """One move at a time. Reading needs none, so that a disk that hangs holds up nobody who asks."""
         self._state = state
         self._fd = fd
 
@@ -69,9 +72,19 @@ class Pointer:
         Raises:
             StateError: the pointer, or something in the set, is not what it should be.
         """
-        number = self.number()
-        if number is None:
-            return {}
+        while (number := self.number()) is not None:
+            try:
+                found = self._links(number)
+            except (FileNotFoundError, StateError):
+                if self.number() == number:
+                    raise
+                continue
+            # A set that has fallen that far behind while it was read is being swept away.
+            if (self.number() or 0) - number < KEPT_SETS:
+                return found
+        return {}
+
+    def _links(self, number: int) -> dict[str, str]:
         found = {}
         with fs.opened(self._state / SETS / str(number)) as fd:
             for name in fs.names(fd):
@@ -92,10 +105,15 @@ class Pointer:
         Raises:
             OSError: the pointer is where it was, or (when the last sync failed) already moved.
         """
-        self.replace({**self.entries(), **changes}, point=point)
+        with self._lock:
+            self._replace({**self.entries(), **changes}, point=point)
 
     def replace(self, entries: Mapping[str, str], *, point: str) -> None:
-        """Make a set of exactly `entries` the current one; for `flip`, and to repair a lost pointer."""
+        """Make a set of exactly `entries` the current one, to repair a lost pointer."""
+        with self._lock:
+            self._replace(entries, point=point)
+
+    def _replace(self, entries: Mapping[str, str], *, point: str) -> None:
         sets = self._state / SETS
         with fs.opened(sets) as sets_fd:
             number = max((int(name) for name in fs.names(sets_fd) if name.isdecimal()), default=0) + 1

@@ -210,11 +210,10 @@ class StateDirectory:
 
     def number(self, target: str) -> int:
         """The generation that `target` has now."""
-        with self.database.lock:
-            text = self.pointer.entries().get(target)
-            if text is None:
-                raise StateError(f"the current set has no link for {target}", code="state.pointer")
-            return self.number_in(target, text)
+        text = self.pointer.entries().get(target)
+        if text is None:
+            raise StateError(f"the current set has no link for {target}", code="state.pointer")
+        return self.number_in(target, text)
 
     def number_in(self, target: str, text: str) -> int:
         """Which generation a set's link means."""
@@ -228,8 +227,7 @@ class StateDirectory:
 
     def is_in_root(self, target: str) -> bool:
         """Whether the current files are in the root itself, and not in the store."""
-        with self.database.lock:
-            return not self.pointer.entries().get(target, "").startswith("../")
+        return not self.pointer.entries().get(target, "").startswith("../")
 
     def exists(self, target: str, number: int) -> bool:
         return self.generation(target, number).is_dir()

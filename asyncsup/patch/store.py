@@ -213,6 +213,8 @@ class Store:
         self._database = state.database
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
         self._carried: set[tuple[int, str]] = set()
+        self._live: set[int] = set()
+        """The transactions that somebody carries out. One that is open all the same was left half done."""
 
     @classmethod
     def open(cls, state_dir: Path) -> Store:
@@ -240,6 +242,7 @@ class Store:
         """
         self._state.sweep_staging()
         self._state.pointer.sweep()
+        failpoint("store.open.swept")
         self._check_pointer()
 
     def close(self) -> None:
@@ -303,7 +306,7 @@ class Store:
                 another target's root in it.
             UsageError: a name that cannot be used.
         """
-        with self._database.lock, _state_errors():
+        with _state_errors():
             rows = [self._register(target) for target in targets]
             _check_overlaps(rows)
             failpoint("store.register.recorded")
@@ -473,9 +476,8 @@ class Store:
         Raises:
             TargetNotFoundError: it has no root, or does not exist.
         """
-        with self._database.lock:
-            row = self._database.target(target)
-            generation = self._database.generation(target, self._state.number(target))
+        row = self._database.target(target)
+        generation = self._database.generation(target, self._state.number(target))
         return TargetState(
             name=target,
             build=generation.build,
@@ -548,9 +550,8 @@ class Store:
 
     def stack(self, target: str) -> tuple[Layer, ...]:
         """The target's current generation, the one that was made from, and so on."""
-        with self._database.lock:
-            rows = {row.number: row for row in self._database.generations(target)}
-            number: int | None = self._state.number(target)
+        number: int | None = self._state.number(target)
+        rows = {row.number: row for row in self._database.generations(target)}
         layers = []
         while number is not None and number in rows:
             row = rows[number]
@@ -575,8 +576,7 @@ class Store:
 
     def rollback_target(self, target: str) -> int | None:
         """The generation a rollback leads to: the one the current one was made from, while it is kept."""
-        with self._database.lock:
-            generation = self._database.generation(target, self._state.number(target))
+        generation = self._database.generation(target, self._state.number(target))
         if generation.parent is None or not self._state.exists(target, generation.parent):
             return None
         return generation.parent
@@ -631,13 +631,8 @@ class Store:
         if not targets or len(set(targets)) != len(targets):
             raise UsageError(f"a transaction needs distinct targets, got {list(targets)}")
         for target in targets:
-            if self._database.target(target).releasing:
-                self.release(target)  # It was cut off.
-            for untidy in self._database.untidy_transactions(target):
-                # Its dangling links must be gone before their names can mean something else.
-                with self._holding(untidy.txn) as parts, self._reporting(target):
-                    self._tidy(untidy.txn, parts)
-        with self._database.write():
+            self.tidy_up(target)
+        with self._reporting(", ".join(targets)), self._database.write():
             sources = {}
             for target in targets:
                 self._refuse_while_open(target)
@@ -653,7 +648,9 @@ class Store:
                 started=time.time(),
                 by_hand=by_hand,
             )
-        failpoint("store.begin.recorded")
+        with self._reporting(", ".join(targets)):
+            failpoint("store.begin.recorded")
+        self._live.add(txn)
         return txn
 
     def _refuse_while_open(self, target: str) -> None:
@@ -735,6 +732,28 @@ class Store:
             **request,
         )
         return txn
+
+    def tidy_up(self, target: str) -> None:
+        """Finish what an error has kept from being finished. Whoever looks at the target's files in order to
+        change them has to begin with it; it costs nothing when there is nothing left to do.
+
+        Raises:
+            AsyncsupError: it cannot be done yet.
+        """
+        self._end_abandoned(target)
+        if self._database.target(target).releasing:
+            self.release(target)
+        for untidy in self._database.untidy_transactions(target):
+            # Its dangling links must be gone before their names can mean something else.
+            with self._holding(untidy.txn) as parts, self._reporting(target):
+                self._tidy(untidy.txn, parts)
+
+    def _end_abandoned(self, target: str) -> None:
+        for row in self._database.open_transactions(target):
+            if row.txn not in self._live and row.state != UNDECIDED:
+                why = "an error kept it from being undone at once"
+                with self._reporting(target):
+                    self.finish(row.txn, verdict="rolled_back", error=why, code="patch.interrupted")
 
     def _current_patch(self, target: str) -> dict[str, Any]:
         generation = self._database.generation(target, self._state.number(target))
@@ -848,7 +867,7 @@ class Store:
                     if (txn, part.target) not in self._carried:
                         self.carry(txn, part.target)
                     self._files(part.target).verify(part)
-            with self._reporting(", ".join(part.target for part in parts)), self._database.lock:
+            with self._reporting(", ".join(part.target for part in parts)):
                 # From the set that is current now: other transactions may have switched in between.
                 self._state.pointer.flip(
                     {part.target: self._state.entry(part.target, _destination(part)) for part in parts},
@@ -874,11 +893,10 @@ class Store:
                 switched = self._is_switched(parts)
                 if switched:
                     self._carry_back(parts)
-                    with self._database.lock:
-                        self._state.pointer.flip(
-                            {part.target: self._state.entry(part.target, part.source) for part in parts},
-                            point="store.switch_back",
-                        )
+                    self._state.pointer.flip(
+                        {part.target: self._state.entry(part.target, part.source) for part in parts},
+                        point="store.switch_back",
+                    )
                 if switched or row.phase is Phase.SWITCHED:
                     self._advance(txn, Phase.SWITCHED_BACK, "txn.switched_back")
                     failpoint("store.switch_back.recorded")
@@ -897,7 +915,7 @@ class Store:
                 carried = self._files(part.target).carry_back(part)
             except (OSError, AsyncsupError) as error:
                 # Going back must not depend on it; what could not be brought along is said, and kept.
-                log.exception("%s: what the program wrote could not be carried back", part.target)
+                log.error("%s: cannot carry back what the program wrote: %s", part.target, error)  # noqa: TRY400
                 self.record(part.txn, "carry back", target=part.target, detail=f"failed: {error}")
                 continue
             if carried:
@@ -986,6 +1004,7 @@ class Store:
                 why = reason or self._database.transaction(txn).error
                 self._database.update_transaction(txn, phase=Phase.ABORTED, error=why, ended=True)
                 self._database.record("txn.undone", txn=txn, error=why)
+            failpoint("store.abort.recorded")
 
     def leave_undecided(
         self, txn: int, *, error: str, code: str, facts: Mapping[str, Any] | None = None
@@ -1033,13 +1052,15 @@ class Store:
         code: str | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write down what became of a transaction. One that is neither confirmed nor aborted is aborted.
+        """Write down what became of a transaction. One that is neither confirmed nor aborted is aborted;
+        should that fail, the next patch of its targets tries again, and so does recovery.
 
         Args:
             state: how it ended, where that is not what happened on disk.
             error, code: why it was not committed.
             facts: what else the audit is to hold of its end.
         """
+        self._live.discard(txn)
         if self._database.transaction(txn).phase in OPEN_PHASES:
             self.abort(txn, error)
         with self._database.write():
@@ -1049,6 +1070,7 @@ class Store:
             self._database.record(
                 "txn.ended", txn=txn, verdict=verdict, error=error, code=code, **(facts or {})
             )
+        failpoint("store.finish.recorded")
 
     # --- recovery -------------------------------------------------------------------------------------------
 
@@ -1060,8 +1082,9 @@ class Store:
         """
         recovered = []
         for row in self._database.unfinished_transactions():
-            recovered.append(self._recover(row))
-            failpoint("store.recover.one")
+            with _state_errors():
+                recovered.append(self._recover(row))
+                failpoint("store.recover.one")
         for target in self._database.targets():
             try:
                 if target.releasing:
@@ -1072,9 +1095,10 @@ class Store:
                     self._files(target.name).resume()
                     failpoint("store.recover.resumed")
                 self._sweep_generations(target.name)
-            except (OSError, AsyncsupError):
+                failpoint("store.recover.swept")
+            except (OSError, AsyncsupError) as error:
                 # Its files are right all the same; it is no reason for the others not to start.
-                log.exception("%s: could not be tidied up", target.name)
+                log.error("%s: could not be tidied up: %s", target.name, error)  # noqa: TRY400 - foreseen
         self._database.write_notes()
         return recovered
 
@@ -1115,7 +1139,7 @@ class Store:
             if row.phase is not Phase.COMMITTED and self._is_switched(parts):
                 raise  # The files are those of a patch nobody has confirmed.
             # The files are right; what is left over keeps the targets from being patched, no more.
-            log.exception("transaction %d: could not be tidied up", row.txn)
+            log.error("transaction %d: could not be tidied up: %s", row.txn, error)  # noqa: TRY400 - foreseen
             self.record(row.txn, "recover", detail=f"could not be tidied up: {error}")
             return Recovered(
                 txn=row.txn,
@@ -1150,6 +1174,7 @@ class Store:
     def hold(self, patch_id: str, reason: str) -> None:
         """Remember that a patch was undone, and why, so that it is not tried again by itself."""
         self._database.hold(patch_id, reason)
+        failpoint("store.hold.recorded")
 
     def held(self, patch_id: str) -> str | None:
         """Why a patch is on hold; None when it is not."""
@@ -1186,9 +1211,8 @@ class Store:
             by: who asked, for the audit.
         """
         with self._locks[target], self._reporting(target):
-            with self._database.lock:
-                rows = {row.number: row for row in self._database.generations(target)}
-                kept = {self._state.number(target)}
+            rows = {row.number: row for row in self._database.generations(target)}
+            kept = {self._state.number(target)}
             (number,) = kept
             for _ in range(max(keep, 0)):
                 parent = rows[number].parent
@@ -1202,10 +1226,11 @@ class Store:
             pruned = []
             for number in rows.keys() - kept:
                 there = self._state.exists(target, number)
-                if not self._state.discard(target, number):
+                known = rows[number].state == "live" and rows[number].place == "store"
+                if not (there or known) or not self._state.discard(target, number):
                     continue
                 failpoint("store.prune.discarded")
-                if rows[number].state == "live" and rows[number].place == "store":
+                if known:
                     with self._database.write():
                         self._database.update_generation(target, number, state="pruned")
                         self._database.record(
@@ -1230,6 +1255,7 @@ class Store:
         Raises:
             TargetBusyError: a transaction has the target.
         """
+        self._end_abandoned(target)
         with self._locks[target]:
             self._refuse_while_open(target)
             self._set_releasing(target, True, event="target.releasing", by=by)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
@@ -32,13 +32,13 @@ from asyncsup.errors import (
     StartFailedError,
 )
 from asyncsup.events import EventStream, timestamp
-from asyncsup.failpoints import failpoint
+from asyncsup.failpoints import step_failpoint
 from asyncsup.instance import Instance
 from asyncsup.lifecycle import State
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.store import Store
 from asyncsup.target import Target
-from asyncsup.together import together
+from asyncsup.together import each, together
 from target_sdk.protocol import Prepare, ProtocolError, Verdict
 
 log = logging.getLogger("asyncsup.patch")
@@ -135,11 +135,12 @@ class Undo:
         while self._steps:
             name, step = self._steps.pop()
             try:
-                failpoint(f"undo.{name}")
+                await step_failpoint(f"undo.{name}")
                 await step()
-            except AsyncsupError as error:
-                log.error("undo of %s failed: %s", name, error.message)  # noqa: TRY400 - foreseen
-                failures.append(f"{name}: {error.message}")
+            except (AsyncsupError, OSError) as error:
+                foreseen = io_failed(error) if isinstance(error, OSError) else error
+                log.error("undo of %s failed: %s", name, foreseen.message)  # noqa: TRY400 - foreseen
+                failures.append(f"{name}: {foreseen.message}")
             except Exception as error:
                 log.exception("undo of %s failed", name)
                 failures.append(f"{name}: {error}")
@@ -168,6 +169,8 @@ class Transaction:
         self._began = time.monotonic()
         self._staged_bytes = 0
         self._prepared: list[Instance] = []
+        self._asking: set[str] = set()
+        """Those of them that owe an answer."""
         self._told: set[str] = set()
         self._standing: list[tuple[Instance, int | None]] = []
         """Who took the change up, and with which process: they must stay until the commit."""
@@ -213,8 +216,12 @@ class Transaction:
         # Leaving the block without an error is the commit.
 
     async def keep(self) -> None:
-        """Somebody has decided that an undecided change stays."""
-        await self._commit()
+        """Somebody has decided that an undecided change stays. It is too late to cancel anything."""
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._commit()
+        except OSError as error:
+            raise io_failed(error) from error
 
     async def take_back(self, reason: str) -> None:
         """Somebody has decided that an undecided change is taken back: in the order in which `run` would.
@@ -256,7 +263,7 @@ class Transaction:
                 loop.call_soon_threadsafe(self._publish_progress, done)
 
         for participant in self.change.participants:
-            with self._step("stage", participant.target.name) as step:
+            async with self._step("stage", participant.target.name) as step:
                 await anyio.to_thread.run_sync(participant.stage, self.txn, progress)
                 step["detail"] = f"{_files(participant.changed)} for build {participant.build_after}"
 
@@ -273,7 +280,7 @@ class Transaction:
                 "ASYNCSUP_BUILD_BEFORE": str(participant.build_before),
                 "ASYNCSUP_BUILD_AFTER": str(participant.build_after),
             }
-            with self._step(name, target.name):
+            async with self._step(name, target.name):
                 failure = await target.run_hook(name, command, environment)
                 if failure is None:
                     return
@@ -310,9 +317,10 @@ class Transaction:
             changed=participant.changed,
             deadline=config.patch.ack_timeout,
         )
-        with self._step("prepare", config.name, instance.name) as step:
+        async with self._step("prepare", config.name, instance.name) as step:
             self._prepared.append(instance)
             while True:
+                self._asking.add(instance.name)
                 try:
                     answer = await instance.prepare(request)
                 except TimeoutError:
@@ -331,6 +339,7 @@ class Transaction:
                         code="patch.bad_answer",
                         instance=instance.name,
                     ) from None
+                self._asking.discard(instance.name)
                 record.prepare, record.reason = answer.verdict.value, answer.reason
                 record.prepare_took = time.monotonic() - began
                 because = f": {answer.reason}" if answer.reason else ""
@@ -356,7 +365,7 @@ class Transaction:
 
     async def _stop(self) -> None:
         async def stop(participant: Participant) -> None:
-            with self._step("stop", participant.target.name):
+            async with self._step("stop", participant.target.name):
                 await participant.target.stop_instances(
                     participant.instances, f"patch {self.change.patch[:12]}"
                 )
@@ -367,7 +376,7 @@ class Transaction:
         await together(partial(stop, participant) for participant in self.change.participants)
 
     async def _switch(self) -> None:
-        with self._step("switch") as step:
+        async with self._step("switch") as step:
             self._switched = True
             await anyio.to_thread.run_sync(self._store.switch, self.txn)
             names = ", ".join(participant.target.name for participant in self.change.participants)
@@ -378,6 +387,7 @@ class Transaction:
 
     async def _tell(self, participant: Participant) -> None:
         target = participant.target
+        await step_failpoint("transaction.reload")
         for instance in participant.instances:
             # One that was spawned before the switch may have read the old files; it cannot be told before it
             # has finished starting, and ends by itself if it never does.
@@ -411,7 +421,7 @@ class Transaction:
     async def _start(self) -> None:
         async def start(participant: Participant) -> None:
             began = time.monotonic()
-            with self._step("start", participant.target.name):
+            async with self._step("start", participant.target.name):
                 await self._bring_up(participant)
             for instance in participant.instances:
                 record = participant.records[instance.name]
@@ -425,7 +435,7 @@ class Transaction:
 
     async def _probation(self) -> None:
         """Nobody may end, stop being ready or say that it has failed, for a while after the change."""
-        with self._step("probation") as step:
+        async with self._step("probation") as step:
             step["detail"] = f"{self.change.probation:g} s"
             with anyio.move_on_after(self.change.probation):
                 await together(partial(self._fall, instance, pid) for instance, pid in self._standing)
@@ -434,7 +444,7 @@ class Transaction:
 
     async def _await_commit(self) -> None:
         """Stay on probation until an operator says that it is good."""
-        with self._step("await commit"):
+        async with self._step("await commit"):
             self.waits_for_commit = True
             self.on_uncommitted()
             with anyio.CancelScope() as waiting:
@@ -466,7 +476,7 @@ class Transaction:
             )
 
     async def _commit(self) -> None:
-        with self._step("commit"):
+        async with self._step("commit"):
             await anyio.to_thread.run_sync(self._store.commit, self.txn)
 
     # --- the way back ---------------------------------------------------------------------------------------
@@ -512,8 +522,7 @@ class Transaction:
         if isinstance(error, asyncio.CancelledError):
             return CancelledByRequestError(f"the patch was cancelled: {self.cancel_reason}")
         if isinstance(error, OSError):
-            where = f" ({error.filename})" if error.filename else ""
-            return PatchError(f"{error.strerror or error}{where}", code="patch.io_failed")
+            return io_failed(error)
         log.error("patch step failed unexpectedly", exc_info=error)
         return PatchError(f"{type(error).__name__}: {error}", code="internal")
 
@@ -522,10 +531,15 @@ class Transaction:
 
     async def _abort_prepared(self) -> None:
         limit = max((p.target.config.patch.ack_timeout for p in self.change.participants), default=0.0)
-        await together(
+        concerned = [i for i in self._prepared if i.ready and i.name not in self._told]
+        for instance in concerned:
+            if instance.name in self._asking:
+                # It is still thinking about `prepare`, and listens to nothing before it has answered that.
+                instance.abort_later(self.change.patch, deadline=limit)
+        await _all(
             partial(instance.abort, self.change.patch, deadline=limit)
-            for instance in self._prepared
-            if instance.ready and instance.name not in self._told
+            for instance in concerned
+            if instance.name not in self._asking
         )
 
     async def _start_again(self) -> None:
@@ -534,7 +548,7 @@ class Transaction:
                 await instance.wait_until(lambda i: i.state is not State.STOPPING)
             await self._bring_up(participant)
 
-        await together(partial(start, participant) for participant in self.change.participants)
+        await _all(partial(start, participant) for participant in self.change.participants)
 
     async def _switch_back(self) -> None:
         await anyio.to_thread.run_sync(self._store.switch_back, self.txn)
@@ -554,21 +568,23 @@ class Transaction:
                 chosen, patch=self.change.patch, build=participant.build_before, changed=participant.changed,
                 rollback=True,
             )  # fmt: skip
+            failed = []
             for instance, (name, outcome) in zip(chosen, outcomes, strict=True):
                 self._note(
                     "reload back", participant.target.name, name, outcome.reason or "ok", took=outcome.took
                 )
                 if not outcome.ok and instance.ready:
-                    raise PatchError(
+                    failed.append(
                         f"{name} has the old files again but did not take them up ({outcome.reason}); "
-                        f"`asyncsup restart {name}` would",
-                        instance=name,
+                        f"`asyncsup restart {name}` would"
                     )
+            if failed:
+                raise PatchError("; ".join(failed))
 
-        await together(partial(tell, participant) for participant in self.change.participants)
+        await _all(partial(tell, participant) for participant in self.change.participants)
 
     async def _stop_new(self) -> None:
-        await together(
+        await _all(
             partial(participant.target.stop_instances, participant.instances, "going back")
             for participant in self.change.participants
         )
@@ -588,12 +604,14 @@ class Transaction:
         except StartFailedError as error:
             raise PatchError(error.message, code="patch.start_failed", **error.details) from None
 
-    @contextlib.contextmanager
-    def _step(self, name: str, target: str | None = None, instance: str | None = None) -> Any:
+    @contextlib.asynccontextmanager
+    async def _step(
+        self, name: str, target: str | None = None, instance: str | None = None
+    ) -> AsyncIterator[dict[str, str]]:
         """Time a step and note it when it has ended, well or not; yields a dict for its detail."""
         began = time.monotonic()
         record = {"detail": ""}
-        failpoint(f"transaction.{name.replace(' ', '_')}")
+        await step_failpoint(f"transaction.{name.replace(' ', '_')}")
         try:
             yield record
         except AsyncsupError as error:
@@ -613,6 +631,11 @@ class Transaction:
         self._store.record(self.txn, step, target=target, instance=instance, detail=detail, took=took, at=at)
         self.publish("patch.step", **{k: v for k, v in record.items() if k not in {"seq", "at"}})
 
+    def note_failures(self, step: str, failures: Iterable[Exception]) -> None:
+        """What went wrong in a step that changes nothing about the outcome."""
+        for failure in failures:
+            self._note(step, None, None, f"failed: {failure}")
+
     def _publish_progress(self, done: int) -> None:
         self.publish("patch.progress", done=done, total=self.change.total_bytes)
 
@@ -621,6 +644,26 @@ class Transaction:
         self._events.emit(
             kind, txn=self.txn, patch=self.change.patch or None, asked_by=self._asked_by, **fields
         )
+
+
+def io_failed(error: OSError) -> PatchError:
+    """What the system says, as an error with a code."""
+    where = f" ({error.filename})" if error.filename else ""
+    return PatchError(f"{error.strerror or error}{where}", code="patch.io_failed")
+
+
+async def _all(jobs: Iterable[Callable[[], Awaitable[object]]]) -> None:
+    """For the way back: every job to its end; one that cannot be helped is no reason to let others down.
+
+    Raises:
+        PatchError: with what all of those that failed say.
+    """
+    failures = await each(jobs)
+    for failure in failures:
+        if not isinstance(failure, AsyncsupError | OSError):
+            log.error("a way back failed unexpectedly", exc_info=failure)
+    if failures:
+        raise PatchError("; ".join(getattr(failure, "message", None) or str(failure) for failure in failures))
 
 
 def _files(paths: Sequence[str]) -> str:

@@ -497,6 +497,7 @@ class TreeRoot:
                     continue
                 with fs.opened(self._persisted) as base, fs.below(base, folders) as home:
                     fs.exchange(name, name, first_dir=folder, second_dir=home)
+                    failpoint("store.persist.returned")
                     durability.directory(folder)
                     durability.directory(home)
                     fs.unlink_quietly(name, home)

@@ -205,9 +205,8 @@ class TreeFiles(TargetFiles):
     def _settle_root(self, number: int) -> None:
         """The root links straight to generation `number`: from now on through the pointer."""
         entry = self.state.entry(self.name, number)
-        with self.database.lock:
-            if self.state.pointer.entries().get(self.name) != entry:
-                self.state.pointer.flip({self.name: entry}, point="store.convert")
+        if self.state.pointer.entries().get(self.name) != entry:
+            self.state.pointer.flip({self.name: entry}, point="store.convert")
         self._tree.point_through_current()
         self.database.update_generation(self.name, number, place="store")
 
@@ -228,6 +227,7 @@ class TreeFiles(TargetFiles):
                     reconcile(root, folder, durability=durability)
                     durability.directory(folder)
                 durability.barrier()
+                failpoint("store.convert.copied")
                 os.rename(name, str(number), src_dir_fd=area, dst_dir_fd=home)
                 os.fsync(home)
                 with fs.below(home, [str(number)]) as folder:
@@ -343,8 +343,7 @@ class TreeFiles(TargetFiles):
                 new = max(row.number for row in known) + 1
                 self.database.add_generation(self.new_generation_row(new, like=number, place="root"))
             self._tree.point_straight(number)
-            with self.database.lock:
-                self.state.pointer.flip({self.name: str(self.row.root)}, point="store.release")
+            self.state.pointer.flip({self.name: str(self.row.root)}, point="store.release")
             self._tree.move_out(number, durability)
             self._tree.remove_aside()
         return sorted(present(rows))

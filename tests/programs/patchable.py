@@ -3,8 +3,8 @@ each time.
 
 Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never, die or regret (the
 first instance takes it up, and then says that it has failed); "start" is ok, die, mute (not ready as long as
-it says so) or late-die (ends shortly after it was ready). "build" is what it claims at its hello. "instance"
-and "version" say whom the rest is for; all, when they are missing.
+it says so) or late-die (ends shortly after it was ready); "stop" is ok or never. "build" is what it claims at
+its hello. "instance" and "version" say whom the rest is for; all, when they are missing.
 """
 
 from __future__ import annotations
@@ -85,7 +85,12 @@ async def main() -> None:
     if behaviour("start") == "die":
         raise SystemExit(9)
     done = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
+
+    def stop() -> None:
+        if behaviour("stop") != "never":
+            done.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     async with target:
         say(target.build)
         while behaviour("start") == "mute":
