@@ -740,20 +740,21 @@ class Store:
         Raises:
             AsyncsupError: it cannot be done yet.
         """
-        self._end_abandoned(target)
         if self._database.target(target).releasing:
             self.release(target)
-        for untidy in self._database.untidy_transactions(target):
-            # Its dangling links must be gone before their names can mean something else.
-            with self._holding(untidy.txn) as parts, self._reporting(target):
-                self._tidy(untidy.txn, parts)
+        else:
+            self._finish_transactions(target)
 
-    def _end_abandoned(self, target: str) -> None:
+    def _finish_transactions(self, target: str) -> None:
         for row in self._database.open_transactions(target):
             if row.txn not in self._live and row.state != UNDECIDED:
                 why = "an error kept it from being undone at once"
                 with self._reporting(target):
-                    self.finish(row.txn, verdict="rolled_back", error=why, code="patch.interrupted")
+                    self.finish(row.txn, verdict="rolled_back", error=why, code=INTERRUPTED)
+        for untidy in self._database.untidy_transactions(target):
+            # Its dangling links must be gone before their names can mean something else.
+            with self._holding(untidy.txn) as parts, self._reporting(target):
+                self._tidy(untidy.txn, parts)
 
     def _current_patch(self, target: str) -> dict[str, Any]:
         generation = self._database.generation(target, self._state.number(target))
@@ -1255,13 +1256,12 @@ class Store:
         Raises:
             TargetBusyError: a transaction has the target.
         """
-        self._end_abandoned(target)
-        with self._locks[target]:
+        self._finish_transactions(target)
+        with self._locks[target], self._reporting(target):
             self._refuse_while_open(target)
             self._set_releasing(target, True, event="target.releasing", by=by)
             failpoint("store.release.begun")
-            with self._reporting(target):
-                released = self._files(target).release()
+            released = self._files(target).release()
             failpoint("store.release.done")
             self._set_releasing(target, False, event="target.released", files=len(released))
             return released
