@@ -10,7 +10,9 @@ from random import Random
 from typing import Any, Final
 
 import orjson
+import zip_forge
 from fuzz_kit import FindingError, foreseen
+from fuzz_zip import delta_change, delta_parts
 from zip_forge import FILES, manifest_part
 
 from asyncsup.errors import PatchMalformedError
@@ -18,7 +20,8 @@ from asyncsup.patch.manifest import encode_manifest, parse_manifest
 from asyncsup.patch.prototype import parse_prototype
 
 FULL: Final = manifest_part(
-    *FILES, created="2026-11-22T10:00:00Z", expires="2090-01-01T00:00:00Z", requires={"build_min": 290},
+    files=[*map(zip_forge.change, FILES), delta_change(delta_parts()[1])],
+    created="2026-11-22T10:00:00Z", expires="2090-01-01T00:00:00Z", requires={"build_min": 290},
     build_floor=1, downgrade=True, probation=1.5, notes="two\nlines", **{"x-ticket": {"id": ["OPS-1", None]}},
 ).data  # fmt: skip
 

@@ -21,11 +21,8 @@ from asyncsup.errors import AsyncsupError
 DOCS: Final = Path(__file__).parent.parent / "docs"
 DOCUMENTED: Final = frozenset(
     re.findall(
-        r"`((?:zip|manifest|digest|trust|usage)\.[a-z0-9_]+)`",
-        "".join(
-            (Path(__file__).parent.parent / "docs" / name).read_text()
-            for name in ("patch-format.md", "trust.md")
-        ),
+        r"`((?:zip|manifest|digest|delta|trust|usage)\.[a-z0-9_]+)`",
+        "".join((DOCS / name).read_text() for name in ("patch-format.md", "trust.md")),
     )
 )
 SLOWEST_SECONDS: Final = 5.0

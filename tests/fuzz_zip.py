@@ -28,6 +28,7 @@ from zip_forge import FILES, JOB, NOTE, Part, extra, folder, forge, manifest_par
 
 from asyncsup.config import PatchLimits as Limits
 from asyncsup.errors import PatchMalformedError
+from asyncsup.patch import delta
 from asyncsup.patch.manifest import Op
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.prototype import parse_prototype
@@ -73,6 +74,28 @@ def good_packages() -> tuple[bytes, ...]:
 
 def native_parts() -> list[Part]:
     return [zip_forge.manifest_part(JOB, NOTE), JOB, NOTE]
+
+
+BASE: Final = b"the old content of a file, of some length; " * 40
+"""What a delta is made for."""
+
+
+PATCHED: Final = BASE.replace(b"old", b"new", 3) + b"and an end"
+
+
+def delta_parts() -> list[Part]:
+    made = Part(name="deltas/d.txt", data=delta.make(BASE, PATCHED), method=0)
+    return [manifest_part(files=[delta_change(made), zip_forge.change(JOB)]), made, JOB]
+
+
+def delta_change(part: Part) -> dict[str, Any]:
+    """What a manifest says of a file that comes as this delta."""
+    digest, before, after = (hashlib.sha256(data).hexdigest() for data in (part.data, BASE, PATCHED))
+    made = {"format": "zstd-patch", "base_sha256": before, "sha256": digest, "size": len(part.data)}
+    return {
+        "path": "d.txt", "op": "modified", "size": len(PATCHED), "sha256": after, "base_sha256": before,
+        "delta": made,
+    }  # fmt: skip
 
 
 def prototype_parts() -> list[Part]:
@@ -174,6 +197,9 @@ def _rename(random: Random, part: Part) -> Part:
 
 
 def _content(random: Random, part: Part) -> Part:
+    if part.raw_name == b"deltas/d.txt":
+        # Another content of its own would be no frame at all.
+        return replace(part, data=mutate_anything(random, part.data), payload=None)
     return replace(part, data=some_bytes(random) * random.choice((1, 1, 3)), payload=None)
 
 
@@ -307,7 +333,8 @@ def with_manifest(parts: Sequence[Part]) -> list[Part]:
                 name = each.raw_name.decode("utf-8", "replace").encode("utf-8", "replace").decode()
                 listed[name] = zip_forge.change(Part(name=name, data=each.data))
         made = zip_forge.manifest()
-        made["files"] = list(listed.values()) or made["files"]
+        deltas = [delta_change(each) for each in parts if each.raw_name == b"deltas/d.txt"]
+        made["files"] = [*listed.values(), *deltas] or made["files"]
         result.append(replace(part, data=json.dumps(made, ensure_ascii=False).encode(), payload=None))
     return result
 
@@ -487,6 +514,7 @@ class PackageJudge:
         self.tally = tally
         self.tools = [tool for tool in ("unzip", "bsdtar") if shutil.which(tool)]
         self._compared: set[bytes] = set()
+        self._deltas: dict[str, str] = {}
 
     def __call__(self, data: bytes) -> str:
         path = self.folder / "patch.zip"
@@ -504,6 +532,7 @@ class PackageJudge:
 
     def _entries(self, package: Package, data: bytes) -> dict[str, bytes]:
         """What we take the archive's files to be, by the names they have in it."""
+        self._deltas.clear()
         found = {f"signatures/{name}.sig": content for name, content in package.signatures.items()}
         native = package.format != "prototype"
         found["manifest.json" if native else "patch/manifest.json"] = package.manifest_bytes
@@ -516,11 +545,21 @@ class PackageJudge:
             if change.op is Op.DELETED:
                 continue
             with tempfile.TemporaryFile(buffering=0, dir=self.folder) as out:
-                package.extract(change, out.fileno())
+                if change.delta is None:
+                    package.extract(change, out.fileno())
+                else:
+                    with tempfile.TemporaryFile(buffering=0, dir=self.folder) as base:
+                        base.write(BASE)
+                        base.seek(0)
+                        package.rebuild(change, base.fileno(), out.fileno())
                 out.seek(0)
                 content = out.read()
             if len(content) != change.size or hashlib.sha256(content).hexdigest() != change.sha256:
                 raise FindingError(f"{change.path} is not what the manifest says", data)
+            if change.delta is not None:
+                # What it makes is right; what it is made of has to be what others find in the archive.
+                self._deltas[f"deltas/{change.path}"] = change.delta.sha256
+                continue
             found[f"files/{change.path}" if native else sources[change.path]] = content
         return found
 
@@ -549,6 +588,9 @@ class PackageJudge:
             shutil.rmtree(out)
 
     def _agree(self, tool: str, data: bytes, ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
+        for name, digest in self._deltas.items():
+            if hashlib.sha256(theirs.pop(name, b"")).hexdigest() != digest:
+                raise FindingError(f"{tool} reads another {name}", data)
         # What the prototype deletes may lie in the archive, and nobody reads it.
         theirs = {name: content for name, content in theirs.items() if not name.startswith("patch/del/")}
         if ours != theirs:

@@ -30,7 +30,15 @@ from fuzz_ssh import (
     mutate_lines,
     mutate_signature,
 )
-from fuzz_zip import PackageJudge, good_packages, mutate_bytes, mutate_model, native_parts, prototype_parts
+from fuzz_zip import (
+    PackageJudge,
+    delta_parts,
+    good_packages,
+    mutate_bytes,
+    mutate_model,
+    native_parts,
+    prototype_parts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_archive import refuse
@@ -92,7 +100,7 @@ def test_every_seed_is_good_to_begin_with(memory: Path) -> None:
 
 def test_no_change_of_an_entry_deceives(memory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tally = Tally()
-    models: Sequence[Callable[[], list[Part]]] = (native_parts, native_parts, prototype_parts)
+    models: Sequence[Callable[[], list[Part]]] = (native_parts, native_parts, delta_parts, prototype_parts)
     make = lambda random: mutate_model(random, random.choice(models)())  # noqa: E731
     fuzz("entries", 1200, tally, PackageJudge(memory, tally), make, capfd=capfd)
     assert tally.compared["unzip"] > 100
