@@ -572,7 +572,11 @@ def test_garbage_frames_are_dropped(supervisor: SdkSupervisor) -> None:
     assert supervisor.methods() == ["hello", "ready", "stopping"]
 
 
-def test_reasons_are_fit_to_be_sent_whatever_the_exception_says(supervisor: SdkSupervisor) -> None:
+def test_reasons_are_fit_to_be_sent_whatever_the_exception_says(
+    supervisor: SdkSupervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What is logged of it is not UTF-8, and test processes send one another what was captured.
+    caplog.set_level(logging.CRITICAL + 1, logger="target_sdk")
     target = Target(handlers="thread")
 
     class UnprintableError(Exception):
