@@ -272,12 +272,6 @@ def _serve(session: Session) -> int:
     return serve(_load_config(session))
 
 
-def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-keeper", dest="keeper", action="store_false", help="do not start it again after a crash"
-    )
-
-
 def _load_config(session: Session) -> Any:
     from pathlib import Path
 
@@ -1581,7 +1575,7 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 VERSION: Final = Verb("print the version", _none, _version)
 VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
-    "serve": Verb("run the supervisor in the foreground", _serve_arguments, _serve),
+    "serve": Verb("run the supervisor in the foreground", _none, _serve),
     "status": Verb("show what runs", _status_arguments, _status),
     "show": Verb("show everything about a target, or about the supervisor", _show_arguments, _show),
     "start": Verb("start targets", _operation_arguments("ready"), _operation("start")),

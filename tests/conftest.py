@@ -55,8 +55,6 @@ class Serve:
 
     Attributes:
         process: what was started: ``asyncsup serve``.
-        alone: nobody starts it again when it is killed; for tests that want to see one death, at a failpoint
-            for example. Otherwise it has a keeper, as it has for users.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,12 +63,10 @@ class Serve:
         self.stderr = folder / "serve.err"
         self.process: subprocess.Popen[bytes] | None = None
         self.environ: dict[str, str] = {}
-        self.alone = False
 
     def command(self, *arguments: str) -> list[str]:
         """The command line; whoever starts `serve` without `start` takes it from here."""
-        alone = ["--no-keeper"] if self.alone else []
-        return [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve", *alone, *arguments]
+        return [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve", *arguments]
 
     @property
     def endpoint(self) -> str:
@@ -116,8 +112,7 @@ class Serve:
         return self.stderr.read_text(errors="replace") if self.stderr.exists() else ""
 
     def kill(self) -> None:
-        """End it as a crash or the OOM killer would, with its keeper, so that nobody starts it again. Its
-        targets run on."""
+        """End it as a crash or the OOM killer would. Its targets run on."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()

@@ -48,7 +48,6 @@ class Ground:
 
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
-        serve.alone = True
         self.folder = serve.folder
         (self.folder / "web").mkdir()
         (self.folder / "web/a.txt").write_text("200")
