@@ -18,7 +18,7 @@ begins to count anew, and lets go of whatever hangs.
 A point of the store is passed when something is done (``store.stage.synced``), those of a transaction are
 passed before the step (``transaction.switch``, ``undo.switching``). What is cut off, fails or hangs anywhere
 must be seen to do no harm, so every step gets a point, and the tests fail them all: see
-docs/design/0006-failpoints.md. Without the variable a point costs one look-up.
+docs/design/0010-failpoints.md. Without the variable a point costs one look-up.
 """
 
 from __future__ import annotations

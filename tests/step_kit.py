@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from asyncsup import failpoints
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError
 from asyncsup.patch.manifest import Kind
+from asyncsup.patch.plan import Policy
 from target_sdk.protocol import ENV_ENDPOINT, ENV_TOKEN
 
 PROGRAM: Final = (Path(__file__).parent / "programs" / "patchable.py").read_bytes()
@@ -42,8 +43,12 @@ OLD: Final[Tree] = {
     "b.txt": b"old-b",
     "gone.txt": b"to be deleted",
     "own.txt": b"the program's own",
+    "own.state": b"saved once",
     "data/kept.txt": b"persistent",
 }
+TOUCHED: Final[Tree] = {"own.txt": b"brought", "lost.txt": b"brought as well"}
+"""What patches bring and people change."""
+MINE: Final = b"written by a person"
 
 POINT: Final = re.compile(r"^(?:overseer|store|transaction|undo)\.[a-z_.]+$", re.MULTILINE)
 
@@ -103,12 +108,13 @@ class Change:
 
     standing: Standing
     path: Path
+    drift: Policy = "refuse"
 
 
 class Scene:
     """A supervisor in a folder of its own, and targets ``t0``, ``t1``... in it."""
 
-    def __init__(self, folder: Path, variant: Variant, state_dir: Path) -> None:
+    def __init__(self, folder: Path, variant: Variant, state_dir: Path, *, settings: str = "") -> None:
         self.folder = folder
         self.variant = variant
         self.names = [f"t{n}" for n in range(variant.count)]
@@ -125,18 +131,18 @@ class Scene:
         self._armed_at = 0
         self._arms = 0
         self._client: ControlClient | None = None
-        self._set()
+        self._set(settings)
 
     # --- the stage ------------------------------------------------------------------------------------------
 
-    def _set(self) -> None:
+    def _set(self, settings: str) -> None:
         self.folder.mkdir()
         # An operator's commit is a step as well.
         commit = "manual" if self.variant.count > 1 else "auto"
         text = [
             f'[supervisor]\nstate_dir = "{self.state_dir}"\nruntime_dir = ".asyncsup/run"\n',
             f'[patch]\ntrust = "none"\nprobation = "0s"\nack_timeout = "{PATIENCE:g}s"\nkeep = 1\n'
-            f'wait_max = "{PATIENCE:g}s"\ncommit = "{commit}"\n',
+            f'wait_max = "{PATIENCE:g}s"\ncommit = "{commit}"\n{settings}',
             f'[defaults]\nprotocol = "sdk"\nbuild = {OLD_BUILD}\nrestart_delay = "50ms"\n'
             f'start_timeout = "{PATIENCE:g}s"\nstop_timeout = "2s"\n',
         ]
@@ -152,7 +158,7 @@ class Scene:
                 f"command = {command}\n"
             )
             if layout == "tree":
-                text.append('persist = ["data"]\n')
+                text.append('persist = ["data", "own.state"]\n')
         self.serve.write("".join(text))
 
     def as_on_the_first_day(self) -> None:
@@ -350,13 +356,15 @@ class Scene:
 
     # --- what is done ---------------------------------------------------------------------------------------
 
-    def change(self, text: str, *, program: bytes | None = None) -> Change:
-        """A patch on top of what is there, which changes, adds and deletes."""
+    def change(
+        self, text: str, *, program: bytes | None = None, more: Tree | None = None, drift: Policy = "refuse"
+    ) -> Change:
+        """A patch on top of what is there, which changes, adds and deletes, and brings `more` besides."""
         self._newest_build += 1
         build = self._newest_build
         content = f"{text}{build}".encode()
         old = self.now.files
-        files = {**old, "a.txt": content + b"-a", "b.txt": content + b"-b"}
+        files = {**old, "a.txt": content + b"-a", "b.txt": content + b"-b", **(more or {})}
         if program is not None:
             files["program.py"] = program
         # What is there now and then, or comes and goes with every second patch.
@@ -375,12 +383,12 @@ class Scene:
             targets=self.names,
             kind=Kind.COLD if program is not None else Kind.WARM,
         ) as made:
-            return Change(Standing(build, files, made.id), made.path)
+            return Change(Standing(build, files, made.id), made.path, drift)
 
     def submit(self, change: Change, client: ControlClient | None = None) -> Any:
         """Apply and, where that takes an operator, commit; returns the report."""
         client = client or self.client
-        report = client.call("patch.apply", path=str(change.path), timeout=PATIENCE)
+        report = client.call("patch.apply", path=str(change.path), drift=change.drift, timeout=PATIENCE)
         if report["verdict"] == "uncommitted":
             report = client.call("patch.commit", id=str(report["txn"]), timeout=PATIENCE)
         return report
@@ -391,10 +399,10 @@ class Scene:
             return None
         return NEW_PROGRAM if self.now.files["program.py"] == PROGRAM else PROGRAM
 
-    def apply(self) -> None:
+    def apply(self, more: Tree | None = None, *, drift: Policy = "refuse") -> None:
         """Apply another patch, which must go through: nothing of what has happened is in its way."""
         self.behave_well()
-        change = self.change("next", program=self.other_program())
+        change = self.change("next", program=self.other_program(), more=more, drift=drift)
         assert self.submit(change)["verdict"] == "committed"
         self.before, self.now, self.untouched = self.now, change.standing, False
         self.expect_processes()
@@ -517,14 +525,53 @@ def _goal(scene: Scene, change: Change) -> Goal:
     )
 
 
-def _rolling_back(scene: Scene) -> Goal:
+def _rolling_back(scene: Scene, drift: Policy = "refuse") -> Goal:
     assert scene.before is not None
     return Goal(
         standing=scene.before,
         before=None,
         reference=scene.now.patch,
-        act=lambda client: client.call("patch.rollback", target="t0", together=True, timeout=PATIENCE),
+        act=lambda client: client.call(
+            "patch.rollback", target="t0", together=True, drift=drift, timeout=PATIENCE
+        ),
     )
+
+
+def _touched(scene: Scene) -> None:
+    """Patches have brought what people will change."""
+    build = scene.now.build
+    scene.apply({path: content + b" %d" % build for path, content in TOUCHED.items()}, drift="overwrite")
+
+
+def _overwriting(scene: Scene) -> Goal:
+    """One file was replaced, one removed, and the program has saved what persists anew."""
+    for name in scene.names:
+        root = scene.root(name)
+        (root / "lost.txt").unlink()
+        for path, content in (("own.txt", MINE), ("own.state", _saved(scene))):
+            (root / "saved.tmp").write_bytes(content)
+            (root / "saved.tmp").replace(root / path)
+    files = {**scene.now.files, "own.txt": MINE, "own.state": _saved(scene)}
+    del files["lost.txt"]
+    scene.now = replace(scene.now, files=files)
+    more = dict.fromkeys(TOUCHED, b"brought anew")
+    return _goal(scene, scene.change("over", program=scene.other_program(), more=more, drift="overwrite"))
+
+
+def _saved(scene: Scene) -> bytes:
+    return b"saved at %d" % scene.now.build
+
+
+def _keeping(scene: Scene) -> Goal:
+    """One file was written through, as a program does that opens it to write."""
+    for name in scene.names:
+        path = (scene.root(name) / "own.txt").resolve()
+        path.chmod(0o644)
+        path.write_bytes(MINE)
+    scene.now = replace(scene.now, files={**scene.now.files, "own.txt": MINE})
+    assert scene.before is not None
+    scene.before = replace(scene.before, files={**scene.before.files, "own.txt": MINE})
+    return _rolling_back(scene, drift="keep")
 
 
 def _releasing(scene: Scene) -> Goal:
@@ -540,8 +587,10 @@ FIRST_APPLY: Final = Play("first apply", _never_patched, _applying)
 APPLY: Final = Play("apply", _patched, _applying)
 UNDONE: Final = Play("undone apply", _never_patched, _failing, undone=True)
 ROLLBACK: Final = Play("rollback", _patched, _rolling_back)
+OVERWRITING: Final = Play("apply over drift", _touched, _overwriting)
+KEEPING: Final = Play("rollback keeping drift", _touched, _keeping)
 RELEASE: Final = Play("release", _patched, _releasing, is_patch=False)
-PLAYS: Final = (FIRST_APPLY, APPLY, UNDONE, ROLLBACK, RELEASE)
+PLAYS: Final = (FIRST_APPLY, APPLY, UNDONE, ROLLBACK, OVERWRITING, KEEPING, RELEASE)
 
 
 @dataclass(frozen=True)
@@ -618,13 +667,13 @@ def dry_run(scene: Scene, play: Play) -> Dry:
 
 
 @contextlib.contextmanager
-def scene_in(base: Path, name: str, variant: Variant) -> Iterator[Scene]:
+def scene_in(base: Path, name: str, variant: Variant, *, settings: str = "") -> Iterator[Scene]:
     """A scene that leaves nothing behind; a failure in the block is told with the supervisor's last words."""
     with contextlib.ExitStack() as stack:
         state_dir = base / name / ".asyncsup"
         if variant.apart:
             state_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="as-state-")))
-        scene = Scene(base / name, variant, state_dir)
+        scene = Scene(base / name, variant, state_dir, settings=settings)
         try:
             yield scene
         except Exception as error:

@@ -37,6 +37,7 @@ from step_kit import (
     ROLLBACK,
     UNDONE,
     Case,
+    Change,
     Dry,
     Goal,
     Play,
@@ -158,10 +159,11 @@ def _choose(candidates: Sequence[Dry], number: int, fault: str) -> Dry:
 
 
 def named_in_sources() -> set[str]:
-    """Every failpoint there is, put together as the sources do."""
+    """Every failpoint a supervisor can pass, put together as the sources do. Those of the doctor, which is a
+    process of its own, are failed by its own tests."""
     folder = Path(store.__file__).parent
     source = "\n".join(file.read_text() for file in sorted(folder.glob("*.py")))
-    named = set(re.findall(r'failpoint\("([a-z_.]+)"\)', source))
+    named = {n for n in re.findall(r'failpoint\("([a-z_.]+)"\)', source) if not n.startswith("doctor.")}
     suffixes = re.findall(r'failpoint\(f"\{point\}\.([a-z]+)"\)', source)
     for prefix in re.findall(r'point="([a-z_.]+)"', source):
         named |= {f"{prefix}.{suffix}" for suffix in suffixes}
@@ -416,6 +418,75 @@ def test_abort_waits_for_no_target(layout: str, base: Path) -> None:
         scene.stop()
 
 
+# --- undecided ----------------------------------------------------------------------------------------------
+
+BY_HAND: Final = 'rollback = "manual"\n'
+
+
+def submit_to_be_decided(scene: Scene) -> tuple[Change, list[Any]]:
+    """Submit a patch that a target does not take up and that nobody takes back; with what came of it."""
+    scene.behave(scene.names[-1], reload="fail")
+    change = scene.change("bad")
+    outcome: list[Any] = []
+    try:
+        outcome.append(scene.submit(change))
+    except AsyncsupError as error:
+        outcome.append(error)
+    return change, outcome
+
+
+def expect_undecided(scene: Scene, change: Change) -> None:
+    """The targets have the new files, and wait for somebody to say what becomes of them."""
+    standing, scene.now = scene.now, change.standing
+    scene.expect_files("while nobody has decided")
+    scene.now = standing
+    (transaction,) = {target["undecided"] for target in scene.status()}
+    assert scene.client.call("patch.show", id=str(transaction))["verdict"] == "undecided"
+
+
+def expect_taken_back(scene: Scene, change: Change) -> None:
+    report = scene.client.call("patch.abort", id=change.standing.patch, timeout=PATIENCE)
+    assert report["verdict"] == "rolled_back"
+    scene.expect_processes()
+    scene.expect_files("after it was taken back")
+    assert {target["undecided"] for target in scene.status()} == {None}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_waits_for_a_decision_waits_whatever_happens(fault: str, base: Path) -> None:
+    point = "store.undecided.recorded"
+    with scene_in(base, f"undecided-{fault}", Variant("warm", "overlay", 3), settings=BY_HAND) as scene:
+        scene.start()
+        scene.apply()
+        scene.arm(f"{point}:{fault}")
+        if fault == "hang":
+            thread = threading.Thread(target=wait_for_point, args=(point, scene))
+            thread.start()
+            with ThreadPoolExecutor(1) as pool:
+                submitted = pool.submit(submit_to_be_decided, scene)
+                thread.join(PATIENCE)
+                scene.let_go()
+                change, outcome = submitted.result(PATIENCE)
+        else:
+            change, outcome = submit_to_be_decided(scene)
+        if fault == "kill":
+            assert isinstance(outcome[0], SupervisorUnreachableError), outcome
+            scene.killed()
+            scene.end_orphans()
+            scene.behave_well()
+            assert scene.comes_up()
+        else:
+            assert outcome[0].error_code == "patch.undecided", outcome
+            assert outcome[0].remote_exit_status == 25
+        assert point in scene.passed()
+        scene.arm()
+        expect_undecided(scene, change)
+        scene.behave_well()
+        expect_taken_back(scene, change)
+        scene.apply()
+        scene.stop()
+
+
 # --- recovery -----------------------------------------------------------------------------------------------
 
 
@@ -612,6 +683,11 @@ def test_every_failpoint_is_passed_by_a_play(
         scene.kill()
         _lose_the_pointer(scene)
         scene.start()
+        passed |= set(scene.passed())
+        scene.kill()
+    with scene_in(base, "undecided", VARIANTS[0], settings=BY_HAND) as scene:
+        scene.start()
+        submit_to_be_decided(scene)
         passed |= set(scene.passed())
         scene.kill()
     unpassed = named - passed - {"store.recover.one"}
