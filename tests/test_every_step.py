@@ -644,6 +644,7 @@ def failed_at_every_point(scene: Scene, points: Sequence[str], breaking: Breakin
             break
         breaking.happen(scene)
     else:
+        scene.arm()
         assert scene.comes_up()
         expect_recovered(scene)
     return len(points) - len(left)
