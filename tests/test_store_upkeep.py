@@ -93,6 +93,21 @@ def test_pruning_keeps_the_way_back_and_what_is_in_use(layout: Layout, bench: Ca
 
 
 @both_layouts
+def test_pruning_while_a_patch_may_yet_be_undone_keeps_the_way_back_from_before(
+    layout: Layout, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    apply(b.store, b.patch(301, modified={"app.json": b"301"}))
+    txn = staged(b.store, b.patch(302, modified={"app.json": b"302"}))
+    b.store.switch(txn)
+    assert b.store.prune("web", 1) == []
+    b.store.abort(txn)
+    assert b.store.rollback_target("web") == 0
+    roll_back(b.store)
+    assert seen(b.root) == FILES
+
+
+@both_layouts
 def test_a_generation_that_a_reader_holds_is_kept_until_it_lets_go(
     layout: Layout, bench: Callable[..., Bench]
 ) -> None:

@@ -1203,7 +1203,8 @@ class Store:
     # --- keeping and letting go -----------------------------------------------------------------------------
 
     def prune(self, target: str, keep: int, *, by: Mapping[str, Any] | None = None) -> list[int]:
-        """Remove old generations, but for `keep` on the way back from the current one.
+        """Remove old generations, but for `keep` on the way back from the current one; while a transaction is
+        open, from the one it began with, since it may yet be undone.
 
         Never one that is in use: the current one, those of an open transaction, those that a reader holds by
         a shared ``flock`` on the folder. Returns what was removed.
@@ -1213,17 +1214,18 @@ class Store:
         """
         with self._locks[target], self._reporting(target):
             rows = {row.number: row for row in self._database.generations(target)}
-            kept = {self._state.number(target)}
-            (number,) = kept
+            number = self._state.number(target)
+            kept = {number}
+            for row in self._database.open_transactions(target):
+                part = self._database.part(row.txn, target)
+                number = part.source
+                kept |= {part.source} | ({part.destination} if part.destination is not None else set())
             for _ in range(max(keep, 0)):
                 parent = rows[number].parent
                 if parent is None or parent not in rows:
                     break
                 kept.add(parent)
                 number = parent
-            for row in self._database.open_transactions(target):
-                part = self._database.part(row.txn, target)
-                kept |= {part.source} | ({part.destination} if part.destination is not None else set())
             pruned = []
             for number in rows.keys() - kept:
                 there = self._state.exists(target, number)
