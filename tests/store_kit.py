@@ -53,6 +53,27 @@ def seen(root: Path) -> Tree:
     return found
 
 
+def look(root: Path) -> tuple[Tree, list[str]]:
+    """What a program finds below its root, and what no program has put there: links that lead nowhere, and
+    names of the store's own."""
+    found, odd = {}, []
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            path = f"{folder}/{name}"
+            try:
+                with open(path, "rb") as file:  # noqa: PTH123 - done often
+                    content = file.read()
+            except FileNotFoundError:
+                odd.append(path)
+                continue
+            if name.startswith(".asyncsup~"):
+                odd.append(path)
+            else:
+                found[path[len(str(root)) + 1 :]] = content
+    odd += [name for name in os.listdir(root.parent) if name.startswith(".asyncsup~")]  # noqa: PTH208
+    return found, odd
+
+
 def leftovers(root: Path) -> list[str]:
     """Names of ours beside the program's files, and links that lead nowhere."""
     return sorted(
@@ -82,6 +103,8 @@ def package(
     deleted: Iterable[str] = (),
     targets: Iterable[str] = ("web",),
     kind: Kind = Kind.WARM,
+    region: str = "local",
+    name: str | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Package:
     """A patch package, written and opened again; `options` are more fields of single `FileChange`s."""
@@ -98,14 +121,14 @@ def package(
         build=build,
         kind=kind,
         targets=tuple(targets),
-        regions=("local",),
+        regions=(region,),
         files=tuple(changes),
     )
-    path = folder / f"patch-{build}.zip"
+    path = folder / f"{name or f'patch-{build}'}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("manifest.json", encode_manifest(manifest))
-        for name, content in contents.items():
-            archive.writestr(f"files/{name}", content)
+        for entry, content in contents.items():
+            archive.writestr(f"files/{entry}", content)
     return open_package(path)
 
 
