@@ -20,7 +20,7 @@ from store_kit import Bench, apply, begin, benches, info, memory_folder, open_st
 
 from asyncsup import failpoints
 from asyncsup.errors import StateError
-from asyncsup.patch.audit import Examiner, Head, Row, digest, encode
+from asyncsup.patch.audit import MAX_TEXT, Examiner, Head, Row, digest, encode, plain_text
 from asyncsup.patch.ledger import examine_export, examine_state
 from asyncsup.patch.store import Layout, Store
 
@@ -72,6 +72,13 @@ def test_a_record_takes_durations_names_of_any_bytes_and_nothing() -> None:
     assert value["path"] == "odd-\\udcff"
     assert value["deep"] == [{"pause_us": 1_000_000, "n": 2}]
     assert "nothing" not in value
+
+
+def test_no_text_in_a_record_is_without_end() -> None:
+    text = json.loads(encode(None, "patch.held", AT, {"reason": "ü" * 10**6}))["reason"]
+    assert len(text) == MAX_TEXT
+    assert text.endswith("ü…")
+    assert plain_text(text) == text
 
 
 # --- tampering ----------------------------------------------------------------------------------------------

@@ -72,6 +72,15 @@ def test_target_that_is_not_named_is_refused() -> None:
     assert assessment.refused.detail == "patch is for pricer, web, not for other"
 
 
+def test_however_many_names_a_patch_has_a_gate_says_it_in_a_line() -> None:
+    names = tuple(f"name-{number}" for number in range(1000))
+    for assessment in (judge(patch_targets=names), judge(patch_regions=names)):
+        detail = assessment.refused.detail if assessment.refused else ""
+        assert "name-0, name-1" in detail
+        assert "and 997 more" in detail
+        assert len(detail) < 200
+
+
 def test_patch_that_names_no_target_is_for_any() -> None:
     assert judge(patch_targets=()).refused is None
 

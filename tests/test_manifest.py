@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from asyncsup.errors import PatchMalformedError, UsageError
 from asyncsup.patch.manifest import (
+    MAX_REGIONS,
+    MAX_TARGETS,
     FileChange,
     Kind,
     Manifest,
@@ -208,6 +210,16 @@ BAD: dict[str, tuple[bytes, str, str]] = {
     ),
     "requires a fraction": (raw(requires={"build_min": 3.5}), "requires.build_min", "manifest.schema"),
     "floor as a string": (raw(build_floor="1"), "build_floor", "manifest.schema"),
+    "more targets than anybody has": (
+        raw(targets=[f"t{n}" for n in range(MAX_TARGETS + 1)]),
+        "targets",
+        "manifest.schema",
+    ),
+    "more regions than there are": (
+        raw(regions=[f"r{n}" for n in range(MAX_REGIONS + 1)]),
+        "regions",
+        "manifest.schema",
+    ),
     "downgrade as a number": (raw(downgrade=1), "downgrade", "manifest.schema"),
     "probation negative": (raw(probation=-1), "probation", "manifest.schema"),
     "probation as a boolean": (raw(probation=True), "probation", "manifest.schema"),

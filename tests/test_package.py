@@ -325,6 +325,46 @@ def test_manifest_and_signatures_are_limited(path: Path, limits: Limits, code: s
     assert refuse(path, limits=limits).error_code == code
 
 
+def test_signatures_are_counted_before_any_of_them_is_read(path: Path) -> None:
+    damaged = [Part(name=f"signatures/{n}.sig", data=b"one", both={"crc": 1}) for n in range(3)]
+    data = forge(manifest_part(*FILES), *damaged, *FILES)
+    assert refuse(path, data, limits=Limits(signatures=2)).error_code == "zip.count"
+    assert refuse(path, data, limits=Limits(signatures=3)).error_code == "zip.crc"
+
+
+def test_no_signature_is_read_of_a_package_that_is_refused_anyway(path: Path) -> None:
+    damaged = Part(name="signatures/alice.sig", data=b"one", both={"crc": 1})
+    assert refuse(path, forge(manifest_part(*FILES), damaged)).error_code == "manifest.missing_file"
+
+
+def test_files_that_are_only_deleted_count_as_well(path: Path) -> None:
+    files = [{"path": f"{number}.txt", "op": "deleted"} for number in range(3)]
+    path.write_bytes(forge(manifest_part(files=files)))
+    open_package(path, limits=Limits(files=3)).close()
+    error = refuse(path, limits=Limits(files=2))
+    assert error.error_code == "zip.count"
+    assert "3 files, the limit is 2 (`files` in [patch.limits])" in error.message
+
+
+def test_a_delta_itself_is_no_larger_than_what_it_may_be_made_of(path: Path) -> None:
+    base, delta = "0" * 64, Part(name="deltas/job.json", data=b"d" * 10)
+    change = {
+        **zip_forge.change(JOB, base_sha256=base, op="modified"),
+        "size": 4,
+        "delta": {
+            "format": "zstd-patch",
+            "base_sha256": base,
+            "sha256": hashlib.sha256(delta.data).hexdigest(),
+            "size": 10,
+        },
+    }
+    path.write_bytes(forge(manifest_part(files=[change]), delta))
+    open_package(path, limits=Limits(delta_size=10)).close()
+    error = refuse(path, limits=Limits(delta_size=9))
+    assert error.error_code == "delta.size"
+    assert "`delta_size` in [patch.limits]" in error.message
+
+
 def test_depth_of_a_deleted_path_is_limited_too(path: Path) -> None:
     data = forge(manifest_part(files=[{"path": "a/b/c", "op": "deleted"}]))
     path.write_bytes(data)
@@ -504,6 +544,13 @@ def test_prototype_package_without_folder_entries_is_accepted(path: Path) -> Non
     ]
     path.write_bytes(forge(*parts))
     open_package(path).close()
+
+
+def test_files_of_a_prototype_are_counted(path: Path) -> None:
+    listed = [{"name": f"{number}.txt", "path": "/"} for number in range(4)]
+    manifest = {"region": "eu", "build": "1", "delfiles": listed}
+    data = forge(Part(name="patch/manifest.json", data=json.dumps(manifest).encode()))
+    assert refuse(path, data, limits=Limits(files=3)).error_code == "zip.count"
 
 
 def test_depth_of_a_prototype_destination_is_limited(path: Path) -> None:

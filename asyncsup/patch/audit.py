@@ -19,6 +19,9 @@ FORMAT: Final = "asyncsup.audit/1"
 NOTHING_BEFORE: Final = "0" * 64
 """What the first record carries as the hash of the one before it."""
 
+MAX_TEXT: Final = 16 << 10
+"""Characters of one text in a record: what somebody else has worded must not fill the disk."""
+
 MOST_FAULTS: Final = 100
 """No judgement lists more; it says how many there were."""
 
@@ -86,8 +89,9 @@ def decode(line: bytes) -> dict[str, Any] | None:
 
 
 def plain_text(text: str) -> str:
-    """What can be written down of a text: a file's name in it may be any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """What can be written down of a text: a file's name in it may be any bytes, and it may have no end."""
+    text = text[: MAX_TEXT + 1].encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:

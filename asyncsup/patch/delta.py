@@ -48,7 +48,7 @@ def make(base: bytes, content: bytes) -> bytes:
     return compressor.compress(content)
 
 
-def rebuild(delta: bytes, base: bytes, size: int, *, largest: int) -> Iterator[memoryview]:
+def rebuild(delta: bytes | bytearray, base: bytes, size: int, *, largest: int) -> Iterator[memoryview]:
     """Yield the content that `delta` makes of `base`, never more than `size` bytes.
 
     Each view is valid until the next is asked for. Memory: the base, and a window of at most the next power

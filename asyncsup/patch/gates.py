@@ -263,4 +263,6 @@ def _moment(time: datetime) -> str:
 
 
 def _list(names: tuple[str, ...]) -> str:
-    return ", ".join(names)
+    """The first few: every gate of every target says it, to whoever asked, in the audit and in reports."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

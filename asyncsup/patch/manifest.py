@@ -28,6 +28,8 @@ MAX_INTEGER: Final = 2**53
 
 DELTA_FORMAT: Final = "zstd-patch"
 
+MAX_TARGETS: Final = 1000
+MAX_REGIONS: Final = 100
 MAX_PROBATION: Final = 7 * 86400.0
 MAX_NOTES: Final = 16 << 10
 MAX_NESTING: Final = 32
@@ -384,9 +386,12 @@ class Reader:
             self.problem(where, f"must be 1 to 128 printable characters, got {shorten(value)}")
         return text
 
-    def labels(self, value: Any, where: str) -> tuple[str, ...]:
+    def labels(self, value: Any, where: str, most: int) -> tuple[str, ...]:
         if not isinstance(value, list):
             self.problem(where, f"must be an array of strings, got {json_type(value)}")
+            return ()
+        if len(value) > most:
+            self.problem(where, f"must name at most {most}, got {len(value)}")
             return ()
         if not value:
             self.problem(where, "must name at least one")
@@ -462,8 +467,12 @@ def _read_manifest(value: dict[str, Any], reader: Reader) -> Manifest:
         ),
         build=reader.required(value, "build", "", reader.integer, 0),
         kind=reader.required(value, "kind", "", _reads_choice(reader, Kind), None) or Kind.COLD,
-        targets=reader.required(value, "targets", "", reader.labels, ()),
-        regions=reader.required(value, "regions", "", reader.labels, ()),
+        targets=reader.required(
+            value, "targets", "", lambda item, where: reader.labels(item, where, MAX_TARGETS), ()
+        ),
+        regions=reader.required(
+            value, "regions", "", lambda item, where: reader.labels(item, where, MAX_REGIONS), ()
+        ),
         created=created,
         expires=expires,
         requires=reader.optional(

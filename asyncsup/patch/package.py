@@ -161,11 +161,11 @@ class Package:
         with os.fdopen(base, "rb", closefd=False) as file:
             return file.read(size)
 
-    def _read_delta(self, change: FileChange) -> bytes:
+    def _read_delta(self, change: FileChange) -> bytearray:
         """The bytes of a delta, which are what the manifest says they are."""
-        pieces: list[bytes] = []
-        self._read(change, lambda piece: pieces.append(bytes(piece)), None)
-        return b"".join(pieces)
+        delta = bytearray()
+        self._read(change, delta.extend, None)
+        return delta
 
     def _refused(self, change: FileChange, message: str, code: str) -> PatchMalformedError:
         return PatchMalformedError(
@@ -447,7 +447,7 @@ def _match(
     """Signatures by name, and the files' entries, if manifest and archive name the same files."""
     problems: list[Problem] = []
     sources: Sources = {}
-    signatures: dict[str, bytes] = {}
+    signatures: dict[str, Entry] = {}
     unlisted = dict(by_name)
     del unlisted[MANIFEST]
     for index, change in enumerate(manifest.files):
@@ -476,7 +476,7 @@ def _match(
         if entry.is_folder and (name == SIGNATURES or name.startswith((FILES, DELTAS))):
             continue
         if signature is not None and not entry.is_folder:
-            signatures[signature[1]] = _read_small(fd, entry, limits, "signature_size")
+            signatures[signature[1]] = entry
             continue
         problems.append(_unlisted(name))
     if len(signatures) > limits.signatures:
@@ -485,17 +485,26 @@ def _match(
     problems.extend(_above_limits(manifest, limits))
     if problems:
         raise malformed(problems)
-    return signatures, sources
+    # Whoever may offer a package may put as many into it as it has entries: they are counted by now.
+    contents = {name: _read_small(fd, entry, limits, "signature_size") for name, entry in signatures.items()}
+    return contents, sources
 
 
 def _above_limits(manifest: Manifest, limits: PatchLimits) -> Iterator[Problem]:
-    """What deltas make is not in the archive, and has the same limits all the same."""
+    """What is not in the archive has limits all the same: files that are deleted, and what deltas make.
+
+    A delta itself is held in memory like what it is made of.
+    """
+    yield from _too_many(len(manifest.files), limits)
     total = 0
     for index, change in enumerate(manifest.files):
         size = change.size or 0
         total += size
         if change.delta is None:
             continue
+        if change.delta.size > limits.delta_size:
+            message = f"the delta has {change.delta.size} bytes, {limit(limits, 'delta_size')}"
+            yield Problem(code="delta.size", where=f"files[{index}].delta.size", message=message)
         for name, code in (("delta_size", "delta.size"), ("file_size", "zip.file_size")):
             if size > getattr(limits, name):
                 message = f"the delta makes {size} bytes, {limit(limits, name)}"
@@ -505,11 +514,17 @@ def _above_limits(manifest: Manifest, limits: PatchLimits) -> Iterator[Problem]:
         yield Problem(code="zip.total_size", where="files", message=message)
 
 
+def _too_many(files: int, limits: PatchLimits) -> Iterator[Problem]:
+    if files > limits.files:
+        message = f"the manifest lists {files} files, {limit(limits, 'files')}"
+        yield Problem(code="zip.count", where="files", message=message)
+
+
 def _match_prototype(
     fd: int, path: Path, manifest: prototype.Prototype, by_name: Mapping[str, Entry], limits: PatchLimits
 ) -> tuple[Manifest, Sources]:
     """The complete manifest and the files' entries; reads all sources."""
-    problems: list[Problem] = []
+    problems = list(_too_many(len(manifest.files), limits))
     wanted: dict[str, Entry] = {}
     unlisted = {name for name in by_name if name != prototype.MANIFEST and name not in prototype.FOLDERS}
     for file in manifest.files:
