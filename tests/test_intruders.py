@@ -18,8 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 from conftest import wait_for
 from ssh_kit import key
@@ -27,7 +29,7 @@ from test_bad_inputs import Site, running
 from zip_forge import FILES, Part, forge, manifest_part, native
 
 from asyncsup.client import ControlClient
-from asyncsup.config import PatchLimits
+from asyncsup.config import PatchLimits, parse_config
 from asyncsup.errors import (
     PatchError,
     PatchMalformedError,
@@ -37,9 +39,12 @@ from asyncsup.errors import (
     StateError,
     UsageError,
 )
+from asyncsup.events import EventStream
 from asyncsup.patch import uploads
 from asyncsup.patch.checksum import has_checksum, read_checksum
-from asyncsup.patch.package import open_package
+from asyncsup.patch.inbox import Inbox
+from asyncsup.patch.overseer import PatchOverseer, Source, Wish
+from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.signing import sign_package
 from asyncsup.patch.store import Store
 from asyncsup.patch.uploads import Uploads
@@ -286,6 +291,46 @@ def test_a_package_with_the_longest_name_does_not_stop_the_automatic_ones() -> N
         (site.folder / "p.tmp").write_bytes(native(*FILES))
         (site.folder / "p.tmp").rename(site.serve.inbox / "p.zip")
         wait_for((site.serve.inbox / "applied/p.zip.json").exists, "the package to be applied")
+
+
+@pytest.mark.anyio
+async def test_a_package_that_fails_as_nobody_foresaw_is_alone_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may run out wherever it likes: the task group that would be torn down runs everything."""
+
+    def opened(path: Path, **options: Any) -> Package:
+        if path.name == "bad.zip":
+            raise MemoryError
+        return open_package(path, **options)
+
+    applied: list[str] = []
+    both = anyio.Event()
+
+    async def apply(source: Source, wish: Wish) -> dict[str, Any]:
+        applied.append(source.path.name)
+        if len(applied) == 2:
+            both.set()
+        raise MemoryError
+
+    monkeypatch.setattr("asyncsup.patch.overseer.open_package", opened)
+    config = parse_config('[patch]\ntrust = "none"\n', path=tmp_path / "asyncsup.toml")
+    inbox = Inbox(config.patch.inbox, EventStream(lambda topic, frame: None))
+    with contextlib.closing(Store.open(tmp_path / "state")) as store:
+        supervisor: Any = SimpleNamespace(store=store, config=config, inbox=inbox)
+        async with anyio.create_task_group() as tasks:
+            overseer = PatchOverseer(supervisor, tasks)
+            monkeypatch.setattr(overseer, "apply", apply)
+            for name in ("bad.zip", "first.zip", "second.zip"):
+                (inbox.folder / name).write_bytes(VALID)
+            found = {entry["file"]: entry["state"] for entry in (await overseer.inbox())["inbox"]}
+            assert found == {"bad.zip": "malformed", "first.zip": "complete", "second.zip": "complete"}
+            await tasks.start(inbox.watch)
+            tasks.start_soon(overseer.apply_arrivals)
+            with anyio.fail_after(30):
+                await both.wait()
+            tasks.cancel_scope.cancel()
+    assert sorted(applied) == ["first.zip", "second.zip"]
 
 
 @pytest.mark.parametrize("what", ["folder", "report", "package"])

@@ -124,7 +124,7 @@ class PatchLimits:
     package_size: Annotated[int, values.SIZE] = 2 << 30
     """Of the zip file."""
     files: Annotated[int, integer(1, 1_000_000)] = 50_000
-    """Entries of the archive, folders included."""
+    """Entries of the archive, folders included; and files of the manifest, deleted ones included."""
     file_size: Annotated[int, values.SIZE] = 4 << 30
     """Of one file, unpacked."""
     total_size: Annotated[int, values.SIZE] = 8 << 30
@@ -138,7 +138,7 @@ class PatchLimits:
     signatures: Annotated[int, integer(1, 1000)] = 32
     signature_size: Annotated[int, values.SIZE] = 64 << 10
     delta_size: Annotated[int, values.SIZE] = 128 << 20
-    """The old and the new content of a file that comes as a delta: both are held in memory."""
+    """The old and the new content of a file that comes as a delta, and the delta: all are held in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

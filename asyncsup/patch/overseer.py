@@ -318,6 +318,10 @@ class PatchOverseer:
                         entry |= {"state": "complete", **summary(package)}
                 except AsyncsupError as error:
                     entry |= {"state": "malformed", "detail": error.message, "code": error.error_code}
+                except Exception as error:
+                    # Whatever it was, it says nothing about the others.
+                    log.exception("%s cannot be looked at", arrival.path)
+                    entry |= {"state": "malformed", "detail": type(error).__name__, "code": "internal"}
             found.append(entry)
         return {"inbox": found, "folder": str(self._supervisor.inbox.folder), "trust": self._trust}
 
@@ -592,6 +596,8 @@ class PatchOverseer:
                     await self._apply_arrival(entry["file"])
                 except (AsyncsupError, OSError) as error:
                     log.warning("%s: %s", entry["file"], error)
+                except Exception:
+                    log.exception("%s was not applied", entry["file"])
 
     async def _apply_arrival(self, name: str) -> None:
         source = self.source(path=None, upload=None, name=name, sha256=None, crc32=None)
