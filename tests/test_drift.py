@@ -22,6 +22,7 @@ from store_kit import (
     refused_at_staging,
     roll_back,
     seen,
+    staged,
     write_tree,
 )
 
@@ -441,6 +442,27 @@ def test_what_is_written_after_the_copy_was_made_is_not_overwritten(
     assert caught.value.error_code == "gate.drift"
     b.store.abort(txn)
     assert (seen(b.root), leftovers(b.root)) == (wanted, [])
+
+
+@both_layouts
+@pytest.mark.parametrize("ends", ["undone", "refused", "crashed"])
+def test_writing_to_a_file_of_ones_own_while_a_patch_comes_to_nothing_is_no_drift(
+    layout: Layout, ends: str, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout)
+    txn = staged(b.store, b.patch(300, modified={PATH: b"two"}))
+    b.put(PATH, MINE)
+    if ends == "refused":
+        with pytest.raises(PatchRefusedError):
+            b.store.switch(txn)
+    if ends == "crashed":
+        b.reopen()
+    else:
+        b.store.finish(txn, verdict="rolled_back")
+    assert seen(b.root) == {**FILES, PATH: MINE}
+    assert b.store.drifted("web") == []
+    apply(b.store, b.patch(301, modified={PATH: b"three"}))
+    assert seen(b.root)[PATH] == b"three"
 
 
 @both_layouts

@@ -21,6 +21,11 @@ def identity(status: os.stat_result) -> str:
     return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
+def same_file(first: str, second: str | None) -> bool:
+    """Whether two identities, taken while neither was removed, are of one file, written to or not."""
+    return second is not None and first.partition(":")[0] == second.partition(":")[0]
+
+
 def split(path: str) -> tuple[Sequence[str], str]:
     """The folders that lead to `path`, and its last component."""
     *folders, name = path.split("/")

@@ -13,7 +13,7 @@ from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow, KeptRow, PartRow
-from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
+from asyncsup.patch.look import TEMPORARY_PREFIX, identity, same_file, split
 from asyncsup.patch.manifest import DEFAULT_MODE, FileChange
 from asyncsup.patch.overlay import Home, OverlayRoot
 from asyncsup.patch.plan import Found, PlanError, Presence
@@ -414,8 +414,9 @@ class OverlayFiles(TargetFiles):
             there = _identity_in(source, path)
             known = rows[path].identity if is_file(rows.get(path)) else None
             linked = root.has_link(path)
-            # Without a link, what the generation holds counts where it has a version of its own.
-            if there is not None and there != known and (linked or known is not None):
+            # Without a link, what the generation holds counts where it has a version of its own. A known file
+            # that was written to since is no new one.
+            if there is not None and not same_file(there, known) and (linked or known is not None):
                 folders, name = split(path)
                 with fs.below(source, folders) as folder:
                     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
