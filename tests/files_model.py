@@ -76,6 +76,13 @@ class Row:
 
 
 @dataclass(eq=False)
+class Folder:
+    """Where a generation lies; so many readers have it pinned. A tree that is released stays where it is."""
+
+    pins: int = 0
+
+
+@dataclass(eq=False)
 class Generation:
     """
     Attributes:
@@ -93,7 +100,7 @@ class Generation:
     kept: dict[str, Origin] = field(default_factory=dict)
     files: dict[str, Cell] = field(default_factory=dict)
     there: bool = True
-    pins: int = 0
+    folder: Folder = field(default_factory=Folder)
     vague: set[str] = field(default_factory=set)
 
     def is_managed(self, path: str) -> bool:
@@ -319,7 +326,7 @@ class FilesModel(ABC):
             each, keep = each.parent, keep - 1
             kept.add(each)
         for each in self.generations:
-            each.there &= each in kept or each.pins > 0
+            each.there &= each in kept or each.folder.pins > 0
 
     @abstractmethod
     def release(self) -> None:
@@ -516,6 +523,6 @@ class TreeModel(FilesModel):
         destination.files.update({path: c for path, c in source.files.items() if path not in patched})
 
     def release(self) -> None:
-        files = self.current.files
+        before = self.current
         self._start_anew()
-        self.current.files = files
+        self.current.files, self.current.folder = before.files, before.folder

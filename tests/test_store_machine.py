@@ -486,7 +486,7 @@ class StoreMachine(RuleBasedStateMachine):
             pin = self._pick(self.pins, number)
             self.pins.remove(pin)
             os.close(pin[0])
-            pin[1].pins -= 1
+            pin[1].folder.pins -= 1
             return
         name = self._pick(list(self.targets), number)
         if self.targets[name].layout is Layout.TREE and not self.targets[name].root.is_symlink():
@@ -494,7 +494,7 @@ class StoreMachine(RuleBasedStateMachine):
         fd = os.open(self.store.current_link(name), os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(fd, fcntl.LOCK_SH)
         generation = self.models[name].current
-        generation.pins += 1
+        generation.folder.pins += 1
         self.pins.append((fd, generation))
 
     # --- upkeep ---------------------------------------------------------------------------------------------
