@@ -21,6 +21,7 @@ from store_kit import Bench, apply, begin, benches, info, memory_folder, open_st
 from asyncsup import failpoints
 from asyncsup.errors import StateError
 from asyncsup.patch.audit import MAX_TEXT, Examiner, Head, Row, digest, encode, plain_text
+from asyncsup.patch.doctor import diagnose
 from asyncsup.patch.ledger import examine_export, examine_state
 from asyncsup.patch.store import Layout, Store
 
@@ -222,6 +223,10 @@ def eventful(base: Path) -> Kept:
     return Kept(base / "state", head)
 
 
+NO_TIMES = ["'nan'", "'inf'", "'1e300'", "'-1.0'", "'soon'", "''", "x'ff'"]
+"""In SQL: what the latest time cannot be."""
+
+
 @pytest.fixture
 def memory() -> Iterator[Path]:
     with memory_folder() as base:
@@ -284,12 +289,23 @@ def test_every_row_and_column_of_the_audit_is_watched(kept: Kept, memory: Path) 
         (["UPDATE marks SET floor = NULL WHERE target = 'web'"], "audit.marks"),
         (["DELETE FROM marks WHERE target = 'db'"], "audit.marks"),
         (["UPDATE meta SET value = '1000.0' WHERE key = 'clock'"], "audit.clock"),
+        *(([f"UPDATE meta SET value = {value} WHERE key = 'clock'"], "audit.clock") for value in NO_TIMES),
     ],
 )  # fmt: skip
 def test_tampering_with_the_database_is_found(
     statements: list[str], code: str, kept: Kept, memory: Path
 ) -> None:
     assert code in {found for found, _ in codes(kept.tampered(memory / "x", *statements))}
+
+
+@pytest.mark.parametrize("value", NO_TIMES)
+def test_a_latest_time_that_is_none_is_an_error_at_the_start(value: str, kept: Kept, memory: Path) -> None:
+    """Taken for a time, it would bring what has expired back, or end the supervisor with each write."""
+    state = kept.tampered(memory / "copy", f"UPDATE meta SET value = {value} WHERE key = 'clock'")
+    with pytest.raises(StateError) as caught:
+        Store.open(state)
+    assert caught.value.error_code == "state.clock"
+    assert "audit.clock" in {finding.code for finding in diagnose(state).problems}
 
 
 def test_a_tail_cut_off_with_everything_that_tells_of_it_takes_a_hash_to_be_found(

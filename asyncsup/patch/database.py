@@ -360,6 +360,7 @@ class Database:
             )
         elif version != SCHEMA_VERSION:
             raise _wrong_version(self._path, version)
+        self.clock()
         if self.head() is None:
             self.record("chain.begun", format=audit.FORMAT, chain=secrets.token_hex(16))
 
@@ -464,8 +465,27 @@ class Database:
         self._newest = before
 
     def clock(self) -> float:
-        """The latest time at which anything was written down; 0.0 when nothing was."""
-        return float(self.meta("clock") or 0.0)
+        """The latest time at which anything was written down; 0.0 when nothing was.
+
+        Raises:
+            StateError: ``state.clock``: what is remembered is no time, so whether a patch has expired cannot
+                be told.
+        """
+        text = self.meta("clock")
+        if text is None:
+            return 0.0
+        try:
+            seconds = float(text)
+            datetime.fromtimestamp(seconds, UTC)
+        except (ValueError, OverflowError, OSError):
+            seconds = -1.0
+        if seconds < 0:
+            raise StateError(
+                f"{self._path} remembers {text[:80]!r} as the latest time, which is no time; it was changed "
+                "or is damaged: put a copy of it back",
+                code="state.clock",
+            )
+        return seconds
 
     def trust_clock(self, **fields: Any) -> None:
         """Whatever the time was before, now is the time."""

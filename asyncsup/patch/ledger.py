@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from asyncsup.errors import StateError
 from asyncsup.patch.audit import MOST_FAULTS, Examiner, Fault, Head, Row, decode
 from asyncsup.patch.database import Database, Phase
 from asyncsup.patch.replay import Replay
@@ -83,7 +84,13 @@ def examine(database: Database, anchors: Collection[str] = ()) -> Judgement:
             row.txn: {**asdict(row), "committed": row.phase is Phase.COMMITTED}
             for row in database.transactions(None, -1)
         }
-        clock = datetime.fromtimestamp(database.clock(), UTC)
+        clock = None
+        try:
+            clock = datetime.fromtimestamp(database.clock(), UTC)
+        except StateError as error:
+            if error.error_code != "state.clock":
+                raise
+            faults.append(Fault(code="audit.clock", message=error.message))
         faults += replay.compare(history, database.all_held(), database.all_marks(), clock)
     return _judgement(examiner, faults)
 

@@ -76,13 +76,13 @@ class Replay:
         transactions: Mapping[int, Mapping[str, Any]],
         held: Mapping[str, str],
         marks: Mapping[str, Marks],
-        clock: datetime,
+        clock: datetime | None,
     ) -> list[Fault]:
         """What is not as the records say it should be.
 
         Args:
             transactions: the history, by number; of each what is in `COMPARED`.
-            clock: the latest time that is remembered.
+            clock: the latest time that is remembered; None where that is no time.
         """
         faults = [
             *self._compare_transactions(transactions),
@@ -90,7 +90,7 @@ class Replay:
             *self._compare_marks(marks),
         ]
         # Records have milliseconds.
-        if self._latest is not None and clock < self._latest - timedelta(seconds=0.001):
+        if self._latest is not None and clock is not None and clock < self._latest - timedelta(seconds=0.001):
             message = f"the latest time is remembered as {clock}, by the records it is {self._latest}"
             faults.append(Fault(code="audit.clock", message=message))
         return faults
