@@ -1550,7 +1550,11 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--build-min", type=int, metavar="N", help="only for targets at this build or above")
     add("--build-max", type=int, metavar="N", help="only for targets at this build or below")
-    add("--downgrade", action="store_true", help="may lower a target's build; taken only when signed")
+    add(
+        "--downgrade",
+        action="store_true",
+        help="may lower a target's build; taken only when signed; needs --build-max or --expires",
+    )
     add("--build-floor", type=int, metavar="N", help="no downgrade may go below this build")
     add("--expires", metavar="TIME", help="RFC 3339; refused after it")
     add("--probation", type=seconds, metavar="TIME", help="how long it may still undo itself")

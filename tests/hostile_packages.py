@@ -720,7 +720,13 @@ GATES: Final = (
     ),
     _gate("M18", "same build, other content", "gate.build_conflict", build=BUILD),
     _gate(
-        "M19", "downgrade below its floor", "gate.floor", build=FLOOR - 1, build_floor=FLOOR, downgrade=True
+        "M19",
+        "downgrade below its floor",
+        "gate.floor",
+        build=FLOOR - 1,
+        build_floor=FLOOR,
+        downgrade=True,
+        expires="2090-01-01T00:00:00Z",
     ),
     _gate("M20", "needs a higher build", "gate.requires", requires={"build_min": BUILD + 1}),
     _gate("M20", "needs a lower build", "gate.requires", requires={"build_max": BUILD - 1}),

@@ -28,7 +28,7 @@ from asyncsup.errors import RemoteError
 from asyncsup.patch.audit import digest
 from asyncsup.patch.clock import SLACK_SECONDS, SeenClock
 from asyncsup.patch.database import Database
-from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, encode_manifest
+from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, Requires, encode_manifest
 from asyncsup.patch.signing import sign_package
 
 
@@ -351,12 +351,17 @@ def test_no_older_build_comes_back_but_by_a_rollback_or_a_signed_downgrade(
     ground.client.call("target.release", target="web")
     ground.again(patch=required, target=f'layout = "tree"\n{DOWN}')
     assert ground.refused(ground.package(280, sign="alice")) == "gate.build"
-    assert ground.refused(ground.package(240, sign="alice", downgrade=True)) == "gate.floor"
-    assert ground.apply(ground.package(260, sign="alice", downgrade=True))["verdict"] == "committed"
+    below = ground.package(240, sign="alice", downgrade=True, requires=Requires(build_max=300))
+    assert ground.refused(below) == "gate.floor"
+    lower = ground.package(260, sign="alice", downgrade=True, requires=Requires(build_max=300))
+    assert ground.apply(lower)["verdict"] == "committed"
     assert ground.client.call("show", name="web")["marks"] == {"highest": 260, "floor": 250}
     assert ground.refused(ground.package(255, sign="alice")) == "gate.build"
     assert ground.apply(ground.package(270, sign="alice"))["verdict"] == "committed"
-    assert ground.content() == "270"
+    # Whoever has kept it cannot lower with it what came after it was made.
+    assert ground.apply(ground.package(310, sign="alice"))["verdict"] == "committed"
+    assert ground.refused(lower) == "gate.requires"
+    assert ground.content() == "310"
     assert ground.client.call("audit.verify")["ok"]
 
 

@@ -220,6 +220,12 @@ BAD: dict[str, tuple[bytes, str, str]] = {
         "regions",
         "manifest.schema",
     ),
+    "downgrade without end": (raw(downgrade=True), "downgrade", "manifest.schema"),
+    "downgrade with a lower bound only": (
+        raw(downgrade=True, requires={"build_min": 300}),
+        "downgrade",
+        "manifest.schema",
+    ),
     "downgrade as a number": (raw(downgrade=1), "downgrade", "manifest.schema"),
     "probation negative": (raw(probation=-1), "probation", "manifest.schema"),
     "probation as a boolean": (raw(probation=True), "probation", "manifest.schema"),

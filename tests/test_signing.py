@@ -17,6 +17,7 @@ from test_patching import Field
 from zip_forge import FILES, Part, forge, manifest_part, native
 
 from asyncsup.errors import AsyncsupError, PatchSignError
+from asyncsup.patch.manifest import Requires
 from asyncsup.patch.package import open_package
 from asyncsup.patch.signing import sign_package
 
@@ -431,7 +432,12 @@ def test_a_supervisor_takes_what_is_signed_and_nothing_else(field: Field) -> Non
 
     # A lower build only with a signature that says so, and never below the floor.
     lower = field.package(
-        "web", build=250, before={"a.txt": "new-a"}, files={"a.txt": "lower"}, downgrade=True
+        "web",
+        build=250,
+        before={"a.txt": "new-a"},
+        files={"a.txt": "lower"},
+        downgrade=True,
+        requires=Requires(build_max=300),
     )
     assert field.refused(lower).error_code == "trust.unsigned"
     for name in ("alice", "bob"):

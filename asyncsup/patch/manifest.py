@@ -446,6 +446,7 @@ def _read_manifest(value: dict[str, Any], reader: Reader) -> Manifest:
     expires = reader.optional(value, "expires", "", _reads_time(reader), None)
     if created is not None and expires is not None and expires <= created:
         reader.problem("expires", "must be later than created")
+    _check_downgrade(value, reader)
     return Manifest(
         name=reader.required(
             value,
@@ -512,6 +513,16 @@ def _reads_time(reader: Reader) -> Callable[[Any, str], datetime | None]:
         return None
 
     return read
+
+
+def _check_downgrade(value: Mapping[str, Any], reader: Reader) -> None:
+    """What is signed stays signed: whoever has kept a downgrade could lower every later build with it."""
+    requires = value.get("requires")
+    ends = "expires" in value or (isinstance(requires, dict) and "build_max" in requires)
+    if value.get("downgrade") is True and not ends:
+        reader.problem(
+            "downgrade", "needs expires or requires.build_max, so that it cannot be repeated for ever"
+        )
 
 
 def _read_requires(value: Any, where: str, reader: Reader) -> Requires:
