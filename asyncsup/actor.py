@@ -18,6 +18,7 @@ class Actor:
             `asyncsup doctor`.
         user: the name of `uid` when it was asked for; None where it has none.
         address: of a peer that is no local process.
+        key: of a peer that came over TCP, the name under which its key is allowed.
     """
 
     via: Literal["control", "inbox", "supervisor", "doctor"]
@@ -26,6 +27,12 @@ class Actor:
     pid: int | None = None
     user: str | None = None
     address: str | None = None
+    key: str | None = None
+
+    @classmethod
+    def of_key(cls, name: str, address: str) -> Actor:
+        """Who has proven to have a key that is allowed."""
+        return cls(via="control", key=name, address=address)
 
     @classmethod
     def of_peer(cls, address: str) -> Actor:
@@ -59,6 +66,8 @@ class Actor:
     def __str__(self) -> str:
         if self.via == "supervisor":
             return "the supervisor"
+        if self.key is not None:
+            return f"key {self.key} from {self.address}"
         if self.uid is None:
             return self.address or "unknown"
         facts = [f"uid {self.uid}"] + ([f"pid {self.pid}"] if self.pid is not None else [])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from asyncsup.ipc import Router
+from asyncsup.ipc import Origin, Router
 from target_sdk.protocol import (
     APPLICATION_ERROR,
     INVALID_PARAMS,
@@ -69,7 +69,7 @@ class TargetChannel:
     """
 
     def __init__(
-        self, make_router: Callable[[Callable[[bytes, Sequence[bytes], str], None]], Router]
+        self, make_router: Callable[[Callable[[bytes, Sequence[bytes], Origin], None]], Router]
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._by_token: dict[str, _Connection] = {}
@@ -131,7 +131,7 @@ class TargetChannel:
         if connection.identity is not None:
             self._router.send(connection.identity, request.encode())
 
-    def _on_message(self, identity: bytes, frames: Sequence[bytes], address: str) -> None:
+    def _on_message(self, identity: bytes, frames: Sequence[bytes], origin: Origin) -> None:
         try:
             message = decode(frames[-1])
         except ProtocolError as error:

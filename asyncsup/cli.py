@@ -133,7 +133,7 @@ def _globals(parser: argparse.ArgumentParser) -> None:
     """The options every verb takes, before or after it."""
     add, keep = parser.add_argument, argparse.SUPPRESS
     add("-c", "--config", metavar="FILE", default=keep, help="the configuration file")
-    add("--endpoint", metavar="URL", default=keep, help="the supervisor's control socket, ipc://PATH")
+    add("--endpoint", metavar="URL", default=keep, help="the supervisor: ipc://PATH, or tcp://HOST:PORT")
     add("--json", action="store_true", default=keep, help="results and errors as JSON on stdout")
     add("--no-color", action="store_true", default=keep, help="no colour, as NO_COLOR=1")
     add("-q", "--quiet", action="store_true", default=keep, help="no text but errors")
@@ -1043,6 +1043,36 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+def _keys(session: Session) -> int:
+    from asyncsup.cli_keys import run_keys
+
+    return run_keys(session, lambda: _load_config(session).supervisor)
+
+
+def _keys_arguments(verb: str) -> Callable[[argparse.ArgumentParser], None]:
+    def configure(parser: argparse.ArgumentParser) -> None:
+        parser.set_defaults(keys_verb=verb)
+        if verb == "generate":
+            parser.add_argument("name", nargs="?", metavar="NAME", help="a key of your own by this name")
+            parser.add_argument("--folder", metavar="DIR", help="where (default: ~/.config/asyncsup/keys)")
+        elif verb == "allow":
+            parser.add_argument("name", metavar="NAME", help="whose key it is")
+            parser.add_argument("key", metavar="PUBLIC_KEY", help="40 characters, or a file with them")
+            parser.add_argument(
+                "--role",
+                choices=("view", "operate", "patch"),
+                default="view",
+                help="what they may do: look (default), also start and stop, or also patch",
+            )
+        elif verb == "revoke":
+            parser.add_argument("name", metavar="NAME", help="whose key it was")
+
+    return configure
+
+
 # --- the audit ----------------------------------------------------------------------------------------------
 
 
@@ -1625,6 +1655,14 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
         "verify": Verb("check that the audit is as it was written", _audit_verify_arguments, _audit_verify),
         "list": Verb("list what was written down", _audit_list_arguments, _audit_list),
         "export": Verb("print every record, as it is hashed", _audit_export_arguments, _audit_export),
+    },
+    "keys": {
+        "generate": Verb(
+            "make a key for the supervisor, or one of your own", _keys_arguments("generate"), _keys
+        ),
+        "list": Verb("list who may connect over TCP", _keys_arguments("list"), _keys),
+        "allow": Verb("let somebody connect over TCP", _keys_arguments("allow"), _keys),
+        "revoke": Verb("let somebody connect no more", _keys_arguments("revoke"), _keys),
     },
     "console": Verb("open the Patch Overseer prompt", _none, _console),
     "init": Verb("write a commented asyncsup.toml", _init_arguments, _init),

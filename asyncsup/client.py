@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import zmq
 
+from asyncsup.client_keys import ClientKeys, keys_for, not_taken
 from asyncsup.endpoint import check_reachable, find_endpoint, unreachable
-from asyncsup.errors import SupervisorUnreachableError
+from asyncsup.errors import NotAllowedError, SupervisorUnreachableError
 from asyncsup.rpc import Params, decode, encode_request, exit_status_of, result_of, timed_out, went_away
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncControlClient",
     "AsyncEventStream",
+    "ClientKeys",
     "ControlClient",
     "Event",
     "EventStream",
@@ -51,6 +53,15 @@ UPLOAD_CHUNK_BYTES: Final = 512 * 1024
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """A longer answer is not one of a supervisor."""
+
+REFUSED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+MONITORED: Final = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | REFUSED
+HEARTBEAT_MS: Final = 10_000
+"""Over TCP: how often a silent connection is asked whether it is still there."""
 
 JOIN_SECONDS: Final = 0.25
 """A new subscription misses what is published before it has arrived, and nobody says when it has. This long
@@ -138,12 +149,23 @@ class _Sequence:
 # --- one socket ---------------------------------------------------------------------------------------------
 
 
+class _News(NamedTuple):
+    """What has become of a connection."""
+
+    lost: bool
+    joined: bool
+    refused: NotAllowedError | None
+
+
 class _Link:
     """A ZeroMQ socket to the supervisor, and word of its loss (which ZeroMQ itself keeps quiet about)."""
 
     _numbers = iter(range(1, 1 << 62))
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str, keys: ClientKeys | None
+    ) -> None:
+        self._endpoint = endpoint
         self.socket = context.socket(kind)
         self.monitor = context.socket(zmq.PAIR)
         # A `cancel` sent on the way out may leave within this time; without a supervisor nothing waits.
@@ -155,8 +177,17 @@ class _Link:
         if kind == zmq.SUB:
             self.socket.setsockopt(zmq.RCVHWM, MAX_WAITING_EVENTS)
             self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        if keys is not None:
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, keys.supervisor)
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+            self.socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
+            # Nobody says when a machine or a line is gone.
+            self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            self.socket.setsockopt(zmq.HEARTBEAT_TTL, 3 * HEARTBEAT_MS)
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
         address = f"inproc://monitor-{next(self._numbers)}"
-        self.socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self.socket.monitor(address, MONITORED)
         self.monitor.connect(address)
         self.socket.connect(endpoint)
 
@@ -167,18 +198,27 @@ class _Link:
         except zmq.Again:
             return None
 
-    def news(self) -> tuple[bool, bool]:
-        """Whether the connection has broken, and whether one has been made, since this was last asked."""
+    def news(self) -> _News:
+        """What has become of the connection since this was last asked."""
         seen = 0
         while True:
             try:
                 frames = self.monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return bool(seen & zmq.EVENT_DISCONNECTED), bool(seen & zmq.EVENT_HANDSHAKE_SUCCEEDED)
+                break
             seen |= struct.unpack_from("=H", frames[0])[0]
+        joined = bool(seen & zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        refused = None
+        if seen & REFUSED and not joined:
+            refused = not_taken(self._endpoint, unknown=bool(seen & zmq.EVENT_HANDSHAKE_FAILED_AUTH))
+        return _News(bool(seen & zmq.EVENT_DISCONNECTED), joined, refused)
 
     def lost(self) -> bool:
-        return self.news()[0]
+        """Raises NotAllowedError: there is somebody, who does not take our key."""
+        news = self.news()
+        if news.refused is not None:
+            raise news.refused
+        return news.lost
 
     def close(self, *, linger: bool = False) -> None:
         """May be called twice. With ``linger``, what is still queued may leave first, for a moment."""
@@ -202,11 +242,16 @@ class ControlClient:
     knows whether it may be.
 
     Args:
-        endpoint: as `find_endpoint` returns it, ``ipc:///run/asyncsup/control.sock``.
+        endpoint: as `find_endpoint` returns it, ``ipc:///run/asyncsup/control.sock``, or ``tcp://HOST:PORT``.
+        keys: for ``tcp://``; default: as the environment says (`asyncsup.client_keys`).
+
+    Raises:
+        KeysError: over TCP, and there are no keys or they are wrong.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, *, keys: ClientKeys | None = None) -> None:
         self.endpoint = endpoint
+        self._keys = keys_for(endpoint) if keys is None else keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: _Link | None = None
         self._next_id = 0
@@ -345,7 +390,7 @@ class ControlClient:
             self._drop()
         if self._link is None:
             check_reachable(self.endpoint)
-            self._link = _Link(self._context, zmq.DEALER, self.endpoint)
+            self._link = _Link(self._context, zmq.DEALER, self.endpoint, self._keys)
         try:
             self._link.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
@@ -428,6 +473,9 @@ def _chunks(read: Callable[[int], bytes], total: int) -> Iterator[Params]:
 
 
 def _events_endpoint(endpoint: str) -> str | None:
+    if endpoint.startswith("tcp://"):
+        host, _, port = endpoint.rpartition(":")
+        return f"{host}:{int(port) + 1}"
     folder, found, _ = endpoint.rpartition("/control.sock")
     return f"{folder}/events.sock" if found else None
 
@@ -448,7 +496,7 @@ class EventStream:
         self._on_gap = on_gap
         self._ready: deque[Event] = deque()
         # Subscribed first and asked second: what happens in between comes twice rather than not at all.
-        self._link = _Link(client._context, zmq.SUB, endpoint)
+        self._link = _Link(client._context, zmq.SUB, endpoint, client._keys)
         try:
             info = client.call("supervisor.info")
         except BaseException:
@@ -515,7 +563,9 @@ class EventStream:
 
     def arrived(self) -> list[Event]:
         """The events that are here by now, without waiting for more. Raises as `read` does."""
-        lost, joined = self._link.news()
+        lost, joined, refused = self._link.news()
+        if refused is not None:
+            raise refused
         if joined:
             self._settles_at = time.monotonic() + JOIN_SECONDS
         self._lost |= lost
@@ -579,11 +629,12 @@ class EventStream:
 class _Pending:
     """A call that waits for its answer, or for word that none will come."""
 
-    __slots__ = ("answer", "done")
+    __slots__ = ("answer", "done", "refused")
 
     def __init__(self, done: anyio.Event) -> None:
         self.done = done
         self.answer: Mapping[str, Any] | None = None
+        self.refused: NotAllowedError | None = None
 
 
 class _AsyncLink:
@@ -599,7 +650,7 @@ class _AsyncLink:
         link: _Link,
         *,
         on_message: Callable[[list[bytes]], None],
-        on_news: Callable[[bool, bool], None],
+        on_news: Callable[[_News], None],
     ) -> None:
         import anyio  # noqa: PLC0415 - the blocking client does without
 
@@ -627,9 +678,9 @@ class _AsyncLink:
 
         descriptor = int(self._link.monitor.getsockopt(zmq.FD))
         while True:
-            lost, joined = self._link.news()
-            if lost or joined:
-                self._on_news(lost, joined)
+            news = self._link.news()
+            if any(news):
+                self._on_news(news)
             await anyio.wait_readable(descriptor)
 
     def _drain(self) -> None:
@@ -654,8 +705,9 @@ class AsyncControlClient:
     Calls of several tasks may overlap. Cancelling a call cancels the request at the supervisor.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, *, keys: ClientKeys | None = None) -> None:
         self.endpoint = endpoint
+        self._keys = keys_for(endpoint) if keys is None else keys
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._link: _AsyncLink | None = None
@@ -706,6 +758,8 @@ class AsyncControlClient:
         if not answered:
             assert timeout is not None
             raise timed_out(method, timeout)
+        if pending.refused is not None:
+            raise pending.refused
         if pending.answer is None:
             raise went_away(self.endpoint, method)
         return result_of(pending.answer)
@@ -753,11 +807,12 @@ class AsyncControlClient:
         kind: int,
         endpoint: str,
         on_message: Callable[[list[bytes]], None],
-        on_news: Callable[[bool, bool], None],
+        on_news: Callable[[_News], None],
     ) -> _AsyncLink:
         if self._tasks is None or self._context is None:
             raise RuntimeError("use AsyncControlClient as an async context manager")
-        link = _AsyncLink(_Link(self._context, kind, endpoint), on_message=on_message, on_news=on_news)
+        socket = _Link(self._context, kind, endpoint, self._keys)
+        link = _AsyncLink(socket, on_message=on_message, on_news=on_news)
         self._tasks.start_soon(link.run)
         return link
 
@@ -783,7 +838,7 @@ class AsyncControlClient:
         try:
             self._link.send(encode_request(self._next_id, "cancel", {"id": request_id}))
         except zmq.Again:
-            self._on_news(lost=True, joined=False)
+            self._on_news(_News(lost=True, joined=False, refused=None))
 
     def _on_message(self, frames: list[bytes]) -> None:
         answer = decode(frames[-1])
@@ -792,12 +847,13 @@ class AsyncControlClient:
             pending.answer = answer
             pending.done.set()
 
-    def _on_news(self, lost: bool, joined: bool) -> None:
-        if not lost or self._link is None:
+    def _on_news(self, news: _News) -> None:
+        if not (news.lost or news.refused) or self._link is None:
             return
         self._link.close()
         self._link = None
         for pending in self._waiting.values():
+            pending.refused = news.refused
             pending.done.set()
 
 
@@ -820,6 +876,7 @@ class AsyncEventStream:
         self._started = info.get("started")
         self._stale = since is not None
         self._lost = False
+        self._refused: NotAllowedError | None = None
         self._settles_at: float | None = None
         self._raw: deque[Event] = deque()
         self._ready: deque[Event] = deque()
@@ -859,6 +916,8 @@ class AsyncEventStream:
                 await self._wake.wait()
 
     async def _sift(self) -> None:
+        if self._refused is not None:
+            raise self._refused
         if self._lost:
             while self._raw:
                 event = self._raw.popleft()
@@ -909,8 +968,9 @@ class AsyncEventStream:
             self._raw.append(event)
             self._wake.set()
 
-    def _on_news(self, lost: bool, joined: bool) -> None:
-        self._lost |= lost
-        if joined:
+    def _on_news(self, news: _News) -> None:
+        self._lost |= news.lost
+        self._refused = self._refused or news.refused
+        if news.joined:
             self._settles_at = time.monotonic() + JOIN_SECONDS
         self._wake.set()

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import anyio
 import anyio.abc
@@ -25,17 +25,20 @@ from asyncsup.config import describe
 from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
+    NotAllowedError,
     RequestError,
     TargetNotRunningError,
     TimeoutExpiredError,
 )
-from asyncsup.ipc import Router
+from asyncsup.ipc import Origin, Router
+from asyncsup.keys import Role, covers
 from asyncsup.logs import Cursor
 from asyncsup.patch.overseer import Source, WayBack, Wish
 from asyncsup.patch.plan import POLICIES, Policy
 from asyncsup.patch.prototype import parse_crc32
 from asyncsup.patch.uploads import CHUNK_BYTES
 from asyncsup.patch.way_back import Extent
+from asyncsup.remote import RemoteAccess
 from asyncsup.supervisor import MOST_INSTANCES, Selection, Supervisor
 from asyncsup.target import Target
 from asyncsup.together import together
@@ -58,13 +61,25 @@ LONGEST_FOLLOW_SECONDS: Final = 60.0
 MOST_LINES: Final = 100_000
 
 Handler = Callable[["ControlServer", "Call"], Awaitable[Any]]
-METHODS: dict[str, Handler] = {}
+METHODS: dict[str, Method] = {}
 T = TypeVar("T")
 
 
-def method(name: str) -> Callable[[Handler], Handler]:
+class Method(NamedTuple):
+    """What a request may name.
+
+    Attributes:
+        role: what a client that comes over TCP must at least have. Local users, who may write to the socket,
+            may do everything.
+    """
+
+    handler: Handler
+    role: Role
+
+
+def method(name: str, role: Role) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
-        METHODS[name] = handler
+        METHODS[name] = Method(handler, role)
         return handler
 
     return register
@@ -164,28 +179,49 @@ class Call:
         return value
 
 
+class Peer(NamedTuple):
+    """Whom to answer, and over which socket."""
+
+    router: Router
+    identity: bytes
+
+
+MakeRouter = Callable[[Callable[[bytes, Sequence[bytes], Origin], None]], Router]
+
+
 class ControlServer:
-    """Answers requests on the control socket.
+    """Answers requests on the control socket, and over TCP where that is configured.
 
     Args:
-        make_router: binds the socket with the message callback it is given.
+        make_router: binds the local socket with the message callback it is given.
     """
 
     def __init__(
         self,
         supervisor: Supervisor,
         tasks: anyio.abc.TaskGroup,
-        make_router: Callable[[Callable[[bytes, Sequence[bytes], str], None]], Router],
+        make_router: MakeRouter,
+        remote: RemoteAccess | None,
     ) -> None:
         self.supervisor = supervisor
         self._tasks = tasks
-        self._running: dict[tuple[bytes, RequestId], anyio.CancelScope] = {}
-        self._router = make_router(self._on_message)
+        self._remote = remote
+        self._running: dict[tuple[Peer, RequestId], anyio.CancelScope] = {}
+        self._router = make_router(lambda *message: self._on_message(self._router, *message))
+        self._routers = [self._router]
+        if remote is not None:
+            try:
+                router = remote.bind(lambda *message: self._on_message(router, *message))
+            except BaseException:
+                self._router.close()
+                raise
+            self._routers.append(router)
 
     def close(self) -> None:
-        self._router.close()
+        for router in self._routers:
+            router.close()
 
-    def _on_message(self, peer: bytes, frames: Sequence[bytes], address: str) -> None:
+    def _on_message(self, router: Router, identity: bytes, frames: Sequence[bytes], origin: Origin) -> None:
         # A REQ socket puts an empty frame before its body and wants it back; a DEALER may leave it out.
         envelope, body = list(frames[:-1]), frames[-1]
         if any(envelope):
@@ -196,18 +232,18 @@ class ControlServer:
         except ProtocolError as error:
             self.supervisor.counters["control.garbage"] += 1
             failure = Failure(id=error.request_id, number=error.number, message=str(error))
-            self._router.send(peer, *envelope, failure.encode())
+            router.send(identity, *envelope, failure.encode())
             return
         if not isinstance(message, Request):
             self.supervisor.counters["control.unexpected"] += 1
             return
-        self._tasks.start_soon(self._answer, peer, envelope, message, address)
+        self._tasks.start_soon(self._answer, Peer(router, identity), envelope, message, origin)
 
-    async def _answer(self, peer: bytes, envelope: list[bytes], request: Request, address: str) -> None:
-        handler = METHODS.get(request.method)
+    async def _answer(self, peer: Peer, envelope: list[bytes], request: Request, origin: Origin) -> None:
+        found = METHODS.get(request.method)
         key = (peer, request.id)
         reply: Result | Failure
-        if handler is None:
+        if found is None:
             known = ", ".join(sorted(METHODS))
             text = f"unknown method {request.method!r:.80}; known are {known}"
             reply = Failure(
@@ -221,23 +257,22 @@ class ControlServer:
         elif request.method == "cancel":
             reply = self._cancel(peer, request)
         else:
-            reply = await self._carry_out(handler, key, request, address)
+            reply = await self._carry_out(found, key, request, origin)
         try:
             frame = reply.encode()
         except (TypeError, ValueError) as error:
             log.exception("the answer to %s cannot be encoded", request.method)
             frame = Failure(id=request.id, number=INTERNAL_ERROR, message=str(error)).encode()
-        self._router.send(peer, *envelope, frame)
+        peer.router.send(peer.identity, *envelope, frame)
 
     async def _carry_out(
-        self, handler: Handler, key: tuple[bytes, RequestId], request: Request, address: str
+        self, wanted: Method, key: tuple[Peer, RequestId], request: Request, origin: Origin
     ) -> Result | Failure:
         with anyio.CancelScope() as scope:
             self._running[key] = scope
             try:
-                return Result(
-                    id=request.id, result=await handler(self, Call(request.params, Actor.of_peer(address)))
-                )
+                actor = self._admit(key[0], request.method, wanted.role, origin)
+                return Result(id=request.id, result=await wanted.handler(self, Call(request.params, actor)))
             except AsyncsupError as error:
                 return failure_of(request.id, error)
             except Exception as error:
@@ -250,7 +285,25 @@ class ControlServer:
             request.id, CancelledByRequestError(f"{request.method} was cancelled by its client")
         )
 
-    def _cancel(self, peer: bytes, request: Request) -> Result | Failure:
+    def _admit(self, peer: Peer, name: str, needed: Role, origin: Origin) -> Actor:
+        """Who it is that asks.
+
+        Raises:
+            NotAllowedError: the key has another role, or has been revoked; it is written down who tried.
+        """
+        if peer.router is self._router:
+            return Actor.of_peer(origin.address)
+        assert self._remote is not None
+        key = self._remote.key_of(origin)
+        actor = Actor.of_key(origin.user, origin.address)
+        if key is not None and covers(key.role, needed):
+            return actor
+        why = "has been revoked" if key is None else f"has the role {key.role}; {name} needs {needed}"
+        self.supervisor.counters["control.not_allowed"] += 1
+        self.supervisor.refused(actor, name, why)
+        raise NotAllowedError(f"the key {origin.user} {why}", method=name, role=needed)
+
+    def _cancel(self, peer: Peer, request: Request) -> Result | Failure:
         wanted = request.params.get("id")
         scope = self._running.get((peer, wanted)) if isinstance(wanted, int | str) else None
         if scope is None:
@@ -261,26 +314,26 @@ class ControlServer:
 
     # --- the supervisor -------------------------------------------------------------------------------------
 
-    @method("cancel")
+    @method("cancel", "view")
     async def cancel(self, call: Call) -> Any:
         raise NotImplementedError  # answered by `_answer`, which knows the connection
 
-    @method("supervisor.info")
+    @method("supervisor.info", "view")
     async def info(self, call: Call) -> Any:
         call.finish()
         info = self.supervisor.info()
-        info["counters"]["control.undeliverable"] = self._router.undeliverable
-        info["counters"]["control.oversized"] = self._router.oversized
+        info["counters"]["control.undeliverable"] = sum(router.undeliverable for router in self._routers)
+        info["counters"]["control.oversized"] = sum(router.oversized for router in self._routers)
         info["events"] = f"ipc://{info['runtime_dir']}/events.sock"
         info["caller"] = call.asked_by
         return info
 
-    @method("shutdown")
+    @method("shutdown", "operate")
     async def shutdown(self, call: Call) -> Any:
         call.finish()
         return {"stopping": self.supervisor.shutdown(call.asked_by)}
 
-    @method("status")
+    @method("status", "view")
     async def status(self, call: Call) -> Any:
         names = call.strings("names")
         call.finish()
@@ -295,7 +348,7 @@ class ControlServer:
             targets.append(described)
         return {"seq": supervisor.events.seq, "targets": targets}
 
-    @method("show")
+    @method("show", "view")
     async def show(self, call: Call) -> Any:
         name = call.string("name")
         call.finish()
@@ -313,7 +366,7 @@ class ControlServer:
         described["history"] = await self.supervisor.overseer.history(target.name, 5)
         return described
 
-    @method("events.since")
+    @method("events.since", "view")
     async def events_since(self, call: Call) -> Any:
         seq = call.integer("seq", 0, at_most=2**63)
         call.finish()
@@ -323,21 +376,21 @@ class ControlServer:
 
     # --- targets --------------------------------------------------------------------------------------------
 
-    @method("start")
+    @method("start", "operate")
     async def start(self, call: Call) -> Any:
         async def start(selection: Selection, *, wait: bool) -> None:
             await self.supervisor.start(selection, asked_by=call.asked_by, wait=wait)
 
         return await self._each(call, start)
 
-    @method("stop")
+    @method("stop", "operate")
     async def stop(self, call: Call) -> Any:
         async def stop(selection: Selection, *, wait: bool) -> None:
             await selection.target.stop(selection.instances, asked_by=call.asked_by)
 
         return await self._each(call, stop)
 
-    @method("restart")
+    @method("restart", "operate")
     async def restart(self, call: Call) -> Any:
         async def restart(selection: Selection, *, wait: bool) -> None:
             self.supervisor.refuse_while_stopping()
@@ -345,7 +398,7 @@ class ControlServer:
 
         return await self._each(call, restart)
 
-    @method("reload")
+    @method("reload", "operate")
     async def reload(self, call: Call) -> Any:
         async def reload(selection: Selection, *, wait: bool) -> Any:
             outcomes = await selection.target.reload(selection.instances, asked_by=call.asked_by)
@@ -355,7 +408,7 @@ class ControlServer:
 
         return await self._each(call, reload)
 
-    @method("scale")
+    @method("scale", "operate")
     async def scale(self, call: Call) -> Any:
         target = self._one(call.string("name"))
         number = call.optional_integer("instances", at_most=MOST_INSTANCES)
@@ -367,7 +420,7 @@ class ControlServer:
         wanted = await self.supervisor.scale(target, number, by, asked_by=call.asked_by, wait=wait)
         return {"target": target.name, "instances": wanted}
 
-    @method("signal")
+    @method("signal", "operate")
     async def signal(self, call: Call) -> Any:
         names, wanted = call.strings("names"), call.string("signal")
         call.finish()
@@ -380,7 +433,7 @@ class ControlServer:
             sent += [{"instance": i.name, "pid": i.signal(number)} for i in running]
         return {"sent": sent}
 
-    @method("wait")
+    @method("wait", "view")
     async def wait(self, call: Call) -> Any:
         names = call.strings("names")
         what = call.choice("for", ("ready", "running", "stopped"))
@@ -435,7 +488,7 @@ class ControlServer:
 
     # --- output ---------------------------------------------------------------------------------------------
 
-    @method("logs")
+    @method("logs", "view")
     async def logs(self, call: Call) -> Any:
         name = call.string("name")
         stream = call.choice("stream", ("stdout", "stderr"), "stdout")
@@ -457,7 +510,7 @@ class ControlServer:
             )
         return {"chunks": chunks}
 
-    @method("logs.follow")
+    @method("logs.follow", "view")
     async def follow(self, call: Call) -> Any:
         cursors = [Cursor.from_json(value) for value in call.array("cursors")]
         timeout = min(call.seconds("timeout") or 25.0, LONGEST_FOLLOW_SECONDS)
@@ -498,7 +551,7 @@ class ControlServer:
             crc32=parse_crc32(crc32) if crc32 is not None else None,
         )
 
-    @method("patch.upload")
+    @method("patch.upload", "patch")
     async def patch_upload(self, call: Call) -> Any:
         upload, encoded = call.optional_string("upload"), call.string("data")
         offset = call.integer("offset", 0, at_most=2**53)
@@ -512,25 +565,25 @@ class ControlServer:
             raise RequestError(f"data: at most {CHUNK_BYTES} bytes a piece, got {len(data)}")
         return self.supervisor.overseer.uploads.take(upload, offset, data, last=last)
 
-    @method("patch.verify")
+    @method("patch.verify", "patch")
     async def patch_verify(self, call: Call) -> Any:
         source = self._source(call)
         call.finish()
         return await self.supervisor.overseer.verify(source)
 
-    @method("patch.plan")
+    @method("patch.plan", "patch")
     async def patch_plan(self, call: Call) -> Any:
         source, wish = self._source(call), self._wish(call)
         call.finish()
         return await self.supervisor.overseer.plan(source, wish)
 
-    @method("patch.apply")
+    @method("patch.apply", "patch")
     async def patch_apply(self, call: Call) -> Any:
         source, wish = self._source(call), self._wish(call)
         call.finish()
         return await self.supervisor.overseer.apply(source, wish)
 
-    @method("patch.rollback")
+    @method("patch.rollback", "patch")
     async def patch_rollback(self, call: Call) -> Any:
         build = call.optional_integer("to_build", at_most=2**53)
         generation = call.optional_integer("to_generation", at_most=2**53)
@@ -546,25 +599,25 @@ class ControlServer:
             raise RequestError("give one of to_build and to_generation, and one of only and together")
         return await self.supervisor.overseer.rollback(way, wish)
 
-    @method("patch.commit")
+    @method("patch.commit", "patch")
     async def patch_commit(self, call: Call) -> Any:
         reference = call.string("id")
         call.finish()
         return await self.supervisor.overseer.commit(reference, actor=call.actor)
 
-    @method("patch.abort")
+    @method("patch.abort", "patch")
     async def patch_abort(self, call: Call) -> Any:
         reference = call.string("id")
         call.finish()
         return await self.supervisor.overseer.abort(reference, actor=call.actor)
 
-    @method("patch.prune")
+    @method("patch.prune", "patch")
     async def patch_prune(self, call: Call) -> Any:
         target, keep = call.optional_string("target"), call.optional_integer("keep", at_most=10_000)
         call.finish()
         return {"pruned": await self.supervisor.overseer.prune(target, keep, actor=call.actor)}
 
-    @method("target.release")
+    @method("target.release", "patch")
     async def target_release(self, call: Call) -> Any:
         target = call.string("target")
         call.finish()
@@ -586,25 +639,25 @@ class ControlServer:
         wanted = call.choice("drift", POLICIES)
         return next(policy for policy in POLICIES if policy == wanted)
 
-    @method("patch.drift")
+    @method("patch.drift", "view")
     async def patch_drift(self, call: Call) -> Any:
         target = call.optional_string("target")
         call.finish()
         return {"targets": await self.supervisor.overseer.drift(target)}
 
-    @method("patch.list")
+    @method("patch.list", "view")
     async def patch_list(self, call: Call) -> Any:
         call.finish()
         return await self.supervisor.overseer.inbox()
 
-    @method("patch.history")
+    @method("patch.history", "view")
     async def patch_history(self, call: Call) -> Any:
         target, limit = call.optional_string("target"), call.integer("limit", 50, at_most=1000)
         call.finish()
         name = self._one(target).name if target is not None else None
         return {"transactions": await self.supervisor.overseer.history(name, limit)}
 
-    @method("patch.show")
+    @method("patch.show", "view")
     async def patch_show(self, call: Call) -> Any:
         reference = call.string("id")
         call.finish()
@@ -612,7 +665,7 @@ class ControlServer:
 
     # --- the audit ------------------------------------------------------------------------------------------
 
-    @method("audit.verify")
+    @method("audit.verify", "view")
     async def audit_verify(self, call: Call) -> Any:
         heads = call.strings("heads")
         call.finish()
@@ -620,7 +673,7 @@ class ControlServer:
             _check_sha256("heads", head)
         return await self.supervisor.overseer.examine_audit([head.lower() for head in heads])
 
-    @method("audit.list")
+    @method("audit.list", "view")
     async def audit_list(self, call: Call) -> Any:
         after, txn = (call.optional_integer(key, at_most=2**53) for key in ("after", "txn"))
         limit = call.integer("limit", 100, at_most=1000)

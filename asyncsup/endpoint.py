@@ -19,6 +19,9 @@ from asyncsup.errors import NotAllowedError, SupervisorUnreachableError, UsageEr
 MAX_SOCKET_PATH_BYTES: Final = 107
 """What the address of a UNIX socket holds."""
 
+TCP_CONNECT_SECONDS: Final = 5.0
+"""How long another machine may take to answer at all."""
+
 CONNECT_TRIES: Final = 100
 CONNECT_PAUSE_SECONDS: Final = 0.02
 
@@ -101,6 +104,14 @@ def check_reachable(endpoint: str) -> None:
     """
     if not endpoint.startswith("tcp://"):
         connect(endpoint).close()
+        return
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"{endpoint!r} is no endpoint; expected something like tcp://192.0.2.1:7600")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), TCP_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise unreachable(endpoint, getattr(error, "strerror", None) or str(error)) from None
 
 
 def connect(endpoint: str) -> socket.socket:

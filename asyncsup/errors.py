@@ -85,6 +85,13 @@ class NotAllowedError(AsyncsupError):
     exit_status = 6
 
 
+class KeysError(AsyncsupError):
+    """Something is wrong with a CURVE key, or with a file of them; nothing was changed."""
+
+    code = "keys.invalid"
+    exit_status = 2
+
+
 class TimeoutExpiredError(AsyncsupError):
     """The deadline the caller gave passed first. The message says what had been reached by then."""
 

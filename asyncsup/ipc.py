@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import zmq
 
@@ -28,6 +28,39 @@ DRAIN_BATCH: Final = 256
 
 RECEIVE_HIGH_WATER: Final = 256
 """Unread messages per peer. Small: MAXMSGSIZE bounds a frame, only this bounds a peer."""
+
+
+TCP_BACKLOG: Final = 64
+
+
+class Origin(NamedTuple):
+    """Where a message came from, as libzmq tells it and not as the peer claims.
+
+    Attributes:
+        address: ``host:uid:gid:pid`` of a local peer, an IP address of one that came over TCP.
+        user: whom its key belongs to; empty where there are no keys.
+    """
+
+    address: str
+    user: str
+
+
+class Curve(NamedTuple):
+    """What makes a socket ask its peers for their keys (https://rfc.zeromq.org/spec/26/).
+
+    Attributes:
+        secret: of the supervisor, in Z85.
+        domain: what the ZAP handler is told (https://rfc.zeromq.org/spec/27/).
+    """
+
+    secret: bytes
+    domain: bytes
+
+    def apply(self, socket: zmq.Socket[bytes]) -> None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
+        socket.setsockopt(zmq.ZAP_DOMAIN, self.domain)
+        socket.setsockopt(zmq.BACKLOG, TCP_BACKLOG)
 
 
 def private_directory(path: Path, *, searchable: bool = False) -> None:
@@ -48,8 +81,12 @@ def private_directory(path: Path, *, searchable: bool = False) -> None:
         path.chmod(mode)
 
 
-def _bind(socket: zmq.Socket[bytes], endpoint: str, mode: int = 0o600) -> None:
+def _bind(socket: zmq.Socket[bytes], endpoint: str, mode: int, curve: Curve | None) -> None:
     socket.linger = 0
+    if curve is not None:
+        curve.apply(socket)
+    if endpoint.startswith("tcp://["):
+        socket.setsockopt(zmq.IPV6, 1)
     socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     before = os.umask(0o777 & ~mode)
     try:
@@ -65,20 +102,25 @@ class Router:
     """A ROUTER socket: answers go to the peer a message came from.
 
     Args:
-        on_message: called with the peer's identity, the frames after it, and the peer's address
-            (``host:uid:gid:pid`` for a local peer, as libzmq's ``Peer-Address`` tells it). Must not raise.
+        on_message: called with the peer's identity, the frames after it, and where they came from. Must not
+            raise.
         mode: permissions of an ipc socket; who may write to it may connect.
+        curve: of a tcp socket.
+        most_frames: a message with more is dropped.
     """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
-        on_message: Callable[[bytes, Sequence[bytes], str], None],
+        on_message: Callable[[bytes, Sequence[bytes], Origin], None],
         *,
         mode: int = 0o600,
+        curve: Curve | None = None,
+        most_frames: int = MAX_FRAMES,
     ) -> None:
         self._on_message = on_message
+        self._most_frames = most_frames
         self._loop = asyncio.get_running_loop()
         self._draining = False
         self.oversized = 0
@@ -88,7 +130,7 @@ class Router:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        _bind(self._socket, endpoint, mode)
+        _bind(self._socket, endpoint, mode, curve)
         self._fd: int = self._socket.FD
         self._loop.add_reader(self._fd, self._drain)
         self._kick()
@@ -122,33 +164,44 @@ class Router:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return  # only EAGAIN re-arms the edge
-            if not 2 <= len(frames) <= MAX_FRAMES:
+            if not 2 <= len(frames) <= self._most_frames:
                 self.oversized += 1
                 continue
             body = [frame.bytes for frame in frames]
             try:
-                self._on_message(body[0], body[1:], _peer_address(frames[-1]))
+                self._on_message(body[0], body[1:], _origin(frames[-1]))
             except Exception:
                 # Leaving the loop here would leave the edge unarmed: one message would silence the socket.
                 log.exception("a message was dropped")
         self._kick()
 
 
-def _peer_address(frame: zmq.Frame) -> str:
+def _origin(frame: zmq.Frame) -> Origin:
+    return Origin(_metadata(frame, "Peer-Address"), _metadata(frame, "User-Id"))
+
+
+def _metadata(frame: zmq.Frame, name: str) -> str:
     try:
-        address = frame.get("Peer-Address")
+        value = frame.get(name)
     except zmq.ZMQError:
         return ""  # peers of ZMTP 1 and 2, and noise that passes for them, have no metadata
-    return address if isinstance(address, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 class Publisher:
     """A PUB socket. A subscriber that does not read loses messages, and notices by their numbers."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        mode: int = 0o600,
+        curve: Curve | None = None,
+    ) -> None:
         self._socket = context.socket(zmq.PUB)
         self._socket.set(zmq.SNDHWM, 100_000)
-        _bind(self._socket, endpoint)
+        _bind(self._socket, endpoint, mode, curve)
 
     def send(self, topic: bytes, frame: bytes) -> None:
         self._socket.send_multipart([topic, frame], zmq.NOBLOCK)

@@ -11,6 +11,7 @@ import fcntl
 import fnmatch
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ from asyncsup.errors import (
     AsyncsupError,
     RequestError,
     ShuttingDownError,
+    StateError,
     StateLockedError,
     TargetNotFoundError,
     TimeoutExpiredError,
@@ -41,12 +43,14 @@ from asyncsup.errors import (
 from asyncsup.events import EventStream, timestamp
 from asyncsup.instance import Instance, RootFacts, Runtime
 from asyncsup.ipc import Publisher, Router, private_directory
+from asyncsup.keys import KeyStore
 from asyncsup.lifecycle import State
 from asyncsup.logs import OutputStream
 from asyncsup.notify import NotifySocket
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.overseer import PatchOverseer
 from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.remote import RemoteAccess
 from asyncsup.schedule import keep
 from asyncsup.target import Dependency, Target
 from asyncsup.together import together
@@ -96,7 +100,8 @@ class Supervisor:
         settings = self.config.supervisor
         # Programs of other users must reach their own socket; they are known by their tokens.
         self._strangers = any(target.user is not None for target in self.config.targets.values())
-        private_directory(settings.runtime_dir, searchable=self._strangers)
+        searchable = self._strangers or bool(settings.socket_mode & 0o077)
+        private_directory(settings.runtime_dir, searchable=searchable)
         self._lock_runtime_dir(settings.runtime_dir)
         self.store = Store.open(settings.state_dir)
         self._cleanup.callback(self.store.close)
@@ -129,9 +134,17 @@ class Supervisor:
         context.set(zmq.MAX_SOCKETS, 65_000)
         self._cleanup.callback(context.destroy, 0)
         run = settings.runtime_dir
-        publisher = Publisher(context, f"ipc://{run}/events.sock")
+        publisher = Publisher(context, f"ipc://{run}/events.sock", mode=settings.socket_mode)
         self._cleanup.callback(publisher.close)
-        self.events = EventStream(publisher.send)
+        self._give_to_group(run / "events.sock")
+        self._publishers = [publisher.send]
+        self._remote: RemoteAccess | None = None
+        if settings.listen is not None:
+            keys = KeyStore(settings.state_dir / "keys")
+            self._remote = RemoteAccess(context, settings.listen, keys, self.counters)
+            self._cleanup.callback(self._remote.close)
+            self._publishers.append(self._remote.publish)
+        self.events = EventStream(self._publish)
         target_mode = 0o666 if self._strangers else 0o600
         self.channel = TargetChannel(partial(Router, context, f"ipc://{run}/target.sock", mode=target_mode))
         self._cleanup.callback(self.channel.close)
@@ -168,6 +181,27 @@ class Supervisor:
             target.held_down = target.config.schedule is not None and not self.store.wanted(target.name)
         self._cleanup.callback(self._close_instances)
 
+    def _publish(self, topic: bytes, frame: bytes) -> None:
+        for publish in self._publishers:
+            publish(topic, frame)
+
+    def _give_to_group(self, path: Path) -> None:
+        """Members of `socket_group` may connect, as far as `socket_mode` lets them."""
+        group = self.config.supervisor.socket_group
+        if group is None:
+            return
+        try:
+            shutil.chown(path, group=int(group) if group.isdecimal() else group)
+        except (OSError, LookupError) as error:
+            why = error.strerror if isinstance(error, OSError) else "there is no such group"
+            raise StateError(f"cannot give {path} to group {group}: {why}") from None
+
+    def refused(self, actor: Actor, method: str, why: str) -> None:
+        """Somebody with a key has asked for what it does not allow."""
+        log.warning("refused %s to %s: the key %s", method, actor, why)
+        self.events.emit("control.refused", method=method, by=actor.to_json(), reason=why)
+        self.store.note("control.refused", by=actor.to_json(), method=method, reason=why)
+
     def _lock_runtime_dir(self, runtime_dir: Path) -> None:
         """A second bind on an ipc path succeeds silently and steals it, hence a lock."""
         fd = os.open(runtime_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -192,14 +226,17 @@ class Supervisor:
                 tasks.start_soon(target.run, name=f"target {target.name}")
             self.inbox = Inbox(self.config.patch.inbox, self.events)
             self.overseer = PatchOverseer(self, tasks)
-            control = ControlServer(
-                self, tasks, partial(Router, self._context, self.config.supervisor.endpoint)
-            )
+            settings = self.config.supervisor
+            make_router = partial(Router, self._context, settings.endpoint, mode=settings.socket_mode)
+            control = ControlServer(self, tasks, make_router, self._remote)
             try:
+                self._give_to_group(Path(settings.endpoint.removeprefix("ipc://")))
                 with self._signals():
                     await tasks.start(self.inbox.watch)
                     self.events.emit("supervisor.started", pid=os.getpid(), version=asyncsup.__version__)
-                    log.info("ready at %s, pid %d", self.config.supervisor.endpoint, os.getpid())
+                    log.info("ready at %s, pid %d", settings.endpoint, os.getpid())
+                    if settings.listen is not None:
+                        log.info("allowed keys may connect at %s", settings.listen)
                     tasks.start_soon(self._autostart)
                     if schedules := {
                         t.name: t.config.schedule for t in self.targets.values() if t.config.schedule

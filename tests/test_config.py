@@ -788,7 +788,19 @@ def test_endpoints_other_than_ipc_are_refused(endpoint: str) -> None:
     problem = problem_of(f'endpoint = "{endpoint}"', table="supervisor")
     assert problem["key"] == "supervisor.endpoint"
     if endpoint.startswith("tcp"):
-        assert "CURVE" in problem["problem"]
+        assert "listen" in problem["hint"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('socket_mode = "0640"', "not one of the modes"),
+        ("socket_mode = 432", "not one of the modes"),
+        ('socket_group = "nobody-of-that-name"', "no such group"),
+    ],
+)
+def test_who_may_write_to_the_control_socket(line: str, problem: str) -> None:
+    assert problem in problem_of(line, table="supervisor", machine=Machine())["problem"]
 
 
 def test_the_longest_socket_path_that_fits_and_the_shortest_that_does_not() -> None:

@@ -45,6 +45,13 @@ class Checks:
             self._socket_path(read, "endpoint", Path(config.endpoint.removeprefix("ipc://")))
         self._usable_as_folder(read, "state_dir", config.state_dir)
         self._usable_as_folder(read, "runtime_dir", config.runtime_dir)
+        group = config.socket_group
+        if self._machine is not None and group is not None and self._machine.group_id(group) is None:
+            self._report.problem(read.place("socket_group"), "there is no such group on this machine")
+        if group is not None and not config.socket_mode & 0o060:
+            self._report.warn(
+                read.place("socket_group"), 'changes nothing: the group needs socket_mode = "0660"'
+            )
 
     def patch(self, config: PatchConfig, read: TableRead) -> None:
         self._usable_as_folder(read, "inbox", config.inbox)

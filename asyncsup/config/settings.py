@@ -79,7 +79,13 @@ class SupervisorConfig:
     runtime_dir: Annotated[Path, values.PATH, Default(words="`STATE_DIR/run`")]
     """Sockets: what need not."""
     endpoint: Annotated[str, values.ENDPOINT, Default(words="`ipc://RUNTIME_DIR/control.sock`")]
-    """Where clients connect to."""
+    """Where local clients connect to."""
+    socket_mode: Annotated[int, values.SOCKET_MODE] = 0o600
+    """Permissions of the control socket and of the events: who may write may do everything."""
+    socket_group: Annotated[str | None, values.TEXT] = None
+    """Whose group the two sockets are."""
+    listen: Annotated[str | None, values.LISTEN] = None
+    """Where clients with an allowed key connect to; events are at the next port."""
     log_level: Annotated[LogLevel, choice(LogLevel)] = "info"
     """Of the supervisor's own log, on its standard error."""
     include: Annotated[tuple[str, ...], values.STRINGS] = ()

@@ -549,9 +549,7 @@ def _read_inherit(value: Any, scope: Scope) -> bool | tuple[str, ...]:
 def _read_endpoint(value: Any, scope: Scope) -> str:
     text = scope.text(value)
     if text.startswith("tcp://"):
-        raise BadValueError(
-            "tcp:// needs CURVE keys, which are not available yet", 'use "ipc://PATH", or remove the key'
-        )
+        raise BadValueError("is for local clients", f"write listen = {quoted(text)} beside it")
     if not text.startswith("ipc://"):
         raise BadValueError("not an endpoint", 'write it as "ipc://PATH"')
     if (path := text.removeprefix("ipc://")).startswith("@"):
@@ -560,6 +558,25 @@ def _read_endpoint(value: Any, scope: Scope) -> str:
             'write it as "ipc://PATH"',
         )
     return f"ipc://{scope.path(path)}"
+
+
+def _read_listen(value: Any, scope: Scope) -> str:
+    found = re.fullmatch(r"tcp://(\*|[0-9.]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})", scope.text(value))
+    if found is None or not 1 <= int(found[2]) <= 65534:
+        raise BadValueError(
+            "not an address to listen at, with a port from 1 to 65534 (events are at the next one)",
+            'write it as "tcp://192.0.2.1:7600", "tcp://[::1]:7600" or "tcp://*:7600"',
+        )
+    return found[0]
+
+
+def _read_socket_mode(value: Any, scope: Scope) -> int:
+    if not isinstance(value, str) or not re.fullmatch(r"0?6[06][06]", text := scope.text(value)):
+        raise BadValueError(
+            "not one of the modes of a socket: who cannot write to it cannot connect",
+            'write it as "0600", "0660" or "0666"',
+        )
+    return int(text, 8)
 
 
 def _read_stderr(value: Any, scope: Scope) -> Path | Literal["stdout"] | None:
@@ -659,6 +676,13 @@ INHERIT: Final = ValueType(
     schema={"anyOf": [{"type": "boolean"}, _STRING_ARRAY]},
 )
 ENDPOINT: Final = ValueType('"ipc://PATH"', _read_endpoint)
+LISTEN: Final = ValueType('"tcp://HOST:PORT"', _read_listen)
+SOCKET_MODE: Final = ValueType(
+    "octal string",
+    _read_socket_mode,
+    lambda value: f'"{value:04o}"',
+    schema={"type": "string", "pattern": r"^0?6[06][06]$|\$\{"},
+)
 ENV_VALUE: Final = ValueType(
     "string", lambda value, scope: scope.text(value, per_instance=True), schema={"type": "string"}
 )
