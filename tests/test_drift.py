@@ -26,7 +26,9 @@ from store_kit import (
     write_tree,
 )
 
+from asyncsup import failpoints
 from asyncsup.errors import PatchRefusedError
+from asyncsup.patch.doctor import diagnose
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import Policy
 from asyncsup.patch.store import Layout
@@ -421,6 +423,35 @@ def test_what_a_patch_was_made_for_or_would_make_anyway_is_no_drift(
     assert (seen(b.root)[PATH], drifted(b)) == (content, [])
     roll_back(b.store)
     assert seen(b.root)[PATH] == MINE
+
+
+@both_layouts
+@pytest.mark.parametrize("how", [written_through, replaced, removed])
+@pytest.mark.parametrize("crashed", [False, True])
+def test_what_was_overwritten_is_no_damage_of_the_generations_behind(
+    layout: Layout,
+    how: Callable[[Bench], None],
+    crashed: bool,
+    bench: Callable[..., Bench],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b = bench(layout)
+    how(b)
+    apply(b.store, b.patch(310, modified={"run.sh": b"#"}))  # Two generations have what somebody has done.
+    before, generation = seen(b.root), b.store.state("web").generation
+    txn = stage(b, b.patch(400, new={PATH: b"400"}, options={PATH: {"replace": True}}), "overwrite")
+    if crashed:
+        # What is left to be done after the confirmation is done by recovery.
+        monkeypatch.setenv(failpoints.VARIABLE, "store.commit.recorded:error")
+    carry_through(b, txn)
+    monkeypatch.delenv(failpoints.VARIABLE, raising=False)
+    b.reopen()
+    assert [problem.code for problem in diagnose(b.base / "state").problems] == []
+    roll_back(b.store)
+    assert (b.store.state("web").generation, seen(b.root)) == (generation, before)
+    assert drifted(b) == [PATH]
+    code = refused_at_staging(b, b.patch(401, modified={PATH: b"401"})).error_code
+    assert code in {"gate.drift", "gate.detached"}
 
 
 # --- what is written meanwhile ------------------------------------------------------------------------------

@@ -975,6 +975,7 @@ class Store:
 
     def _tidy(self, txn: int, parts: Sequence[PartRow]) -> None:
         for part in parts:
+            self._files(part.target).note_overwritten(part)
             self._files(part.target).tidy(part)
             failpoint("store.commit.tidied")
             self._carried.discard((txn, part.target))

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, StateError
 from asyncsup.failpoints import failpoint
@@ -31,6 +31,8 @@ from asyncsup.patch.statedir import StateDirectory
 log = logging.getLogger("asyncsup.patch.store")
 
 Progress = Callable[[int], None]
+
+OVERWRITTEN: Final = "was changed by somebody, and what a patch had made of it is not there"
 
 
 class PatchSource(Protocol):
@@ -585,6 +587,31 @@ class TargetFiles(ABC):
     def tidy(self, part: PartRow) -> None:
         """The destination is confirmed: remove what only the source needed."""
 
+    def note_overwritten(self, part: PartRow) -> None:
+        """The destination is confirmed, and what it has overwritten is still in the generations that can be
+        gone back to: note there as kept what is not as it was delivered. Harmless when repeated."""
+        paths = {change.path for change in self.database.changes(part.txn, self.name) if change.note}
+        if not paths:
+            return
+        source = self.database.origins(self.name, part.source)
+        for row in self.database.generations(self.name):
+            number = row.number
+            if row.state != "live" or number == part.destination or not self.state.exists(self.name, number):
+                continue
+            origins = self.database.origins(self.name, number)
+            alike = {path for path in paths if path in origins and origins[path] == source.get(path)}
+            files = self.database.files(self.name, number)
+            known = self.database.kept(self.name, number)
+            with fs.opened(self.state.generation(self.name, number)) as folder:
+                odd = [
+                    KeptRow(path=path, txn=part.txn, origin=origins[path], note=OVERWRITTEN)
+                    for path in sorted(alike & present(files) - known.keys())
+                    if files[path].origin is not None and not _is_as_delivered(files[path], folder)
+                ]
+            if odd:
+                with self.database.write():
+                    self.database.add_kept(self.name, number, odd)
+
     def undo(self, part: PartRow) -> list[str]:
         """Remove everything that was staged; the destination must not be current.
 
@@ -703,6 +730,18 @@ def problem_with(path: str) -> Found | None:
 def marked(found: Found, kept: KeptRow | None) -> Found:
     """What was found, with why it is not a patch's where it could be one."""
     return found if kept is None else replace(found, kept=kept.note)
+
+
+def _is_as_delivered(row: FileRow, generation: int) -> bool:
+    folders, name = split(row.path)
+    try:
+        with fs.below(generation, folders) as folder:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            return stat.S_ISREG(status.st_mode) and (
+                identity(status) == row.identity or fs.sha256_of(name, folder) == row.sha256
+            )
+    except (FileNotFoundError, fs.BlockedPathError):
+        return False
 
 
 def present(rows: Mapping[str, FileRow]) -> frozenset[str]:
