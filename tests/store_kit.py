@@ -43,7 +43,8 @@ def seen(root: Path) -> Tree:
     """Every file a program finds below its root; a name that leads nowhere is a file that is not there, and
     the names used for a swap are nobody's files."""
     found = {}
-    for folder, _, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".asyncsup~")]
         for name in names:
             if name.startswith(".asyncsup~"):
                 continue

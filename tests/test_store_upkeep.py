@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from store_kit import (
@@ -35,6 +37,7 @@ from store_kit import (
     write_tree,
 )
 
+from asyncsup import failpoints
 from asyncsup.errors import (
     PatchError,
     PatchNotFoundError,
@@ -44,6 +47,7 @@ from asyncsup.errors import (
     TargetNotFoundError,
     UsageError,
 )
+from asyncsup.patch import fs
 from asyncsup.patch.store import Layout, Store, TargetRoot
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
@@ -171,6 +175,76 @@ def test_release_makes_every_file_an_ordinary_one_again(layout: Layout, bench: C
     roll_back(b.store)
     assert seen(b.root) == before
     assert b.store.state("web").build == 300
+
+
+def test_a_release_that_was_cut_off_puts_no_half_copy_in_place(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(Layout.OVERLAY)
+    apply(b.store, b.patch(300, modified={"app.json": b"two", "rules/eu.json": b"eu 2"}))
+    before = seen(b.root)
+    monkeypatch.setenv(failpoints.VARIABLE, "store.release.copied:error")
+    with pytest.raises(PatchError):
+        b.store.release("web")
+    monkeypatch.delenv(failpoints.VARIABLE)
+    copies = leftovers(b.root)
+    assert len(copies) == 2
+    for copy in copies:
+        (b.root / copy).write_bytes(b"")  # So may a power cut leave it.
+    assert seen(b.root) == before
+    b.reopen()
+    b.store.recover()
+    assert seen(b.root) == before
+    assert leftovers(b.root) == []
+    assert not any(path.is_symlink() for path in b.root.rglob("*"))
+
+
+def test_a_file_that_a_release_gives_back_is_the_one_the_program_has_open(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench(Layout.OVERLAY)
+    apply(b.store, b.patch(300, modified={"app.json": b"two"}))
+    roll_back(b.store)
+    with (b.root / "app.json").open("r+b") as opened:
+        b.store.release("web")
+        opened.write(b"saved meanwhile")
+    assert (b.root / "app.json").read_bytes().startswith(b"saved meanwhile")
+
+
+@both_layouts
+def test_what_is_pruned_is_written_down_before_it_goes(layout: Layout, bench: Callable[..., Bench]) -> None:
+    b = bench(layout)
+    for build in (300, 301, 302):
+        apply(b.store, b.patch(build, modified={"app.json": str(build).encode()}))
+    before = generations(b)
+    with (
+        mock.patch.object(fs, "remove_tree", side_effect=OSError(errno.EIO, "")),
+        pytest.raises(PatchError),
+    ):
+        b.store.prune("web", 1)
+    b.reopen()
+    b.store.recover()
+    assert b.store.prune("web", 9) == []
+    assert len(generations(b)) < len(before)
+    roll_back(b.store)
+    assert seen(b.root)["app.json"] == b"301"
+    assert b.store.examine().ok
+
+
+@both_layouts
+def test_one_that_was_undone_has_a_verdict_though_nobody_was_told(
+    layout: Layout, bench: Callable[..., Bench]
+) -> None:
+    """The process is killed between the abort and its report."""
+    b = bench(layout)
+    txn = staged(b.store, b.patch(300, modified={"app.json": b"two"}))
+    b.store.abort(txn, "it was not meant to be")
+    b.reopen()
+    assert b.store.recover() == []
+    (entry,) = b.store.history()
+    assert (entry["verdict"], entry["error"]) == ("rolled_back", "it was not meant to be")
+    assert entry["took"] is not None
+    assert b.store.examine().ok
 
 
 @both_layouts

@@ -292,10 +292,22 @@ class Database:
         """The last record of the write that is under way."""
         self._writing: int | None = None
         """The thread that writes: what it reads meanwhile is to hold what it has written."""
+        self._loose = False
+        """Whether the last write was not a durable one."""
 
     @classmethod
     def open(cls, path: Path) -> Database:
-        """Open the database, creating it when there is none."""
+        """Open the database, creating it when there is none.
+
+        What is read from it from now on is on disk: of a process that was killed the last words may be in
+        memory only, and nothing may be done on the strength of what a power cut would take back.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            log = os.open(f"{path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(log)
+            finally:
+                os.close(log)
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         with contextlib.ExitStack() as undo:
@@ -370,14 +382,21 @@ class Database:
             self._connection.close()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """All changes in the block, or none of them, and on disk when it ends; nested blocks belong to the
-        outermost. What was noted for the audit goes along."""
+    def write(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All changes in the block, or none of them; nested blocks belong to the outermost. What was noted
+        for the audit goes along.
+
+        Args:
+            durable: on disk when the block ends. Otherwise the next durable write takes this one along, and a
+                power cut before it takes it back: for what recovery would find out by itself.
+        """
         with self._lock:
             if self._depth:
                 yield self._connection
                 return
             with self._translated():
+                if not durable:
+                    self._connection.execute("PRAGMA synchronous=NORMAL")
                 self._depth += 1
                 self._writing = threading.get_ident()
                 try:
@@ -393,12 +412,15 @@ class Database:
                         if self._connection.in_transaction:
                             self._connection.execute("ROLLBACK")
                         raise
+                    self._loose = not durable
                     for _ in range(self._written_notes):
                         self._notes.popleft()
                 finally:
                     self._written_notes, self._newest = 0, None
                     self._writing = None
                     self._depth -= 1
+                    if not durable:
+                        self._connection.execute("PRAGMA synchronous=FULL")
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -441,11 +463,12 @@ class Database:
             self._write_notes()
             self._append([_Note(event=event, txn=txn, at=at or timestamp(), fields=fields)])
 
-    def write_notes(self) -> None:
-        """Write down what was noted."""
-        if self._notes:
-            with self.write():
-                pass
+    def write_notes(self, *, durable: bool = True) -> None:
+        """Write down what was noted; `durable`: after this everything that is written is."""
+        if self._notes or (durable and self._loose):
+            with self.write(durable=durable):
+                # Something has to change for it, or nothing is written and nothing synced.
+                self.set_meta("clock", repr(max(self.clock(), time.time())))
 
     def _write_notes(self) -> None:
         # One at a time by its number: an event loop may add to them meanwhile.
@@ -595,9 +618,10 @@ class Database:
         state: str | None = None,
         place: str | None = None,
         build: int | None = None,
+        durable: bool = True,
     ) -> None:
         """Change what is given. A generation that is dropped or pruned has no files any more."""
-        with self.write() as sql:
+        with self.write(durable=durable) as sql:
             sql.execute(
                 "UPDATE generations SET state = coalesce(?, state), place = coalesce(?, place), "
                 "build = coalesce(?, build) WHERE target = ? AND number = ?",
@@ -617,7 +641,8 @@ class Database:
         return {row["path"]: FileRow(**row) for row in rows}
 
     def add_files(self, target: str, generation: int, rows: Iterable[FileRow]) -> None:
-        with self.write() as sql:
+        """What a generation holds; durable with the next thing that is."""
+        with self.write(durable=False) as sql:
             sql.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [(target, generation, r.path, r.sha256, r.size, r.mode, r.origin, r.identity) for r in rows],
@@ -788,10 +813,11 @@ class Database:
         code: str | None = None,
         ended: bool = False,
         cleaned: bool = False,
+        durable: bool = True,
     ) -> None:
         """Change what is given; the first `ended` sets the time."""
         error = None if error is None else audit.plain_text(error)
-        with self.write() as sql:
+        with self.write(durable=durable) as sql:
             sql.execute(
                 "UPDATE transactions SET phase = coalesce(:phase, phase), "
                 "state = coalesce(:state, :phase, state), verdict = coalesce(:verdict, verdict), "
@@ -839,8 +865,9 @@ class Database:
             )
 
     def mark_staged(self, txn: int, target: str, seen: Mapping[int, str] | None = None) -> None:
-        """The part is ready to be switched to; `seen`: identities that adoption has found anew."""
-        with self.write() as sql:
+        """The part is ready to be switched to; `seen`: identities that adoption has found anew. Durable with
+        the next thing that is."""
+        with self.write(durable=False) as sql:
             sql.execute("UPDATE parts SET staged = 1 WHERE txn = ? AND target = ?", (txn, target))
             sql.executemany(
                 "UPDATE changes SET seen = ? WHERE txn = ? AND target = ? AND position = ?",

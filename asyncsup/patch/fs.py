@@ -201,7 +201,8 @@ class LastFolder:
 
 
 def make_below(base: int, parts: Sequence[str], durability: Durability, *, like: int | None = None) -> int:
-    """Like `open_below`, creating folders that are missing; the caller closes the descriptor.
+    """Like `open_below`, creating folders that are missing; the caller closes the descriptor, and hands it to
+    `durability` if it puts anything into the folder.
 
     A new folder gets owner and mode of the same folder below `like`, or of its parent where there is none.
     """
@@ -222,7 +223,6 @@ def make_below(base: int, parts: Sequence[str], durability: Durability, *, like:
                     os.mkdir(part, 0o700, dir_fd=fd)
                 following = _open_component(part, fd, "/".join(parts[:depth]))
                 mirror_directory(os.fstat(fd if model is None else model), following)
-                durability.directory(following)
                 durability.directory(fd)
             os.close(fd)
             fd = following

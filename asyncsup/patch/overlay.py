@@ -203,27 +203,24 @@ class OverlayRoot:
                     os.close(inner)
         return _Linked(status=status, same_file=same_file)
 
-    def settle(self, path: str, temporary: str, generation: int) -> None:
+    def settle(self, path: str, temporary: str, generation: int, durability: fs.Durability) -> None:
         """After a crash in the middle of a swap: the program's last save goes under its name."""
         folders, name = split(path)
         with (
             contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
             self._folder_of(path) as (folder, _),
         ):
-            while True:
-                aside = fs.lstat(temporary, folder)
-                if (
-                    aside is None
-                    or not stat.S_ISREG(aside.st_mode)
-                    or _is_in(generation, folders, name, aside)
-                ):
+            while (aside := fs.lstat(temporary, folder)) is not None:
+                if not stat.S_ISREG(aside.st_mode) or _is_in(generation, folders, name, aside):
                     break
                 here = fs.lstat(name, folder)
                 ours = fs.link_text(name, folder) == self.text(path)
                 if here is None or (not ours and here.st_mtime_ns >= aside.st_mtime_ns):
                     break
                 fs.exchange(temporary, name, first_dir=folder, second_dir=folder)
-            fs.unlink_quietly(temporary, folder)
+            if aside is not None:
+                fs.unlink_quietly(temporary, folder)
+                durability.directory(folder)
 
     # --- leaf links -----------------------------------------------------------------------------------------
 
@@ -263,7 +260,7 @@ class OverlayRoot:
                 os.unlink(name, dir_fd=folder)
                 durability.directory(folder)
 
-    def remove_folders(self, paths: Sequence[str]) -> None:
+    def remove_folders(self, paths: Sequence[str], durability: fs.Durability) -> None:
         """Remove folders that were made for a patch and are empty (again)."""
         for path in sorted(paths, key=lambda path: path.count("/"), reverse=True):
             with (
@@ -272,28 +269,50 @@ class OverlayRoot:
             ):
                 try:
                     os.rmdir(name, dir_fd=folder)
+                    durability.directory(folder)
                 except OSError as error:
                     if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR}:
                         raise
 
-    def make_ordinary(
-        self, path: str, temporary: str, generation: int, mode: int, durability: fs.Durability
-    ) -> bool:
-        """Put a copy of the generation's file in place of its leaf link.
+    # --- and back -------------------------------------------------------------------------------------------
 
-        Returns whether it was done; not if something else stands there, which is then the program's own.
+    def settle_copy(self, path: str, temporary: str, generation: int, durability: fs.Durability) -> None:
+        """After a crash around `put_copy`, as `settle`. Where the leaf link stands the copy is not in place
+        yet, and perhaps half a one."""
+        if not self.has_link(path):
+            self.settle(path, temporary, generation, durability)
+            return
+        with self._folder_of(path) as (folder, _):
+            fs.unlink_quietly(temporary, folder)
+
+    def copy_beside(
+        self, path: str, temporary: str, generation: int, mode: int, durability: fs.Durability, *, own: bool
+    ) -> os.stat_result | None:
+        """Put the generation's file, as an ordinary one, beside its leaf link; the link's status.
+
+        None if something else stands under the name, which is then the program's own.
+
+        Args:
+            own: the file is the program's, and no other file is to take its place if that can be helped: what
+                is written to it meanwhile is not lost.
         """
         folders, _ = split(path)
-        self.settle(path, temporary, generation)
+        self.settle_copy(path, temporary, generation, durability)
+        if not self.has_link(path):
+            return None
         with self._folder_of(path) as (folder, name), fs.below(generation, folders) as inner:
-            link = fs.lstat(name, folder)
-            if link is None or fs.link_text(name, folder) != self.text(path):
-                return False
-            source = os.open(name, fs.READ, dir_fd=inner)
-            try:
-                fs.copy_regular(source, temporary, folder, durability, mode=mode)
-            finally:
-                os.close(source)
+            link = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if not own or not fs.link(name, inner, temporary, folder):
+                source = os.open(name, fs.READ, dir_fd=inner)
+                try:
+                    fs.copy_regular(source, temporary, folder, durability, mode=mode)
+                finally:
+                    os.close(source)
+        return link
+
+    def put_copy(self, path: str, temporary: str, link: os.stat_result, durability: fs.Durability) -> bool:
+        """Swap a copy and its leaf link. Whether it was done; not if something else has taken the name."""
+        with self._folder_of(path) as (folder, name):
             done = put(name, temporary, folder, lambda status: os.path.samestat(status, link))
             fs.unlink_quietly(temporary, folder)
             durability.directory(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -168,13 +169,43 @@ class OverlayFiles(TargetFiles):
                 model=root.fd,
                 durability=durability,
             )
-            with fs.opened(self.state.generation(self.name, part.source)) as source:
-                for item in kept:
-                    if item.found.presence is Presence.MANAGED:
-                        mode = DEFAULT_MODE if item.found.mode is None else item.found.mode
-                        root.make_ordinary(item.change.path, _RELEASED, source, mode, durability)
-                        failpoint("store.stage_rollback.kept")
+            modes = {
+                item.change.path: DEFAULT_MODE if item.found.mode is None else item.found.mode
+                for item in kept
+                if item.found.presence is Presence.MANAGED
+            }
+            for _ in self._make_ordinary(root, part.source, modes, durability):
+                failpoint("store.stage_rollback.kept")
             durability.barrier()
+
+    def _make_ordinary(
+        self,
+        root: OverlayRoot,
+        number: int,
+        modes: Mapping[str, int],
+        durability: fs.Durability,
+        *,
+        own: Set[str] = frozenset(),
+    ) -> Iterator[str]:
+        """Put files of a generation in place of their leaf links, each whole and on disk before that.
+
+        Args:
+            modes: what each is to have, by path.
+            own: those that are the program's.
+        Yields:
+            Each that has been put; not where something of the program's was there instead.
+        """
+        links = {}
+        with fs.opened(self.state.generation(self.name, number)) as generation:
+            for path, mode in modes.items():
+                link = root.copy_beside(path, _beside(path), generation, mode, durability, own=path in own)
+                if link is not None:
+                    links[path] = link
+        durability.barrier()
+        failpoint("store.release.copied")
+        for path, link in links.items():
+            if root.put_copy(path, _beside(path), link, durability):
+                yield path
 
     def _share_all(
         self, paths: Sequence[str], generation: int, destination: int, durability: fs.Durability
@@ -242,7 +273,7 @@ class OverlayFiles(TargetFiles):
     ) -> None:
         """The name stays one of a patch where it was one: what stands there now is noted as kept."""
         origins = self.database.origins(self.name, part.source)
-        with self.database.write():
+        with self.database.write(durable=False):  # Recovery would find it.
             for number, same in alike.items():
                 paths = same & new_rows.keys()
                 before = self.database.kept(self.name, number)
@@ -390,11 +421,11 @@ class OverlayFiles(TargetFiles):
             durability = stack.enter_context(fs.Durability(self.state.fd, root.fd))
             for change in changes:
                 if change.adopts:
-                    root.settle(change.path, self.temporary(part, change), source)
+                    root.settle(change.path, self.temporary(part, change), source, durability)
             self._settle_adoption({change.path for change in changes if change.adopts}, part, root, source)
             for kept in self.database.kept(self.name, part.destination).values():
                 if kept.txn == part.txn:
-                    root.settle(kept.path, _RELEASED, source)
+                    root.settle_copy(kept.path, _beside(kept.path), source, durability)
             there = present(self.database.files(self.name, part.source))
             for change in changes:
                 if change.path not in there:
@@ -402,7 +433,7 @@ class OverlayFiles(TargetFiles):
                     root.unlink(change.path, durability)
             generation = self.database.find_generation(self.name, part.destination)
             if generation is not None and generation.txn == part.txn:
-                root.remove_folders(generation.made)
+                root.remove_folders(generation.made, durability)
             durability.barrier()
 
     def _settle_adoption(self, paths: Set[str], part: PartRow, root: OverlayRoot, source: int) -> None:
@@ -436,20 +467,21 @@ class OverlayFiles(TargetFiles):
                     root.bring_home(path, destination, durability)
                     root.unlink(path, durability)
             for number in self.crossed(part):
-                root.remove_folders(self.database.generation(self.name, number).made)
+                root.remove_folders(self.database.generation(self.name, number).made, durability)
             durability.barrier()
 
     # --- the end of management ------------------------------------------------------------------------------
 
     def release(self) -> list[str]:
         number = self.state.number(self.name)
+        rows = self.database.files(self.name, number)
+        modes = {path: row.mode for path, row in sorted(rows.items()) if is_file(row)}
+        own = {path for path, row in rows.items() if row.origin is None}
         released = []
         with self._root() as root, fs.Durability(self.state.fd, root.fd) as durability:
-            with fs.opened(self.state.generation(self.name, number)) as generation:
-                for path, row in sorted(self.database.files(self.name, number).items()):
-                    if is_file(row) and root.make_ordinary(path, _RELEASED, generation, row.mode, durability):
-                        released.append(path)
-                        failpoint("store.release.file")
+            for path in self._make_ordinary(root, number, modes, durability, own=own):
+                released.append(path)
+                failpoint("store.release.file")
             durability.barrier()
             new = max(row.number for row in self.database.generations(self.name)) + 1
             self.create_empty(new)
@@ -486,6 +518,12 @@ class OverlayFiles(TargetFiles):
             yield self.state.overlay(self.row, fd)
         finally:
             os.close(fd)
+
+
+def _beside(path: str) -> str:
+    """Where a file is made that is to take the place of a leaf link. A name of its own for each path:
+    recovery must know which file one it finds is of."""
+    return f"{_RELEASED}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
 
 
 def _adopted_row(path: str, status: os.stat_result, found: Found | None, generation: int) -> FileRow:

@@ -21,7 +21,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Final
 
@@ -86,7 +86,7 @@ class StateDirectory:
             undo.callback(os.close, fd)
             database = Database.open(path / "state.db")
             undo.callback(database.close)
-            os.fsync(fd)
+            _sync_names(path)
             state = cls(path, fd, lock, database)
             state._check_identity()
             undo.pop_all()
@@ -126,7 +126,8 @@ class StateDirectory:
         if known == str(self.path):
             return
         if known is None or not self.database.targets():
-            self.database.set_meta("path", str(self.path))
+            with self.database.write(durable=False):  # Nothing depends on it before there are targets.
+                self.database.set_meta("path", str(self.path))
         elif os.path.realpath(known) == str(self.path):
             self.path = Path(known)  # A link now, but links in roots spell it so.
             self.pointer = Pointer(self.path, self.fd)
@@ -190,16 +191,20 @@ class StateDirectory:
             persisted=self.path / PERSIST / row.name,
         )
 
-    def make_target_folders(self, target: str) -> None:
-        """Create the folders a target's files go into.
+    def make_target_folders(self, targets: Iterable[str]) -> None:
+        """Create the folders that targets' files go into, durably.
 
         Raises:
-            UsageError: its name cannot be a folder's.
+            UsageError: a name cannot be a folder's.
         """
-        if not _NAME.fullmatch(target):
-            raise UsageError(f"{target!r} cannot be the name of a target with a root", target=target)
-        _make_folder(self.generations(target), 0o711)
-        _make_folder(self.path / PERSIST / target, 0o711)
+        for target in targets:
+            if not _NAME.fullmatch(target):
+                raise UsageError(f"{target!r} cannot be the name of a target with a root", target=target)
+            _make_folder(self.generations(target), 0o711)
+            _make_folder(self.path / PERSIST / target, 0o711)
+        # Also those that were there: a process that was killed may have made them a moment ago.
+        fs.sync_directory(self.path / GENERATIONS)
+        fs.sync_directory(self.path / PERSIST)
 
     # --- what the pointer says ------------------------------------------------------------------------------
 
@@ -234,10 +239,16 @@ class StateDirectory:
 
     # --- removing generations -------------------------------------------------------------------------------
 
-    def discard(self, target: str, number: int) -> bool:
+    def discard(self, target: str, number: int, *, before: Callable[[], object] = lambda: None) -> bool:
         """Remove a generation, unless a reader holds it (a shared ``flock`` on its folder).
 
-        It leaves its place in one step, so that nobody finds half of it. Returns whether it is gone.
+        It leaves its place in one step, so that nobody finds half of it. After a power cut half of it may be
+        there all the same; so it must be on disk by now that it is not wanted any more.
+
+        Args:
+            before: called once it is sure that it can be removed.
+        Returns:
+            Whether it is gone.
         """
         self.discard_bytecode(target, number)
         try:
@@ -249,11 +260,11 @@ class StateDirectory:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
+            before()
             trash = f"{target}-{number}.gone"
             with fs.opened(self.staging) as staging, fs.opened(self.generations(target)) as home:
                 fs.remove_tree(trash, staging)
                 os.rename(str(number), trash, src_dir_fd=home, dst_dir_fd=staging)
-                os.fsync(home)
                 fs.remove_tree(trash, staging)
         finally:
             os.close(fd)
@@ -279,14 +290,24 @@ class StateDirectory:
 
 
 def _make_folder(path: Path, mode: int) -> None:
-    """Create a folder, durably; one that exists keeps its mode."""
+    """Create a folder; one that exists keeps its mode."""
     if path.is_dir():
         return
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(exist_ok=True)
     path.chmod(mode)
-    fs.sync_directory(path.parent)
+
+
+def _sync_names(path: Path) -> None:
+    """Make the names in a folder durable, and those that lead to it from the top of its file system; any of
+    them may be new, whoever has made them."""
+    device = path.stat().st_dev
+    for folder in (path, *path.parents):
+        if folder.stat().st_dev != device:
+            break
+        # Where we may not even look, we have made nothing.
+        with contextlib.suppress(PermissionError):
+            fs.sync_directory(folder)
 
 
 def _check_owner(path: Path) -> None:

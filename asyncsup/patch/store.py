@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -248,7 +249,7 @@ class Store:
     def close(self) -> None:
         """Close the database and give up the lock."""
         try:
-            self._database.write_notes()
+            self._database.write_notes(durable=False)
         except StateError as error:
             log.error("the last records of the audit were not written: %s", error.message)  # noqa: TRY400
         self._state.close()
@@ -307,7 +308,9 @@ class Store:
             UsageError: a name that cannot be used.
         """
         with _state_errors():
-            rows = [self._register(target) for target in targets]
+            self._state.make_target_folders(target.name for target in targets)
+            with self._database.write():
+                rows = [self._register(target) for target in targets]
             _check_overlaps(rows)
             failpoint("store.register.recorded")
             current = self._state.pointer.entries()
@@ -319,7 +322,6 @@ class Store:
                 self._state.pointer.flip(moved, point="store.register")
 
     def _register(self, target: TargetRoot) -> TargetRow:
-        self._state.make_target_folders(target.name)
         known = self._database.find_target(target.name)
         row = TargetRow(
             name=target.name,
@@ -333,19 +335,21 @@ class Store:
             self._check_move(known, row)
         if known is None or known.layout != row.layout:
             row = self._begin_anew(row, target.build)
-        elif self._never_patched(row.name):
+        elif (
+            self._never_patched(row.name)
+            and self._database.generation(row.name, row.confirmed).build != target.build
+        ):
             self._database.update_generation(row.name, row.confirmed, build=target.build)
         if row != known:
-            with self._database.write():
-                self._database.put_target(row)
-                self._database.record(
-                    "target.registered",
-                    target=row.name,
-                    root=str(row.root),
-                    layout=row.layout,
-                    persist=list(row.persist),
-                    build=self._database.generation(row.name, row.confirmed).build,
-                )
+            self._database.put_target(row)
+            self._database.record(
+                "target.registered",
+                target=row.name,
+                root=str(row.root),
+                layout=row.layout,
+                persist=list(row.persist),
+                build=self._database.generation(row.name, row.confirmed).build,
+            )
         return row
 
     def _check_known(self, rows: Sequence[TargetRow], current: Mapping[str, str]) -> None:
@@ -376,24 +380,21 @@ class Store:
         overlay = row.layout == Layout.OVERLAY.value
         if overlay:
             OverlayFiles(self._state, row).create_empty(number)
-        row = replace(row, confirmed=number)
-        with self._database.write():
-            self._database.add_generation(
-                GenerationRow(
-                    target=row.name,
-                    number=number,
-                    parent=None,
-                    build=build,
-                    patch=None,
-                    txn=None,
-                    place="store" if overlay else "root",
-                    state="live",
-                    stamp=0,
-                    made=(),
-                )
+        self._database.add_generation(
+            GenerationRow(
+                target=row.name,
+                number=number,
+                parent=None,
+                build=build,
+                patch=None,
+                txn=None,
+                place="store" if overlay else "root",
+                state="live",
+                stamp=0,
+                made=(),
             )
-            self._database.put_target(row)
-        return row
+        )
+        return replace(row, confirmed=number)
 
     def confirmed_entry(self, row: TargetRow) -> str:
         """What the pointer's set should say about a target in which nothing is under way."""
@@ -906,7 +907,8 @@ class Store:
                     failpoint("store.switch_back.unlinked")
 
     def _advance(self, txn: int, phase: Phase, event: str) -> None:
-        with self._database.write():
+        # Recovery asks the pointer.
+        with self._database.write(durable=False):
             self._database.update_transaction(txn, phase=phase)
             self._database.record(event, txn=txn)
 
@@ -979,7 +981,7 @@ class Store:
             self._files(part.target).tidy(part)
             failpoint("store.commit.tidied")
             self._carried.discard((txn, part.target))
-        self._database.update_transaction(txn, cleaned=True)
+        self._database.update_transaction(txn, cleaned=True, durable=False)
 
     def abort(self, txn: int, reason: str | None = None) -> None:
         """Remove everything the transaction has staged (switching back first if need be), and end it.
@@ -1001,11 +1003,15 @@ class Store:
                     self.record(txn, "rescue", target=part.target, detail=f"{path} was written to: {copy}")
                 self._carried.discard((txn, part.target))
             failpoint("store.abort.undone")
-            with self._database.write():
+            # `finish` says it more exactly, and durably; but there may be no time for it.
+            with self._database.write(durable=False):
                 # One that was undecided has a reason already.
                 why = reason or self._database.transaction(txn).error
-                self._database.update_transaction(txn, phase=Phase.ABORTED, error=why, ended=True)
-                self._database.record("txn.undone", txn=txn, error=why)
+                verdict = "rolled_back"
+                self._database.update_transaction(
+                    txn, phase=Phase.ABORTED, verdict=verdict, error=why, ended=True
+                )
+                self._database.record("txn.undone", txn=txn, verdict=verdict, error=why)
             failpoint("store.abort.recorded")
 
     def leave_undecided(
@@ -1101,7 +1107,7 @@ class Store:
             except (OSError, AsyncsupError) as error:
                 # Its files are right all the same; it is no reason for the others not to start.
                 log.error("%s: could not be tidied up: %s", target.name, error)  # noqa: TRY400 - foreseen
-        self._database.write_notes()
+        self._database.write_notes(durable=False)
         return recovered
 
     def _recover(self, row: TransactionRow) -> Recovered:
@@ -1228,26 +1234,29 @@ class Store:
                 kept.add(parent)
                 number = parent
             pruned = []
-            for number in rows.keys() - kept:
-                there = self._state.exists(target, number)
-                known = rows[number].state == "live" and rows[number].place == "store"
-                if not (there or known) or not self._state.discard(target, number):
-                    continue
-                failpoint("store.prune.discarded")
-                if known:
-                    with self._database.write():
-                        self._database.update_generation(target, number, state="pruned")
-                        self._database.record(
-                            "target.pruned",
-                            target=target,
-                            generation=number,
-                            build=rows[number].build,
-                            keep=keep,
-                            by=by,
-                        )
-                if there:
+            for number in sorted(rows.keys() - kept):
+                record = partial(self._record_pruned, rows[number], keep, by)
+                if not self._state.exists(target, number):
+                    record()
+                elif self._state.discard(target, number, before=record):
                     pruned.append(number)
-            return sorted(pruned)
+                    failpoint("store.prune.discarded")
+            return pruned
+
+    def _record_pruned(self, row: GenerationRow, keep: int, by: Mapping[str, Any] | None) -> None:
+        """Written down before anything is removed, so that no half of it is gone back to."""
+        if row.state == "live" and row.place == "store":
+            with self._database.write():
+                self._database.update_generation(row.target, row.number, state="pruned")
+                self._database.record(
+                    "target.pruned",
+                    target=row.target,
+                    generation=row.number,
+                    build=row.build,
+                    keep=keep,
+                    by=by,
+                )
+        failpoint("store.prune.recorded")
 
     def release(self, target: str, *, by: Mapping[str, Any] | None = None) -> list[str]:
         """Make all managed files ordinary files of the root again; returns their paths.

@@ -636,7 +636,7 @@ class TargetFiles(ABC):
             # One that a reader holds stays for now, and goes with the next prune.
             self.state.discard(self.name, part.destination)
             failpoint("store.abort.discarded")
-            self.database.update_generation(self.name, part.destination, state="dropped")
+            self.database.update_generation(self.name, part.destination, state="dropped", durable=False)
         # Nothing was overwritten, so the copies are of no use.
         self.state.forget_saved(self.name, str(part.txn))
         return rescued

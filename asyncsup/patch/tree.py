@@ -117,6 +117,7 @@ def _remove_what_is_gone(source: int, destination: int, skip: Set[str]) -> Itera
         parts = pending.pop()
         with fs.below(destination, parts) as there:
             here = _open_or_none(source, parts)
+            fs.unlink_quietly(_CARRIED, there)  # A copy that was cut off.
             try:
                 for name, is_folder in _entries(there):
                     path = "/".join((*parts, name))
@@ -326,12 +327,17 @@ class TreeRoot:
             os.fsync(parent)
 
     def remove_aside(self) -> None:
-        """Remove what a conversion has left beside the root, unless it is the only copy."""
+        """Remove what a conversion, or its reverse, has left beside the root, unless it is the only copy; and
+        the links it has left where generations are."""
         form, _ = self.form()
-        with self._parent() as parent:
-            if form in {Form.LINKED, Form.DIRECT, Form.FOLDER}:
-                fs.remove_tree(self._aside, parent)
-                fs.unlink_quietly(self._link, parent)
+        if form not in {Form.LINKED, Form.DIRECT, Form.FOLDER}:
+            return
+        with self._parent() as parent, fs.opened(self._generations) as inner:
+            fs.remove_tree(self._aside, parent)
+            fs.unlink_quietly(self._link, parent)
+            for name in fs.names(inner):
+                if fs.link_text(name, inner) is not None:
+                    fs.unlink_quietly(name, inner)
 
     def point_through_current(self) -> None:
         """Make the root a link through the pointer."""
@@ -528,6 +534,7 @@ class TreeRoot:
                         continue
                     if not stat.S_ISDIR(status.st_mode):
                         _bring(name, here, home, durability)
+                        durability.directory(home)
                         continue
                     with fs.below(here, [name]) as source, fs.below(home, [name]) as destination:
                         reconcile(source, destination, durability=durability)

@@ -123,6 +123,7 @@ class TreeFiles(TargetFiles):
             self._convert(part.source, durability)
             skip = {item.change.path for item in changed}
             with fs.opened(self.state.generation(self.name, part.source)) as source:
+                self._keep_replaced(changed, source, durability)
 
                 def fill(folder: int) -> None:
                     reconcile(source, folder, skip=skip, durability=durability)
@@ -142,6 +143,21 @@ class TreeFiles(TargetFiles):
                     durability=durability,
                 )
             self.database.mark_staged(part.txn, self.name)
+
+    def _keep_replaced(self, planned: Sequence[Planned], source: int, durability: fs.Durability) -> None:
+        """What the program has saved and not synced is on disk before a patch replaces it: it is what a
+        rollback goes back to."""
+        for item in planned:
+            if item.found.presence is not Presence.ORDINARY:
+                continue
+            folders, name = split(item.change.path)
+            # One that has gone meanwhile is found before the switch.
+            with contextlib.suppress(FileNotFoundError), fs.below(source, folders) as folder:
+                fd = os.open(name, fs.READ, dir_fd=folder)
+                try:
+                    durability.file(fd)
+                finally:
+                    os.close(fd)
 
     def build_like(self, part: PartRow, goal: int, planned: Sequence[Planned]) -> None:
         """What is kept is brought along, as everything else that is the program's own."""
@@ -208,7 +224,7 @@ class TreeFiles(TargetFiles):
         if self.state.pointer.entries().get(self.name) != entry:
             self.state.pointer.flip({self.name: entry}, point="store.convert")
         self._tree.point_through_current()
-        self.database.update_generation(self.name, number, place="store")
+        self.database.update_generation(self.name, number, place="store", durable=False)
 
     def _copy_in(self, number: int, durability: fs.Durability) -> None:
         """The root is on another file system: copy it now; `carry` brings the copy up to date and makes it
@@ -225,16 +241,13 @@ class TreeFiles(TargetFiles):
                 with fs.below(area, [name]) as folder:
                     fs.mirror_directory(os.fstat(root), folder)
                     reconcile(root, folder, durability=durability)
-                    durability.directory(folder)
                 durability.barrier()
                 failpoint("store.convert.copied")
                 os.rename(name, str(number), src_dir_fd=area, dst_dir_fd=home)
-                os.fsync(home)
                 with fs.below(home, [str(number)]) as folder:
                     self._tree.move_persistent_out(folder, self.row.persist, durability)
             else:
                 self._refresh_copy(root, number, durability)
-            durability.barrier()
 
     def _refresh_copy(self, folder: int, number: int, durability: fs.Durability) -> None:
         with fs.opened(self.state.generation(self.name, number)) as copy:
@@ -331,12 +344,13 @@ class TreeFiles(TargetFiles):
         if form is Form.LINKED:
             number = self.state.number(self.name)
         if form is Form.FOLDER or number is None:
+            self._tree.remove_aside()
             return []
         with fs.Durability(self.state.fd) as durability:
             rows = self.database.files(self.name, number)
             with fs.opened(self.state.generation(self.name, number)) as content:
                 self._tree.move_persistent_in(content, self.row.persist, durability)
-                self._give_write_bits(content, rows.values())
+                self._give_write_bits(content, rows.values(), durability)
             durability.barrier()
             known = self.database.generations(self.name)
             if not any(row.place == "root" and row.number > number for row in known):
@@ -348,7 +362,7 @@ class TreeFiles(TargetFiles):
             self._tree.remove_aside()
         return sorted(present(rows))
 
-    def _give_write_bits(self, content: int, rows: Iterable[FileRow]) -> None:
+    def _give_write_bits(self, content: int, rows: Iterable[FileRow], durability: fs.Durability) -> None:
         for row in rows:
             if not is_file(row):
                 continue
@@ -360,6 +374,7 @@ class TreeFiles(TargetFiles):
                 fd = os.open(name, fs.READ, dir_fd=folder)
                 try:
                     os.fchmod(fd, row.mode)
+                    durability.file(fd)
                 finally:
                     os.close(fd)
 
