@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from asyncsup.client import ControlClient
-from asyncsup.errors import SupervisorUnreachableError
+from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError
 
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
@@ -127,6 +128,43 @@ class Serve:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
+
+
+class Asked:
+    """A request under way, on a connection of its own."""
+
+    def __init__(self, endpoint: str, method: str, **params: Any) -> None:
+        self.outcome: list[Any] = []
+
+        def ask() -> None:
+            with ControlClient(endpoint) as client:
+                try:
+                    self.outcome.append(client.call(method, params))
+                except AsyncsupError as error:
+                    self.outcome.append(error)
+
+        self._thread = threading.Thread(target=ask, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_answered(self) -> bool:
+        return bool(self.outcome)
+
+    def answer(self) -> Any:
+        """Its result, or its error."""
+        wait_for(lambda: self.outcome, "an answer", timeout=60)
+        return self.outcome[0]
+
+    def result(self) -> Any:
+        answer = self.answer()
+        assert not isinstance(answer, AsyncsupError), answer.message
+        return answer
+
+    def error(self, code: str) -> RemoteError:
+        answer = self.answer()
+        assert isinstance(answer, RemoteError), answer
+        assert answer.error_code == code, answer.message
+        return answer
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,54 +22,16 @@ from typing import Any, Final
 
 import pytest
 import zmq
-from conftest import Serve, wait_for
+from conftest import Asked, Serve, wait_for
 from test_patching import Field
 
-from asyncsup.client import ControlClient
-from asyncsup.errors import AsyncsupError, RemoteError
+from asyncsup.errors import AsyncsupError
 from asyncsup.patch.manifest import Kind
 
 pytestmark = pytest.mark.timeout(300)
 
 NAMES: Final = ("a", "b", "c")
 Picture = dict[str, Any]
-
-
-class Asked:
-    """A request under way."""
-
-    def __init__(self, endpoint: str, method: str, **params: Any) -> None:
-        self.outcome: list[Any] = []
-
-        def ask() -> None:
-            with ControlClient(endpoint) as client:
-                try:
-                    self.outcome.append(client.call(method, params))
-                except AsyncsupError as error:
-                    self.outcome.append(error)
-
-        self._thread = threading.Thread(target=ask, daemon=True)
-        self._thread.start()
-
-    @property
-    def is_answered(self) -> bool:
-        return bool(self.outcome)
-
-    def answer(self) -> Any:
-        """Its result, or its error."""
-        wait_for(lambda: self.outcome, "an answer", timeout=60)
-        return self.outcome[0]
-
-    def result(self) -> Any:
-        answer = self.answer()
-        assert not isinstance(answer, AsyncsupError), answer.message
-        return answer
-
-    def error(self, code: str) -> RemoteError:
-        answer = self.answer()
-        assert isinstance(answer, RemoteError), answer
-        assert answer.error_code == code, answer.message
-        return answer
 
 
 class Scene(Field):

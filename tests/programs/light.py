@@ -4,7 +4,8 @@ time.
 
 Keys: "start" is ok, die, mute (not ready as long as it says so) or late-die (ends shortly after it was
 ready); "reload" is ok, never or die. "instance" and "version" say whom the rest is for; all, when they are
-missing. It is told by SIGHUP, and says by STATUS what the files below its root are, then READY.
+missing; with "once" it is for whoever comes first, once. It is told by SIGHUP, and says by STATUS what the
+files below its root are, then READY.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ def behaviour(what: str) -> str:
     for name, mine in (("instance", os.environ["ASYNCSUP_INSTANCE"]), ("version", VERSION)):
         if chosen.get(name, mine) != mine:
             return ""
-    return str(chosen.get(what, ""))
+    wanted = str(chosen.get(what, ""))
+    if wanted and chosen.get("once"):
+        try:
+            os.unlink("behaviour.json")  # noqa: PTH108
+        except FileNotFoundError:
+            return ""  # another instance was quicker
+    return wanted
 
 
 def content() -> Iterator[str]:

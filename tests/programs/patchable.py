@@ -4,7 +4,8 @@ each time.
 Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never, die or regret (the
 first instance takes it up, and then says that it has failed); "start" is ok, die, mute (not ready as long as
 it says so) or late-die (ends shortly after it was ready); "stop" is ok or never. "build" is what it claims at
-its hello. "instance" and "version" say whom the rest is for; all, when they are missing.
+its hello. "instance" and "version" say whom the rest is for; all, when they are missing; with "once" it is
+for whoever comes first, once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ def behaviour(what: str) -> str:
     for name, mine in (("instance", os.environ.get("ASYNCSUP_INSTANCE")), ("version", VERSION)):
         if chosen.get(name, mine) != mine:
             return ""
-    return str(chosen.get(what, ""))
+    wanted = str(chosen.get(what, ""))
+    if wanted and chosen.get("once"):
+        try:
+            Path("behaviour.json").unlink()
+        except FileNotFoundError:
+            return ""  # another instance was quicker
+    return wanted
 
 
 claimed = behaviour("build")
