@@ -47,6 +47,7 @@ from asyncsup.keys import KeyStore
 from asyncsup.lifecycle import State
 from asyncsup.logs import OutputStream
 from asyncsup.notify import NotifySocket
+from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.overseer import PatchOverseer
 from asyncsup.patch.store import Layout, Store, TargetRoot
@@ -103,7 +104,7 @@ class Supervisor:
         searchable = self._strangers or bool(settings.socket_mode & 0o077)
         private_directory(settings.runtime_dir, searchable=searchable)
         self._lock_runtime_dir(settings.runtime_dir)
-        self.store = Store.open(settings.state_dir)
+        self.store = Store.open(settings.state_dir, guarded=_guarded(self.config))
         self._cleanup.callback(self.store.close)
         self.store.note(
             "supervisor.started",
@@ -566,6 +567,19 @@ def _closure(target: Target) -> list[tuple[Target, bool]]:
 
     visit(target)
     return list(found.values())
+
+
+def _guarded(config: Config) -> Guarded:
+    """What says who may patch what, and is read by nobody but us.
+
+    Not the files named in ``env_files``: they say as much about a program as its own files do.
+    """
+    settings, patch = config.supervisor, config.patch
+    places = {settings.state_dir: "the state directory", settings.runtime_dir: "the runtime directory"}
+    places |= {patch.inbox: "the inbox"} | dict.fromkeys(config.files, "the configuration")
+    if patch.allowed_signers is not None:
+        places[patch.allowed_signers] = "the list of who may sign patches"
+    return Guarded(places=places, patterns=config.include)
 
 
 def serve(config: Config) -> int:

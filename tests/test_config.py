@@ -96,6 +96,8 @@ def test_the_smallest_configuration_has_every_default() -> None:
     config = parse('[target.web]\ncommand = ["sleep", "1"]\n')
     assert config == Config(
         path=FILE,
+        files=(FILE,),
+        include=(),
         supervisor=SupervisorConfig(
             state_dir=HERE / ".asyncsup",
             runtime_dir=HERE / ".asyncsup/run",
@@ -1033,10 +1035,11 @@ def test_roots_side_by_side_are_fine() -> None:
         ("", "state_dir is in it"),
         ('[supervisor]\nstate_dir = "/s"\nruntime_dir = "w/run"', "runtime_dir is in it"),
         ('[supervisor]\nstate_dir = "/s"\n[patch]\ninbox = "w"', "the inbox is in it"),
+        ('[supervisor]\nstate_dir = "/s"\nruntime_dir = "/r"\n[patch]\ninbox = "/i"', f"{FILE} is in it"),
     ],
 )
 def test_a_tree_cannot_hold_what_has_to_outlive_it(before: str, what: str) -> None:
-    root = "." if not before else "w"
+    root = "w" if "w" in before else "."
     text = f'{before}\n[target.web]\ncommand = "x"\nroot = "{root}"\n'
     assert parse(text).targets["web"].layout == "overlay"
     assert what in problems_of(f'{text}layout = "tree"')[0]["problem"]

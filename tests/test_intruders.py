@@ -23,7 +23,8 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import wait_for
+import zip_forge
+from conftest import Serve, wait_for
 from ssh_kit import key
 from test_bad_inputs import Site, running
 from zip_forge import FILES, Part, forge, manifest_part, native
@@ -393,6 +394,31 @@ def test_a_path_that_cannot_be_one_is_not_found(site: Site, path: str) -> None:
     with pytest.raises(RemoteError) as caught:
         site.client.call("patch.plan", path=path)
     assert (caught.value.error_code, caught.value.remote_exit_status) == ("patch.not_found", 4)
+
+
+# --- what decides about patches -----------------------------------------------------------------------------
+
+
+def test_no_patch_decides_about_the_next_one(serve: Serve) -> None:
+    """Everything is in the target's root, as where a program and its configuration have one folder."""
+    (serve.folder / "conf.d").mkdir()
+    client = serve.start(
+        '[supervisor]\nregion = "us-east-1"\nstate_dir = "state"\nruntime_dir = ".asyncsup/run"\n'
+        'include = ["conf.d/*.toml"]\n[patch]\ntrust = "none"\n'
+        '[target.pricer]\nroot = "."\ncommand = "sleep 1000"\nautostart = false\n'
+    )
+    before = serve.config.read_bytes()
+    for path in ("asyncsup.toml", "conf.d/more.toml", "inbox/next.zip", "state/state.db", "state/x"):
+        change = Part(name=f"files/{path}", data=b"evil")
+        manifest = manifest_part(files=[zip_forge.change(change, replace=True)])
+        (serve.folder / "p.zip").write_bytes(forge(manifest, change))
+        with pytest.raises(RemoteError) as caught:
+            client.call("patch.apply", path=str(serve.folder / "p.zip"))
+        assert caught.value.error_code == "gate.path", path
+    assert serve.config.read_bytes() == before
+    (serve.folder / "p.zip").write_bytes(VALID)
+    assert client.call("patch.apply", path=str(serve.folder / "p.zip"))["verdict"] == "committed"
+    client.close()
 
 
 # --- uploads ------------------------------------------------------------------------------------------------

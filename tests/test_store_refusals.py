@@ -30,9 +30,10 @@ from asyncsup.errors import (
     PatchMalformedError,
     PatchRefusedError,
 )
+from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.manifest import FileChange, Op
 from asyncsup.patch.package import Package
-from asyncsup.patch.store import FilePlan, Layout
+from asyncsup.patch.store import FilePlan, Layout, Store, TargetRoot
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
 
@@ -132,6 +133,61 @@ def test_paths_that_lead_out_are_refused_whatever_the_manifest_reader_let_throug
         )
         (plan,) = b.store.plan("web", manifest)
         assert plan.code == "gate.path", path
+
+
+def guarded_store(b: Bench, **more: Any) -> None:
+    """The same store, with the configuration, who may sign and the inbox in the root."""
+    b.store.close()
+    places = {b.root / "asyncsup.toml": "the configuration", b.root / "inbox": "the inbox"}
+    b.store = Store.open(b.base / "state", guarded=Guarded(places=places, **more))
+    b.store.register(b.targets)
+    b.store.recover()
+
+
+@pytest.mark.parametrize("path", ["asyncsup.toml", "inbox", "inbox/next.zip", "inbox/a/b", "asyncsup.toml/x"])
+def test_what_decides_about_patches_is_changed_by_none_whether_it_is_there_or_not(
+    path: str, bench: Callable[..., Bench]
+) -> None:
+    b = bench(Layout.OVERLAY)
+    guarded_store(b)
+    patch = b.patch(300, new={path: b"evil"}, options={path: {"replace": True}})
+    assert one_plan(b, patch).code == "gate.path"
+    if "/" not in path:
+        b.put("asyncsup.toml", b"ours")
+        (b.root / "inbox").mkdir()
+    assert refused_at_staging(b, patch).error_code == "gate.path"
+    assert one_plan(b, b.patch(300, modified={"app.json": b"2"})).error is None
+
+
+def test_no_other_name_leads_to_what_decides_about_patches(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    guarded_store(b)
+    (b.base / "elsewhere").mkdir()
+    (b.base / "elsewhere/real.toml").write_text("ours")
+    (b.root / "asyncsup.toml").symlink_to(b.base / "elsewhere/real.toml")
+    (b.root / "other.toml").hardlink_to(b.base / "elsewhere/real.toml")
+    assert one_plan(b, b.patch(300, modified={"other.toml": b"evil"})).code == "gate.path"
+    assert one_plan(b, b.patch(300, modified={"asyncsup.toml": b"evil"})).code == "gate.path"
+
+
+def test_no_patch_reaches_into_the_state_directory(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    b.reopen(TargetRoot(name="all", root=b.base, layout=Layout.OVERLAY))
+    for path in ("state/state.db", "state/generations/web/7/x", "state/new"):
+        manifest = replace(b.patch(300, modified={"x": b"2"}).manifest, files=(change(path, Op.NEW, b"x"),))
+        (plan,) = b.store.plan("all", manifest)
+        assert plan.code == "gate.path", path
+        assert plan.error is not None
+        assert "the state directory" in plan.error.message
+
+
+def test_no_file_appears_that_the_configuration_would_include(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    guarded_store(b, patterns=(f"{b.root}/conf.d/**/*.toml", f"{b.root}/more/../[ab].toml"))
+    for path in ("conf.d/x.toml", "conf.d/deep/er/x.toml", "a.toml"):
+        assert one_plan(b, b.patch(300, new={path: b"evil"})).code == "gate.path", path
+    for path in ("conf.d/x.json", "c.toml", "more/a.toml", "toml"):
+        assert one_plan(b, b.patch(300, new={path: b"good"})).error is None, path
 
 
 @both_layouts

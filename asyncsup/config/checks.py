@@ -6,7 +6,7 @@ Whether a single value is right is `asyncsup.config.values`' business.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -127,8 +127,13 @@ class Checks:
     # --- targets --------------------------------------------------------------------------------------------
 
     def targets(
-        self, targets: Mapping[str, TargetRead], supervisor: SupervisorConfig, patch: PatchConfig
+        self,
+        targets: Mapping[str, TargetRead],
+        supervisor: SupervisorConfig,
+        patch: PatchConfig,
+        files: Sequence[Path],
     ) -> None:
+        """Args: files: those that the configuration was read from."""
         for target in targets.values():
             self._layout(target)
             self._reload(target)
@@ -137,7 +142,7 @@ class Checks:
             self._probes(target)
             self._oneshot(target)
         self._dependencies(targets)
-        self._roots(targets, supervisor, patch)
+        self._roots(targets, supervisor, patch, files)
         self._log_files(targets)
 
     def _layout(self, target: TargetRead) -> None:
@@ -260,7 +265,11 @@ class Checks:
             graph.update(dict.fromkeys(cycle, ()))
 
     def _roots(
-        self, targets: Mapping[str, TargetRead], supervisor: SupervisorConfig, patch: PatchConfig
+        self,
+        targets: Mapping[str, TargetRead],
+        supervisor: SupervisorConfig,
+        patch: PatchConfig,
+        files: Sequence[Path],
     ) -> None:
         state_dir = self._real(supervisor.state_dir)
         ours = (
@@ -298,6 +307,13 @@ class Checks:
                             f'with layout = "tree" a patch replaces the whole folder, and {what} is in it',
                             f"set {key} to a folder outside, or give the program a folder of its own",
                         )
+                file = next((file for file in files if _within(self._real(file), real)), None)
+                if file is not None:
+                    self._report.problem(
+                        place,
+                        f'with layout = "tree" a patch replaces the whole folder, and {file} is in it',
+                        "give the program a folder of its own",
+                    )
             if (other := owners.setdefault(real, name)) != name:
                 self._report.problem(place, f"{name} and {other} have the same root")
         for real, name in owners.items():

@@ -208,7 +208,7 @@ class Reader:
         check = checks.Checks(self.report, self._machine, self._environ)
         check.supervisor(supervisor, supervisor_read)
         check.patch(patch, patch_read)
-        check.targets(targets, supervisor, patch)
+        check.targets(targets, supervisor, patch, [source.path for source in self._sources])
         groups = self._groups(list(targets))
         self.report.raise_problems()
         check.warn(targets)
@@ -216,6 +216,8 @@ class Reader:
             self.report.warn(Place(main, ("target",)), "there are no targets, so there is nothing to run")
         return Config(
             path=main.path,
+            files=tuple(source.path for source in self._sources),
+            include=tuple(str(main.path.parent / pattern) for pattern in self.include_patterns()[1]),
             supervisor=supervisor,
             patch=patch,
             targets=MappingProxyType({name: target.config for name, target in targets.items()}),

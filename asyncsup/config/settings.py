@@ -356,6 +356,10 @@ class Config:
     """A whole configuration that has passed every check. All paths are absolute."""
 
     path: Path
+    files: tuple[Path, ...]
+    """It, and what it includes."""
+    include: tuple[str, ...]
+    """The patterns that were looked up for that, absolute."""
     supervisor: SupervisorConfig
     patch: PatchConfig
     targets: Mapping[str, TargetConfig]

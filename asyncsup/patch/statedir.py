@@ -28,6 +28,7 @@ from typing import Final
 from asyncsup.errors import StateError, StateLockedError, UsageError
 from asyncsup.patch import fs
 from asyncsup.patch.database import Database, TargetRow
+from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.overlay import OverlayRoot
 from asyncsup.patch.pointer import CURRENT, SETS, Pointer
 from asyncsup.patch.tree import TreeRoot
@@ -50,6 +51,7 @@ class StateDirectory:
     Attributes:
         path: absolute; the links in the roots of targets spell it out.
         fd: its descriptor.
+        guarded: what no patch may change.
     """
 
     def __init__(self, path: Path, fd: int, lock: int | None, database: Database) -> None:
@@ -58,6 +60,7 @@ class StateDirectory:
         self.database = database
         self.pointer = Pointer(path, fd)
         self._lock = lock
+        self.guarded = Guarded()
 
     @classmethod
     def open(cls, path: Path) -> StateDirectory:

@@ -51,6 +51,7 @@ from asyncsup.patch.database import (
     TransactionRow,
     timestamp,
 )
+from asyncsup.patch.guarded import NOTHING_MORE, Guarded
 from asyncsup.patch.ledger import Judgement, examine_state, read_records
 from asyncsup.patch.look import identity
 from asyncsup.patch.manifest import Manifest
@@ -218,15 +219,19 @@ class Store:
         """The transactions that somebody carries out. One that is open all the same was left half done."""
 
     @classmethod
-    def open(cls, state_dir: Path) -> Store:
+    def open(cls, state_dir: Path, *, guarded: Guarded = NOTHING_MORE) -> Store:
         """Take the state directory's lock, create what is missing, sweep what was left half done.
 
+        Args:
+            guarded: what no patch may change besides the state directory itself.
         Raises:
             StateLockedError: another supervisor has it; the message says which process.
             StateError: it is damaged, was moved, or belongs to another version.
         """
         with _state_errors():
             state = StateDirectory.open(state_dir)
+            places = {state.path: "the state directory", **guarded.places}
+            state.guarded = replace(guarded, places=places)
             store = cls(state)
             try:
                 store.settle()

@@ -22,6 +22,7 @@ from asyncsup.errors import PatchNotFoundError, PatchRefusedError, StateError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import ChangeRow, Database, FileRow, GenerationRow, KeptRow, PartRow, TargetRow
+from asyncsup.patch.guarded import Guard
 from asyncsup.patch.look import TEMPORARY_PREFIX, folders_of, identity, split, unusable
 from asyncsup.patch.manifest import DEFAULT_MODE, FileChange, Manifest, Op
 from asyncsup.patch.plan import FilePlan, Found, PlanError, Policy, Presence, judge, refuse_if_any
@@ -112,10 +113,23 @@ class TargetFiles(ABC):
             PatchRefusedError: the root cannot be patched at all.
         """
         self.check_root()
-        found = self.look(changes, hashed=True)
+        found = self._refuse_guarded(changes, self.look(changes, hashed=True))
         return [
             Planned(change=change, found=there, plan=judge(change, there, policy=policy, adopts=self.adopts))
             for change, there in zip(changes, found, strict=True)
+        ]
+
+    def _refuse_guarded(self, changes: Sequence[FileChange], found: Sequence[Found]) -> list[Found]:
+        """What was found, with a problem wherever no patch may change anything."""
+        with fs.opened(self.row.root) as root:
+            guard = Guard(self.state.guarded, root, self.row.root)
+            problems = [
+                there.problem or guard.problem(change.path, there)
+                for change, there in zip(changes, found, strict=True)
+            ]
+        return [
+            there if problem is None else replace(there, problem=problem)
+            for there, problem in zip(found, problems, strict=True)
         ]
 
     def matches(self, changes: Sequence[FileChange]) -> bool:
