@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ssh_kit
 from conftest import Serve, wait_for
 
 from asyncsup.client import ControlClient
@@ -116,6 +118,23 @@ class Field:
 
     def apply(self, package: Path, **params: Any) -> Any:
         return self.client.call("patch.apply", path=str(package), **params)
+
+    @contextlib.contextmanager
+    def no_room(self) -> Iterator[None]:
+        """For the block, the supervisor cannot write to files any more, as if the disk were full."""
+        pid = int((self.folder / ".asyncsup/lock").read_text())
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            yield
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+    def fail_at(self, points: str) -> None:
+        """Ask for failures by `ASYNCSUP_FAILPOINT`; what hangs goes on."""
+        path = self.folder / "failpoints"
+        self.serve.environ["ASYNCSUP_FAILPOINT"] = f"@{path}"
+        path.with_suffix(".new").write_text(points)
+        path.with_suffix(".new").rename(path)
 
     @contextlib.contextmanager
     def applying(self, package: Path) -> Iterator[list[Any]]:
@@ -527,6 +546,40 @@ def test_trust_digest_wants_a_digest(serve: Serve, field: Field) -> None:
     assert field.apply(package)["verdict"] == "committed"
 
 
+def test_a_key_that_is_revoked_while_a_patch_waits_does_not_sign_it_any_more(
+    serve: Serve, field: Field
+) -> None:
+    field.start("web")
+    field.client.close()
+    serve.stop()
+    alice, bob = (f"{name} {ssh_kit.key(name).line}\n" for name in ("alice", "bob"))
+    signers = field.folder / "signers"
+    signers.write_text(alice + bob)
+    required = 'trust = "required"\nallowed_signers = "signers"'
+    serve.write(serve.config.read_text().replace('trust = "none"', required))
+    field.client = serve.start()
+    field.said("web", "old-a")
+    package = field.package("web")
+    sign = ["patch", "sign", str(package), "--key", str(ssh_kit.key("alice").private)]
+    subprocess.run([sys.executable, "-m", "asyncsup", *sign], check=True, stdout=subprocess.DEVNULL)
+    before = field.picture("web")
+
+    field.behave("web", prepare="wait")
+    with field.applying(package) as outcome:
+        wait_for(
+            lambda: any(e.get("step") == "wait" for e in field.client.call("events.since", seq=0)["events"]),
+            "the target to be asked",
+        )
+        signers.write_text(bob)
+        field.behave("web")
+    assert (outcome[0].error_code, outcome[0].exit_status) == ("trust.unknown_key", 21)
+    assert outcome[0].details["report"]["verdict"] == "refused"
+    assert field.picture("web") == before
+
+    signers.write_text(alice + bob)
+    assert field.apply(package)["verdict"] == "committed"
+
+
 def test_a_prototype_package_goes_through_the_same_checks(field: Field) -> None:
     field.start("web")
     package = field.folder / "legacy.zip"
@@ -628,9 +681,11 @@ def test_a_warm_patch_that_is_not_taken_up_goes_back_everywhere(
     assert held.error_code == "gate.held"
 
 
-@pytest.mark.parametrize("how", ["die", "mute", "late-die"])
+@pytest.mark.parametrize("how", ["die", "done", "mute", "late-die"])
 def test_a_cold_patch_that_does_not_come_up_goes_back_everywhere(field: Field, how: str) -> None:
-    field.start("good", "web", start_timeout="2s" if how == "mute" else "20s")
+    field.start(
+        "good", "web", start_timeout="2s" if how == "mute" else "20s", defaults='restart = "on-failure"'
+    )
     # The new program misbehaves, the old one does not.
     field.behave("web", start=how, version="two")
     package = field.package("good", "web", kind=Kind.COLD, probation=1.0 if how == "late-die" else 0.0)
@@ -644,6 +699,39 @@ def test_a_cold_patch_that_does_not_come_up_goes_back_everywhere(field: Field, h
         assert after["pid"] != pid
         assert field.content(name)["a.txt"] == "old-a"
         assert field.target(name)["build"] == 200
+
+
+def test_an_instance_that_ends_while_others_still_start_undoes_a_cold_patch(field: Field) -> None:
+    field.start("web", defaults="instances = 2")
+    field.behave("web", start="uneven", version="two")
+    error = field.refused(field.package("web", kind=Kind.COLD))
+    assert error.error_code == "patch.rolled_back"
+    assert "web:0" in error.message
+    field.said("web", "one build=200 a.txt=old-a")
+    assert field.target("web")["state"] == "running"
+
+
+def test_an_instance_that_starts_while_the_files_change_and_dies_of_them_undoes_a_warm_patch(
+    field: Field,
+) -> None:
+    # One more death and its policy gives it up: it is started again on the files it could live with.
+    field.start(
+        "web",
+        defaults='instances = 2\nstart_limit_burst = 2\n[defaults.patch]\nack_timeout = "100ms"',
+    )
+    field.behave("web", start="picky", instance="web:1")
+    pids = [instance["pid"] for instance in field.target("web")["instances"]]
+    os.kill(pids[1], signal.SIGKILL)
+    wait_for(
+        lambda: (i := field.target("web")["instances"][1])["state"] == "starting" and i["pid"] != pids[1],
+        "the second instance to start again",
+    )
+    error = field.refused(field.package("web"))
+    assert error.error_code == "patch.rolled_back"
+    assert "web:1" in error.message
+    assert field.content("web")["a.txt"] == "old-a"
+    field.client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    assert field.said("web", "build=200 a.txt=old-a")["pid"] == pids[0]
 
 
 def test_a_crash_in_probation_undoes_a_warm_patch(field: Field) -> None:
@@ -843,6 +931,86 @@ def test_a_supervisor_killed_in_probation_leaves_the_patch_undecided(field: Fiel
     field.said("web", "build=200 a.txt=old-a")
     # It was not the patch's fault.
     assert field.client.call("patch.plan", path=str(package))["verdict"] == "apply"
+
+
+def test_a_committed_patch_is_reported_as_such_though_nothing_can_be_written_any_more(field: Field) -> None:
+    field.fail_at("store.commit.recorded:hang")
+    field.start("web")
+    with field.applying(field.package("web")) as outcome:
+        wait_for(
+            lambda: (
+                field.client.call("patch.history")["transactions"][0:1]
+                and field.client.call("patch.history")["transactions"][0]["verdict"] == "committed"
+            ),
+            "the commit",
+        )
+        with field.no_room():
+            field.fail_at("")
+            wait_for(lambda: outcome, "the answer")
+    assert outcome[0]["verdict"] == "committed"
+    assert any(step["step"] == "write down" for step in outcome[0]["steps"])
+    assert (field.target("web")["build"], field.target("web")["busy"]) == (300, None)
+    assert field.client.call("patch.rollback", target="web")["verdict"] == "committed"
+
+
+@pytest.mark.parametrize("verb", ["commit", "abort"])
+def test_an_undecided_patch_is_so_though_that_cannot_be_written_down(field: Field, verb: str) -> None:
+    field.fail_at("transaction.reload:hang")
+    field.start("web", patch='rollback = "manual"\n')
+    field.behave("web", reload="fail")
+    with field.applying(field.package("web")) as outcome:
+        wait_for(lambda: field.content("web")["a.txt"] == "new-a", "the switch")
+        with field.no_room():
+            field.fail_at("")
+            wait_for(lambda: outcome, "the answer")
+    assert outcome[0].error_code == "patch.undecided"
+    txn = outcome[0].details["report"]["txn"]
+    assert (field.target("web")["undecided"], field.content("web")["a.txt"]) == (txn, "new-a")
+    busy = field.refused(field.package("web", build=400))
+    assert (busy.error_code, busy.details["txn"]) == ("target.busy", txn)
+    assert field.client.call("patch.show", id=str(txn))["verdict"] == "undecided"
+    field.behave("web")
+    report = field.client.call(f"patch.{verb}", id=str(txn))
+    assert report["verdict"] == ("committed" if verb == "commit" else "rolled_back")
+    assert field.target("web")["undecided"] is None
+
+
+def test_a_patch_that_failed_is_held_though_the_supervisor_is_killed_while_it_is_undone(field: Field) -> None:
+    field.start("web")
+    field.client.close()
+    field.serve.stop()
+    field.fail_at("store.abort.recorded:kill")
+    field.client = field.serve.start()
+    field.said("web", "old-a")
+    field.behave("web", reload="fail")
+    package = field.package("web")
+    pid = field.instance("web")["pid"]
+    with field.applying(package):
+        assert field.serve.process is not None
+        field.serve.process.wait(30)
+    os.kill(pid, signal.SIGKILL)
+    field.client.close()
+    field.fail_at("")
+    field.client = field.serve.start()
+    field.said("web", "old-a")
+    held = field.refused(package)
+    assert held.error_code == "gate.held"
+    assert "these files are no good" in held.message
+
+
+def test_the_patch_that_waits_for_its_commit_is_meant_though_the_same_one_is_queued(field: Field) -> None:
+    field.start("web", patch='commit = "manual"\n')
+    package = field.package("web")
+    report = field.apply(package)
+    with field.applying(package) as second:
+        wait_for(lambda: field.target("web")["waiting"], "the second one to wait")
+        assert field.client.call("patch.abort", id=report["patch"])["txn"] == report["txn"]
+        wait_for(lambda: second, "the second one's turn")
+        with field.applying(package) as third:
+            wait_for(lambda: field.target("web")["waiting"], "the third one to wait")
+            final = field.client.call("patch.commit", id=report["patch"][:8])
+    assert (final["verdict"], final["txn"]) == ("committed", second[0]["txn"])
+    assert third[0]["verdict"] == "already"
 
 
 def test_abort_ends_a_patch_that_a_target_makes_wait(field: Field) -> None:

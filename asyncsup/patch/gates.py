@@ -104,7 +104,7 @@ def assess(
             if same
             else (
                 _requires(manifest, facts),
-                _expired(manifest, now, seen),
+                expiry_gate(manifest, now, seen),
                 _kind(manifest, facts),
                 _held(facts, retry_held),
                 *_delta(manifest, facts),
@@ -217,7 +217,8 @@ def _requires(manifest: Manifest, facts: TargetFacts) -> Gate:
     )
 
 
-def _expired(manifest: Manifest, now: datetime, seen: datetime | None) -> Gate:
+def expiry_gate(manifest: Manifest, now: datetime, seen: datetime | None) -> Gate:
+    """Whether a patch has expired; `seen` as for `assess`."""
     if manifest.expires is None:
         return _open("expired", "does not expire")
     moment = _moment(manifest.expires)

@@ -26,6 +26,7 @@ from asyncsup.actor import Actor
 from asyncsup.errors import (
     AllowedSignersError,
     AsyncsupError,
+    CancelledByRequestError,
     PatchError,
     PatchMalformedError,
     PatchNotFoundError,
@@ -46,7 +47,7 @@ from asyncsup.patch import delta, fs
 from asyncsup.patch.audit import Head
 from asyncsup.patch.checksum import has_checksum, read_checksum
 from asyncsup.patch.clock import SeenClock
-from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
+from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, expiry_gate, files_gate, space_gate
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.plan import FilePlan, PlanError, Policy
@@ -179,6 +180,8 @@ class _Job:
     transaction: Transaction | None = None
     targets: Sequence[str] = ()
     because: str = "cancelled"
+    held: bool = False
+    """Its patch is on hold already, since before it was undone."""
 
     def cancel(self, because: str) -> None:
         log.info("%s %s: to be ended, %s", self.report.action, self.report.txn or "(not begun)", because)
@@ -502,40 +505,58 @@ class PatchOverseer:
             if keep:
                 await transaction.keep()
             else:
+                if undecided.code != INTERRUPTED:
+                    hold = partial(self._hold_first, job, undecided.patch, undecided.error)
+                    with anyio.CancelScope(shield=True):
+                        await anyio.to_thread.run_sync(hold)
                 await transaction.take_back(f"asked for by {by}")
         except AsyncsupError as failure:
             error = failure
             raise
         finally:
             verdict: Verdict = "committed" if keep else "rolled_back"
-            write_down = partial(self._write_down_decision, transaction, undecided, verdict, error)
+            write_down = partial(self._write_down_decision, job, transaction, undecided, verdict, error)
             with anyio.CancelScope(shield=True):
                 failures, head = await anyio.to_thread.run_sync(write_down)
             transaction.note_failures("write down", failures)
-            job.report.audit = head.to_json()
+            job.report.audit = None if head is None else head.to_json()
             transaction.publish(
-                "patch.ended", verdict=verdict if error is None else verdict_of(error), audit=head.to_json()
+                "patch.ended",
+                verdict=verdict if error is None else verdict_of(error),
+                audit=job.report.audit,
             )
         return verdict
 
     def _write_down_decision(
-        self, transaction: Transaction, undecided: Undecided, verdict: Verdict, error: AsyncsupError | None
-    ) -> tuple[list[Exception], Head]:
+        self,
+        job: _Job,
+        transaction: Transaction,
+        undecided: Undecided,
+        verdict: Verdict,
+        error: AsyncsupError | None,
+    ) -> tuple[list[Exception], Head | None]:
         """As `_write_down`."""
         txn = undecided.txn
         facts, code, why = {"instances": _answers(transaction)}, undecided.code, undecided.error
         todo: list[Callable[[], object]] = []
-        if error is not None and any(each.txn == txn for each in self._store.undecided()):
+        if error is not None and self._is_undecided(txn):
             why = f"{why}; and then: {error.message}"
             todo.append(partial(self._store.leave_undecided, txn, error=why, code=code, facts=facts))
         else:
-            if verdict == "rolled_back" and code != INTERRUPTED:
+            if verdict == "rolled_back" and code != INTERRUPTED and not job.held:
                 todo.append(partial(self._store.hold, undecided.patch, why))
             outcome = verdict if error is None else verdict_of(error)
             todo.append(partial(self._store.finish, txn, verdict=outcome, error=why, code=code, facts=facts))
             if verdict == "committed":
                 todo += self._to_let_go(undecided.patch, undecided.targets)
         return self._do_all(transaction, todo)
+
+    def _is_undecided(self, txn: int) -> bool:
+        try:
+            return any(each.txn == txn for each in self._store.undecided())
+        except (OSError, AsyncsupError) as failure:
+            log.error("transaction %d: %s", txn, failure)  # noqa: TRY400 - foreseen
+            return True  # as it was before; whoever decides again will see
 
     async def drift(self, target: str | None) -> list[dict[str, Any]]:
         """Files of one target, or of all, that are not as patches have left them."""
@@ -621,8 +642,22 @@ class PatchOverseer:
         return job
 
     def _job(self, reference: str, verb: str) -> _Job:
-        found = [job for job in self._jobs if job.is_called(reference)]
-        if len(found) != 1:
+        """The job that is meant: of several that wait with the same patch, the one that has begun."""
+        called = [job for job in self._jobs if job.is_called(reference)]
+        begun = [job for job in called if job.transaction is not None]
+        waiting = [job for job in begun if job.transaction is not None and job.transaction.waits_for_commit]
+        found = (waiting if verb == "commit" else []) or begun or called
+        if len(found) > 1:
+            which = ", ".join(
+                f"transaction {job.report.txn}"
+                if job.report.txn is not None
+                else f"one for {job.report.asked_by}"
+                for job in found
+            )
+            raise UsageError(
+                f"{len(found)} patches under way are called {reference}: {which}", code="patch.several"
+            )
+        if not found:
             under_way = ", ".join(str(job.report.txn) for job in self._jobs if job.report.txn is not None)
             raise PatchNotFoundError(
                 f"there is no patch {reference} to {verb}; under way: {under_way or 'none'}", id=reference
@@ -716,7 +751,7 @@ class PatchOverseer:
         if wish.trust_clock:
             await anyio.to_thread.run_sync(partial(self._store.trust_clock, by=wish.actor.to_json()))
             self._clock.trust(time.time())
-        trust = job.request["trust"] = {"mode": self._trust, "checked_against": source.checked_against}
+        job.request["trust"] = {"mode": self._trust, "checked_against": source.checked_against}
         with await self._open(source, must_be_trusted=True) as package:
             job.report.patch = package.id
             if source.in_inbox and package.owner is not None:
@@ -732,18 +767,40 @@ class PatchOverseer:
                 "signatures": sorted(package.signatures),
             }
             # Before anything else in it is believed.
-            try:
-                endorsement = await anyio.to_thread.run_sync(self._check_signatures, package)
-            except PatchMalformedError as error:
-                trust |= {key: error.details[key] for key in _TRUST_DETAILS if key in error.details}
-                raise
-            if endorsement is not None:
-                trust |= endorsement.to_json()
-                job.report.signers = trust["signers"]
+            await anyio.to_thread.run_sync(self._endorse, job, package)
             job.report.manifest = package.manifest
             targets = self._targets_of(package.manifest, wish.target)
-            work = partial(self._apply_to, package, wish, _trust_gate(endorsement))
-            return await self._carry_out(job, targets, work, wish)
+            return await self._carry_out(job, targets, partial(self._apply_to, package, wish), wish)
+
+    def _endorse(self, job: _Job, package: Package) -> Gate | None:
+        """Who signed a package, as of now, noted for the report and the audit; in a worker thread.
+
+        Raises:
+            AsyncsupError: as `_check_signatures`.
+        """
+        trust = job.request["trust"]
+        try:
+            endorsement = self._check_signatures(package)
+        except PatchMalformedError as error:
+            trust |= {key: error.details[key] for key in _TRUST_DETAILS if key in error.details}
+            raise
+        if endorsement is not None:
+            trust |= endorsement.to_json()
+            job.report.signers = trust["signers"]
+        return _trust_gate(endorsement)
+
+    def _confirm(self, job: _Job, package: Package) -> None:
+        """A patch may have waited for long: what counts is whether it may be applied now. In a worker thread.
+
+        Raises:
+            AsyncsupError: as `_check_signatures`.
+            PatchRefusedError: it has expired.
+        """
+        self._endorse(job, package)
+        now, seen = self._time()
+        gate = expiry_gate(package.manifest, now, seen)
+        if not gate.ok:
+            raise PatchRefusedError(gate.detail, code=gate.code)
 
     async def _carry_out(
         self, job: _Job, targets: Sequence[Target], work: Work, wish: Wish
@@ -766,10 +823,10 @@ class PatchOverseer:
             verdict = await work(job, targets)
         return job.report.to_json(verdict)
 
-    async def _apply_to(
-        self, package: Package, wish: Wish, trust: Gate | None, job: _Job, targets: Sequence[Target]
-    ) -> Verdict:
+    async def _apply_to(self, package: Package, wish: Wish, job: _Job, targets: Sequence[Target]) -> Verdict:
         report, manifest = job.report, package.manifest
+        # Again: a key may have been revoked while something else had the targets.
+        trust = await anyio.to_thread.run_sync(self._endorse, job, package)
         report.parts += await self._assess_all(package, targets, wish, trust)
         for part in report.parts:
             if part.assessment.refused is not None:
@@ -798,6 +855,7 @@ class PatchOverseer:
             manual_rollback=any(setting.rollback == "manual" for setting in settings),
             total_bytes=sum(change.size or 0 for change in manifest.files) * len(parts),
             participants=[part.participant for part in parts if part.participant is not None],
+            confirm=partial(self._confirm, job, package),
         )
         info = PatchInfo(
             id=package.id,
@@ -919,6 +977,8 @@ class PatchOverseer:
             txn = await anyio.to_thread.run_sync(begin)
         transaction = self._transaction(txn, change, job)
         transaction.on_uncommitted = partial(self._uncommitted, job)
+        if info is not None:
+            transaction.before_undo = partial(self._hold_first, job, info.id)
         error: AsyncsupError | None = None
         try:
             await transaction.run()
@@ -927,12 +987,12 @@ class PatchOverseer:
             raise
         finally:
             verdict: Verdict = "committed" if error is None else verdict_of(error)
-            write_down = partial(self._write_down, transaction, verdict, error, info, names)
+            write_down = partial(self._write_down, job, transaction, verdict, error, info)
             with anyio.CancelScope(shield=True):
                 failures, head = await anyio.to_thread.run_sync(write_down)
             transaction.note_failures("write down", failures)
-            job.report.audit = head.to_json()
-            transaction.publish("patch.ended", verdict=verdict, audit=head.to_json())
+            job.report.audit = None if head is None else head.to_json()
+            transaction.publish("patch.ended", verdict=verdict, audit=job.report.audit)
 
     def _uncommitted(self, job: _Job) -> None:
         if not job.answer.done():
@@ -940,17 +1000,17 @@ class PatchOverseer:
 
     def _write_down(
         self,
+        job: _Job,
         transaction: Transaction,
         verdict: Verdict,
         error: AsyncsupError | None,
         info: PatchInfo | None,
-        targets: Sequence[str],
-    ) -> tuple[list[Exception], Head]:
+    ) -> tuple[list[Exception], Head | None]:
         """Everything the store is to remember of a transaction that has ended, and what it is to forget; in a
         worker thread. What has become of the targets is settled, and nothing that goes wrong now may be
         reported as if it had not.
 
-        Returns what failed, and the audit's last record of the transaction.
+        Returns what failed, and the audit's last record of the transaction, if it was written.
         """
         facts = {"instances": _answers(transaction)}
         todo: list[Callable[[], object]] = []
@@ -967,7 +1027,7 @@ class PatchOverseer:
                 )
             )
         else:
-            if _is_the_patchs_fault(error) and info is not None:
+            if _is_the_patchs_fault(error) and info is not None and not job.held:
                 # First, so that one that is known to have ended is also known to be on hold.
                 todo.append(partial(self._store.hold, info.id, error.message))
             todo.append(
@@ -981,21 +1041,38 @@ class PatchOverseer:
                 )
             )
         if verdict == "committed":
+            targets = [participant.target.name for participant in transaction.change.participants]
             todo += self._to_let_go(None if info is None else info.id, targets)
         return self._do_all(transaction, todo)
 
     def _do_all(
         self, transaction: Transaction, todo: Sequence[Callable[[], object]]
-    ) -> tuple[list[Exception], Head]:
+    ) -> tuple[list[Exception], Head | None]:
         failures: list[Exception] = []
-        for do in todo:
+        head: Head | None = None
+        for do in (*todo, self._look_for_undecided, self._store.head):
             try:
-                do()
+                done = do()
+                head = done if isinstance(done, Head) else None
             except (OSError, AsyncsupError) as failure:
                 log.error("transaction %d: %s", transaction.txn, failure)  # noqa: TRY400 - foreseen
                 failures.append(failure)
+        return failures, head
+
+    def _look_for_undecided(self) -> None:
         self._undecided = {each.txn: each for each in self._store.undecided()}
-        return failures, self._store.head()
+
+    def _hold_first(self, job: _Job, patch: str, why: AsyncsupError | str) -> None:
+        """Put a patch on hold before it is undone: whatever cuts that short, it will not be tried again."""
+        if isinstance(why, AsyncsupError):
+            if why.error_code == CancelledByRequestError.code:
+                return  # somebody merely stopped it
+            why = why.message
+        try:
+            self._store.hold(patch, why)
+            job.held = True
+        except (OSError, AsyncsupError) as failure:
+            log.error("patch %s: not on hold yet: %s", patch[:12], failure)  # noqa: TRY400 - foreseen
 
     def _to_let_go(self, patch: str | None, targets: Sequence[str]) -> list[Callable[[], object]]:
         """Of what a patch that is committed makes superfluous."""

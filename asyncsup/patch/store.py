@@ -217,6 +217,8 @@ class Store:
         self._carried: set[tuple[int, str]] = set()
         self._live: set[int] = set()
         """The transactions that somebody carries out. One that is open all the same was left half done."""
+        self._unwritten: dict[int, dict[str, Any]] = {}
+        """Why transactions are undecided, where that could not be written down yet."""
 
     @classmethod
     def open(cls, state_dir: Path, *, guarded: Guarded = NOTHING_MORE) -> Store:
@@ -753,7 +755,10 @@ class Store:
 
     def _finish_transactions(self, target: str) -> None:
         for row in self._database.open_transactions(target):
-            if row.txn not in self._live and row.state != UNDECIDED:
+            if row.txn in self._unwritten:
+                with self._reporting(target):
+                    self._write_undecided(row.txn)
+            elif row.txn not in self._live and row.state != UNDECIDED:
                 why = "an error kept it from being undone at once"
                 with self._reporting(target):
                     self.finish(row.txn, verdict="rolled_back", error=why, code=INTERRUPTED)
@@ -1023,22 +1028,33 @@ class Store:
         self, txn: int, *, error: str, code: str, facts: Mapping[str, Any] | None = None
     ) -> None:
         """It has failed after the switch, and stays as it is, over any restart, until somebody decides:
-        `commit` it, or `abort` it. Until then it has its targets.
+        `commit` it, or `abort` it. Until then it has its targets. When that cannot be written down, it is so
+        all the same, and is written down as soon as anybody wants to do something with its targets.
 
         Args:
             error, code: why it was not committed.
         """
+        self._unwritten[txn] = {"error": error, "code": code, **(facts or {})}
+        self._write_undecided(txn)
+        failpoint("store.undecided.recorded")
+
+    def _write_undecided(self, txn: int) -> None:
+        why = self._unwritten[txn]
         with self._database.write():
             self._database.update_transaction(
-                txn, phase=Phase.SWITCHED, state=UNDECIDED, verdict=UNDECIDED, error=error, code=code
+                txn,
+                phase=Phase.SWITCHED,
+                state=UNDECIDED,
+                verdict=UNDECIDED,
+                error=why["error"],
+                code=why["code"],
             )
-            self._database.record(
-                "txn.undecided", txn=txn, verdict=UNDECIDED, error=error, code=code, **(facts or {})
-            )
-        failpoint("store.undecided.recorded")
+            self._database.record("txn.undecided", txn=txn, verdict=UNDECIDED, **why)
+        del self._unwritten[txn]
 
     def undecided(self) -> list[Undecided]:
         """The transactions that wait for a decision."""
+        unwritten = dict(self._unwritten)
         return [
             Undecided(
                 txn=row.txn,
@@ -1047,12 +1063,12 @@ class Store:
                 version=row.version,
                 build=row.build,
                 kind=row.kind or "cold",
-                error=row.error or "",
-                code=row.code or "",
+                error=unwritten.get(row.txn, {}).get("error") or row.error or "",
+                code=unwritten.get(row.txn, {}).get("code") or row.code or "",
                 parts=tuple(self._staged(part, ()) for part in self._database.parts(row.txn)),
             )
             for row in self._database.open_transactions()
-            if row.state == UNDECIDED
+            if row.state == UNDECIDED or row.txn in unwritten
         ]
 
     def finish(

@@ -37,7 +37,7 @@ from asyncsup.instance import Instance
 from asyncsup.lifecycle import State
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.store import Store
-from asyncsup.target import Target
+from asyncsup.target import SETTLED, Target
 from asyncsup.together import each, together
 from target_sdk.protocol import Prepare, ProtocolError, Verdict
 
@@ -105,6 +105,8 @@ class Change:
         probation: in seconds.
         manual_commit: it then waits for an operator.
         manual_rollback: a failure after the switch undoes nothing.
+        confirm: asked in a worker thread, when everybody has agreed and before anything is changed, whether
+            what allowed it still does; raises an `AsyncsupError` if not.
     """
 
     action: Literal["apply", "rollback"]
@@ -115,6 +117,7 @@ class Change:
     manual_rollback: bool
     total_bytes: int
     participants: Sequence[Participant]
+    confirm: Callable[[], object] = lambda: None
 
 
 class Undo:
@@ -163,6 +166,8 @@ class Transaction:
         self.commit_requested = asyncio.Event()
         self.waits_for_commit = False
         self.on_uncommitted: Callable[[], None] = lambda: None
+        self.before_undo: Callable[[AsyncsupError], None] = lambda _: None
+        """Told in a worker thread, before what was changed is undone, why."""
         self._store = store
         self._events = events
         self._asked_by = asked_by
@@ -174,6 +179,8 @@ class Transaction:
         self._told: set[str] = set()
         self._standing: list[tuple[Instance, int | None]] = []
         """Who took the change up, and with which process: they must stay until the commit."""
+        self._up: dict[Instance, int] = {}
+        """Who had a process at the switch of a warm patch, after how many restarts."""
         self._switched = False
         self._in_force = False
         """It has switched, and no `Undo` has been taken."""
@@ -193,6 +200,7 @@ class Transaction:
             await self._run_hooks("pre_patch", "patch.hook_refused")
             undo.push("preparing", self._abort_prepared)
             await self._prepare()
+            await anyio.to_thread.run_sync(self.change.confirm)
             if self.change.kind is Kind.COLD:
                 undo.push("stopping", self._start_again)
                 undo.touched = bool(self._concerned)
@@ -378,6 +386,8 @@ class Transaction:
     async def _switch(self) -> None:
         async with self._step("switch") as step:
             self._switched = True
+            if self.change.kind is Kind.WARM:
+                self._up = {i: i.restarts for i in self._concerned if i.pid is not None}
             await anyio.to_thread.run_sync(self._store.switch, self.txn)
             names = ", ".join(participant.target.name for participant in self.change.participants)
             step["detail"] = f"one rename for {names}"
@@ -389,9 +399,7 @@ class Transaction:
         target = participant.target
         await step_failpoint("transaction.reload")
         for instance in participant.instances:
-            # One that was spawned before the switch may have read the old files; it cannot be told before it
-            # has finished starting, and ends by itself if it never does.
-            await instance.wait_until(lambda i: i.state is not State.STARTING)
+            await self._arrive(instance)
         chosen = [instance for instance in participant.instances if instance.ready]
         self._told.update(instance.name for instance in chosen)
         self._standing += [(instance, instance.pid) for instance in chosen]
@@ -418,18 +426,41 @@ class Transaction:
         if failure is not None:
             raise failure
 
+    async def _arrive(self, instance: Instance) -> None:
+        """Wait until an instance can be told of a warm patch, or has to start by itself some other time.
+
+        Raises:
+            PatchError: it had a process at the switch, and has none that can work with the new files.
+        """
+        starting = instance.state is State.STARTING
+        # It cannot be told before it has finished starting, and ends by itself if it never does.
+        await instance.wait_until(lambda i: i.state is not State.STARTING)
+        before = self._up.get(instance)
+        if before is None or _is_done(instance):
+            return
+        if starting and not instance.ready:
+            # It may have read the old files, or some of both; its next start reads the new ones only.
+            await instance.wait_until(
+                lambda i: i.state in SETTLED and (i.state is not State.BACKOFF or i.restarts > before)
+            )
+        elif instance.restarts > before:
+            raise _fallen(instance)
+        if not instance.ready:
+            raise _fallen(instance)
+
     async def _start(self) -> None:
         async def start(participant: Participant) -> None:
             began = time.monotonic()
             async with self._step("start", participant.target.name):
-                await self._bring_up(participant)
+                standing = await self._bring_up(participant)
+                # Whoever came up first may have ended while others were still starting.
+                for instance, pid in standing:
+                    self._check_standing(instance, pid)
             for instance in participant.instances:
                 record = participant.records[instance.name]
                 record.told_by, record.reload = "restart", "ok"
                 record.reload_took = time.monotonic() - began
-            self._standing += [
-                (instance, instance.pid) for instance in participant.instances if instance.ready
-            ]
+            self._standing += standing
 
         await together(partial(start, participant) for participant in self.change.participants)
 
@@ -462,12 +493,7 @@ class Transaction:
 
     def _check_standing(self, instance: Instance, pid: int | None) -> None:
         if not instance.ready or instance.pid != pid:
-            why = instance.last_exit.reason if instance.last_exit is not None else instance.detail
-            raise PatchError(
-                f"{instance.name} did not survive probation: {why}",
-                code="patch.probation_failed",
-                instance=instance.name,
-            )
+            raise _fallen(instance)
         if instance.failure is not None:
             raise PatchError(
                 f"{instance.name} said within probation that it has failed: {instance.failure}",
@@ -498,6 +524,8 @@ class Transaction:
                 ) from cause
             with anyio.CancelScope(shield=True):
                 self._note("undo", None, None, cause.message)
+                if undo.touched:
+                    await anyio.to_thread.run_sync(self.before_undo, cause)
                 failures = await undo.unwind()
             if failures:
                 raise RollbackFailedError(
@@ -555,7 +583,8 @@ class Transaction:
 
     async def _reload_back(self) -> None:
         """Tell all of them: those that were told of the change, and those that crashed after the switch and
-        were started again on the new files. Whoever is not running starts on the old ones by itself.
+        were started again on the new files. Whoever is to be tried again starts on the old ones by itself;
+        whoever was given up on the new ones is started.
         """
         if not self._switched:
             return
@@ -563,6 +592,8 @@ class Transaction:
         async def tell(participant: Participant) -> None:
             for instance in participant.instances:
                 await instance.wait_until(lambda i: i.state is not State.STARTING)
+            given_up = [i for i in participant.instances if i in self._up and _is_down(i)]
+            await participant.target.spawn_instances(given_up, "going back", whatever_it_depends_on=True)
             chosen = [instance for instance in participant.instances if instance.ready]
             outcomes = await participant.target.reload_instances(
                 chosen, patch=self.change.patch, build=participant.build_before, changed=participant.changed,
@@ -595,14 +626,29 @@ class Transaction:
     def _concerned(self) -> list[Instance]:
         return [instance for p in self.change.participants for instance in p.instances]
 
-    async def _bring_up(self, participant: Participant) -> None:
+    async def _bring_up(self, participant: Participant) -> list[tuple[Instance, int | None]]:
+        """Start instances, and wait until each is ready; returns them with the processes that were. One of a
+        oneshot may have ended with success instead.
+        """
         await participant.target.spawn_instances(
             participant.instances, f"patch {self.change.patch[:12]}", whatever_it_depends_on=True
         )
+        standing: list[tuple[Instance, int | None]] = []
+
+        async def come_up(instance: Instance) -> None:
+            await participant.target.wait_settled([instance])
+            if instance.ready:
+                standing.append((instance, instance.pid))
+            elif not _is_done(instance):
+                raise StartFailedError(
+                    f"{instance.name} ended before it was ready: {instance.detail}", instance=instance.name
+                )
+
         try:
-            await participant.target.wait_settled(participant.instances)
+            await together(partial(come_up, instance) for instance in participant.instances)
         except StartFailedError as error:
             raise PatchError(error.message, code="patch.start_failed", **error.details) from None
+        return standing
 
     @contextlib.asynccontextmanager
     async def _step(
@@ -644,6 +690,25 @@ class Transaction:
         self._events.emit(
             kind, txn=self.txn, patch=self.change.patch or None, asked_by=self._asked_by, **fields
         )
+
+
+def _is_done(instance: Instance) -> bool:
+    """Whether it has ended as a oneshot is to end."""
+    return instance.config.oneshot and instance.state is State.EXITED
+
+
+def _is_down(instance: Instance) -> bool:
+    """Whether it has ended, and nobody will start it again."""
+    return instance.state in {State.FAILED, State.EXITED} and not _is_done(instance)
+
+
+def _fallen(instance: Instance) -> PatchError:
+    why = instance.last_exit.reason if instance.last_exit is not None else instance.detail
+    return PatchError(
+        f"{instance.name} did not survive probation: {why}",
+        code="patch.probation_failed",
+        instance=instance.name,
+    )
 
 
 def io_failed(error: OSError) -> PatchError:

@@ -2,10 +2,12 @@
 each time.
 
 Keys: "prepare" is go, wait, refuse, never, die or raise; "reload" is ok, fail, never, die or regret (the
-first instance takes it up, and then says that it has failed); "start" is ok, die, mute (not ready as long as
-it says so) or late-die (ends shortly after it was ready); "stop" is ok or never. "build" is what it claims at
-its hello. "instance" and "version" say whom the rest is for; all, when they are missing; with "once" it is
-for whoever comes first, once.
+first instance takes it up, and then says that it has failed); "start" is ok, die, done (ends with success
+before it is ready), mute (not ready as long as it says so), late-die (ends shortly after it was ready),
+uneven (the first instance does so once; no other is ready before it was started again) or picky (not ready,
+and ends as soon as it sees new files; ready after that, on old ones); "stop" is ok or never. "build" is what
+it claims at its hello. "instance" and "version" say whom the rest is for; all, when they are missing; with
+"once" it is for whoever comes first, once.
 """
 
 from __future__ import annotations
@@ -52,6 +54,10 @@ def say(build: int | None) -> None:
     target.status(f"{VERSION} build={build} {content}")
 
 
+def old_files() -> bool:
+    return Path(os.environ["ASYNCSUP_ROOT"], "a.txt").read_text() == "old-a"
+
+
 @target.on_prepare
 async def prepare(patch: Patch) -> PrepareAnswer | None:
     match behaviour("prepare"):
@@ -89,8 +95,8 @@ def abort(patch: Patch) -> None:
 
 
 async def main() -> None:
-    if behaviour("start") == "die":
-        raise SystemExit(9)
+    if behaviour("start") in {"die", "done"}:
+        raise SystemExit(9 if behaviour("start") == "die" else 0)
     done = asyncio.Event()
 
     def stop() -> None:
@@ -104,9 +110,21 @@ async def main() -> None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), 0.02)
                 return
+        fallen = Path("fallen")
+        while behaviour("start") == "picky" and not (old_files() and fallen.exists()):
+            if not old_files():
+                fallen.touch()
+                raise SystemExit(9)
+            await asyncio.sleep(0.02)
+        uneven, first = behaviour("start") == "uneven", str(target.instance).endswith(":0")
+        if uneven and first and fallen.exists():
+            Path("risen").touch()
+        while uneven and not first and not Path("risen").exists():
+            await asyncio.sleep(0.02)
         target.ready()
-        if behaviour("start") == "late-die":
+        if behaviour("start") == "late-die" or (uneven and first and not fallen.exists()):
             await asyncio.sleep(0.1)
+            fallen.touch()
             raise SystemExit(9)
         await done.wait()
 
