@@ -1,19 +1,22 @@
 """A target: its instances, and the queue through which everything that is done to them passes.
 
-One operation at a time, in the order asked, in the target's own task; a slow target delays only itself.
+One operation at a time, in the order asked, in the target's own task; a slow target delays only itself. What
+takes several targets (`hold_all`) begins when all of them are free, and has none of them before.
 `stop` pre-empts: it cancels what is running and what is queued. An operation whose client gives up is
-cancelled. A patch takes the target by `hold` for the length of its transaction.
+cancelled. A patch takes the target by `hold_all` for the length of its transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -68,6 +71,7 @@ class _Operation:
     asked_by: str
     work: Callable[[], Awaitable[Any]]
     future: asyncio.Future[Any]
+    party: _Party
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     cancelled_because: str = "its client gave up"
     began: float = field(default_factory=time.monotonic)
@@ -75,6 +79,27 @@ class _Operation:
     def cancel(self, because: str) -> None:
         self.cancelled_because = because
         self.scope.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class _Party:
+    """Operations, each in the queue of another target, that begin together."""
+
+    operations: dict[Target, _Operation] = field(default_factory=dict)
+    begun: bool = False
+
+    def begin(self) -> bool:
+        """Begin if every target is free; whether it has begun. From then on no target has anything else."""
+        if not self.begun and all(
+            target.is_free_for(operation) for target, operation in self.operations.items()
+        ):
+            self.begun = True
+            self.wake()
+        return self.begun
+
+    def wake(self) -> None:
+        for target in self.operations:
+            target.look_again()
 
 
 class Target:
@@ -167,8 +192,30 @@ class Target:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue:
-                await self._carry_out(self._queue.popleft())
+            while (operation := self._next()) is not None:
+                self._queue.remove(operation)
+                await self._carry_out(operation)
+                self._free_again()
+
+    def _next(self) -> _Operation | None:
+        """The next one to carry out. One that waits for other targets as well lets those behind it pass."""
+        begun = next((operation for operation in self._queue if operation.party.begun), None)
+        return begun or next((operation for operation in self._queue if operation.party.begin()), None)
+
+    def is_free_for(self, operation: _Operation) -> bool:
+        """Whether nothing is being done to it, nor about to be, nor was asked of it alone before."""
+        if self._current is not None or any(other.party.begun for other in self._queue):
+            return False
+        before = itertools.takewhile(lambda other: other is not operation, self._queue)
+        return all(len(other.party.operations) > 1 for other in before)
+
+    def look_again(self) -> None:
+        """Something may have become possible that is in the queue."""
+        self._wake.set()
+
+    def _free_again(self) -> None:
+        for operation in self._queue:
+            operation.party.wake()
 
     async def _carry_out(self, operation: _Operation) -> None:
         if operation.future.done():
@@ -193,35 +240,42 @@ class Target:
         finally:
             self._current = None
 
-    def _enqueue(
-        self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]], *, wait_busy: bool = True
+    def enqueue(
+        self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]], party: _Party | None = None
     ) -> _Operation:
-        """Raises TargetBusyError when something else is going on and ``wait_busy`` is False."""
-        if not wait_busy and (self._current is not None or self._queue):
+        """Queue an operation, for its own or with those of other targets."""
+        party = party or _Party()
+        operation = _Operation(name, asked_by, work, asyncio.get_running_loop().create_future(), party)
+        party.operations[self] = operation
+        self._queue.append(operation)
+        self._wake.set()
+        return operation
+
+    def refuse_if_busy(self) -> None:
+        """Raises TargetBusyError when something is going on, or waits to."""
+        if self._current is not None or self._queue:
             other = self._current or self._queue[0]
             raise TargetBusyError(
                 f"{self.name} is busy: {other.name} for {other.asked_by}, since "
                 f"{time.monotonic() - other.began:.1f} s",
                 operation=other.name,
             )
-        operation = _Operation(name, asked_by, work, asyncio.get_running_loop().create_future())
-        self._queue.append(operation)
-        self._wake.set()
-        return operation
 
     async def _perform(self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]]) -> Any:
-        operation = self._enqueue(name, asked_by, work)
+        operation = self.enqueue(name, asked_by, work)
         try:
             return await operation.future
         finally:
             if not operation.future.done() or operation.future.cancelled():
-                self._withdraw(operation)
+                self.withdraw(operation)
 
-    def _withdraw(self, operation: _Operation) -> None:
+    def withdraw(self, operation: _Operation) -> None:
         """Nobody waits for it any more: it ends if it runs, and never begins if it does not."""
         operation.cancel("its client gave up")
         if operation in self._queue:
             self._queue.remove(operation)
+            self._wake.set()
+            self._free_again()
 
     def _preempt(self, because: str) -> None:
         given_up = [operation for operation in self._queue if operation.name != "stop"]
@@ -231,50 +285,6 @@ class Target:
             self._queue.remove(operation)
         if self._current is not None and self._current.name != "stop":
             self._current.cancel(because)
-
-    @asynccontextmanager
-    async def hold(
-        self, name: str, asked_by: str, *, on_preempt: Callable[[str], None], wait_busy: bool = True
-    ) -> AsyncIterator[None]:
-        """Keep every other operation away for as long as the block runs.
-
-        When a `stop` pre-empts, ``on_preempt`` is called with the reason, and the stop waits until the block
-        has ended: it is expected to put things back first.
-
-        Raises:
-            TargetBusyError: something else is going on and ``wait_busy`` is False.
-        """
-        acquired, released = asyncio.Event(), asyncio.Event()
-
-        async def keep() -> None:
-            acquired.set()
-            try:
-                await released.wait()
-            except asyncio.CancelledError:
-                on_preempt(operation.cancelled_because)
-                with anyio.CancelScope(shield=True):
-                    await released.wait()
-                raise
-
-        operation = self._enqueue(name, asked_by, keep, wait_busy=wait_busy)
-        try:
-            acquiring = asyncio.ensure_future(acquired.wait())
-            try:
-                await asyncio.wait([acquiring, operation.future], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                acquiring.cancel()
-            if not acquired.is_set():
-                await operation.future  # raises: pre-empted while it was queued
-            yield
-        finally:
-            released.set()
-            if not acquired.is_set():
-                self._withdraw(operation)
-                operation.future.cancel()
-            elif operation.future.done() and not operation.future.cancelled():
-                operation.future.exception()  # a pre-emption was reported through on_preempt
-            else:
-                operation.future.add_done_callback(_retrieve)
 
     # --- operations -----------------------------------------------------------------------------------------
 
@@ -400,7 +410,7 @@ class Target:
                 await self.spawn_instances([instance], reason)
                 await self.wait_settled([instance])
 
-        self._enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
+        self.enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
 
     async def run_hook(self, name: str, command: tuple[str, ...], extra: Mapping[str, str]) -> str | None:
         """Run one of the hooks that belong to a patch, as the first instance; why it failed, or None."""
@@ -475,6 +485,68 @@ class Target:
         if (self.wanted, self.held_down) != (wanted, not wanted):
             self.wanted, self.held_down = wanted, not wanted
             self._on_wanted(self.name, wanted)
+
+
+@asynccontextmanager
+async def hold_all(
+    targets: Sequence[Target],
+    name: str,
+    asked_by: str,
+    *,
+    on_preempt: Callable[[str], None],
+    wait_busy: bool = True,
+) -> AsyncIterator[None]:
+    """Keep every other operation away from all targets for as long as the block runs.
+
+    When a `stop` of one pre-empts, ``on_preempt`` is called with the reason, and the stop waits until the
+    block has ended: it is expected to put things back first.
+
+    Raises:
+        TargetBusyError: something else is going on and ``wait_busy`` is False.
+    """
+    acquired, released = asyncio.Event(), asyncio.Event()
+    missing = set(targets)
+    party = _Party()
+
+    async def keep(target: Target) -> None:
+        missing.discard(target)
+        if not missing:
+            acquired.set()
+        try:
+            await released.wait()
+        except asyncio.CancelledError:
+            on_preempt(party.operations[target].cancelled_because)
+            with anyio.CancelScope(shield=True):
+                await released.wait()
+            raise
+
+    if not wait_busy:
+        for target in targets:
+            target.refuse_if_busy()
+    for target in targets:
+        target.enqueue(name, asked_by, partial(keep, target), party)
+    futures = [operation.future for operation in party.operations.values()]
+    try:
+        acquiring = asyncio.ensure_future(acquired.wait())
+        try:
+            await asyncio.wait([acquiring, *futures], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            acquiring.cancel()
+        if not acquired.is_set():
+            for future in futures:
+                if future.done():
+                    await future  # raises: pre-empted while it was queued
+        yield
+    finally:
+        released.set()
+        for target, operation in party.operations.items():
+            if target in missing:
+                target.withdraw(operation)
+                operation.future.cancel()
+            elif operation.future.done() and not operation.future.cancelled():
+                operation.future.exception()  # a pre-emption was reported through on_preempt
+            else:
+                operation.future.add_done_callback(_retrieve)
 
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:

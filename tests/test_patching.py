@@ -175,6 +175,11 @@ class Field:
             f"{name} to say {text!r}",
         )
 
+    def steps(self) -> list[str]:
+        """What every patch so far has done, as events tell."""
+        events = self.client.call("events.since", seq=0)["events"]
+        return [event["step"] for event in events if event["type"] == "patch.step"]
+
     def content(self, name: str) -> dict[str, str]:
         root = self.folder / name
         paths = (path for path in sorted(root.rglob("*")) if path.is_file())
@@ -566,13 +571,10 @@ def test_a_key_that_is_revoked_while_a_patch_waits_does_not_sign_it_any_more(
 
     field.behave("web", prepare="wait")
     with field.applying(package) as outcome:
-        wait_for(
-            lambda: any(e.get("step") == "wait" for e in field.client.call("events.since", seq=0)["events"]),
-            "the target to be asked",
-        )
+        wait_for(lambda: "wait" in field.steps(), "the target to be asked")
         signers.write_text(bob)
         field.behave("web")
-    assert (outcome[0].error_code, outcome[0].exit_status) == ("trust.unknown_key", 21)
+    assert (outcome[0].error_code, outcome[0].remote_exit_status) == ("trust.unknown_key", 21)
     assert outcome[0].details["report"]["verdict"] == "refused"
     assert field.picture("web") == before
 
@@ -959,7 +961,7 @@ def test_an_undecided_patch_is_so_though_that_cannot_be_written_down(field: Fiel
     field.start("web", patch='rollback = "manual"\n')
     field.behave("web", reload="fail")
     with field.applying(field.package("web")) as outcome:
-        wait_for(lambda: field.content("web")["a.txt"] == "new-a", "the switch")
+        wait_for(lambda: "switch" in field.steps(), "the switch")
         with field.no_room():
             field.fail_at("")
             wait_for(lambda: outcome, "the answer")
@@ -1098,6 +1100,25 @@ def test_patches_for_different_targets_run_side_by_side_and_for_the_same_one_in_
     assert field.content("a")["a.txt"] == "old-a"
 
 
+def test_what_waits_for_several_targets_keeps_none_of_them(field: Field) -> None:
+    field.start("a", "b", each={"b": '[target.b.patch]\ncommit = "manual"\n'})
+    first = field.apply(field.package("b"))
+    pid = field.instance("a")["pid"]
+    both = field.package("a", "b", build=400)
+    assert field.refused(both, wait_busy=False).error_code == "target.busy"
+    with field.applying(both) as outcome:
+        wait_for(lambda: field.target("a")["waiting"], "the second patch to wait")
+        assert (field.target("a")["busy"], field.target("b")["busy"]) == (None, "patch")
+        field.client.call("restart", names=["a"], timeout=20)
+        assert field.instance("a")["pid"] != pid
+        field.client.call("patch.abort", id=str(first["txn"]))
+    assert outcome[0]["verdict"] == "uncommitted"
+    assert {field.target(name)["busy"] for name in "ab"} == {"patch"}
+    field.client.call("patch.commit", id=str(outcome[0]["txn"]))
+    field.said("a", "build=400 a.txt=new-a")
+    wait_for(lambda: not any(field.target(name)["busy"] for name in "ab"), "both to be free")
+
+
 # --- the inbox ----------------------------------------------------------------------------------------------
 
 
@@ -1154,6 +1175,24 @@ def test_auto_applies_what_arrives_once_its_digest_is_there(field: Field) -> Non
     (field.serve.inbox / "p.zip.sha256").write_text(f"{checksum}  p.zip\n")
     field.said("web", "build=300 a.txt=new-a")
     wait_for((field.serve.inbox / "applied/p.zip.json").exists, "the report")
+
+
+def test_a_patch_that_waits_in_the_inbox_keeps_none_waiting_for_other_targets(field: Field) -> None:
+    field.start("a", "b", patch="auto = true\n", each={"a": '[target.a.patch]\ncommit = "manual"\n'})
+
+    def drop(package: Path, name: str) -> None:
+        shutil.copy(package, field.serve.inbox / f".{name}")
+        (field.serve.inbox / f".{name}").rename(field.serve.inbox / name)
+
+    drop(field.package("a"), "1.zip")
+    txn = wait_for(lambda: field.target("a")["uncommitted"], "the first to wait for its commit")
+    drop(field.package("a", build=301, before={"a.txt": "new-a"}, files={"a.txt": "x"}), "2.zip")
+    wait_for(lambda: field.target("a")["waiting"], "the second to wait for the first")
+    drop(field.package("b"), "3.zip")
+    field.said("b", "build=300 a.txt=new-a")
+    field.client.call("patch.commit", id=str(txn))
+    field.said("a", "build=301 a.txt=x")
+    wait_for((field.serve.inbox / "applied/3.zip.json").exists, "the report")
 
 
 def test_a_package_can_be_sent_over_the_socket(field: Field) -> None:

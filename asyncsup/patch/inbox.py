@@ -136,6 +136,10 @@ class Inbox:
         await self._arrived.wait()
         self._arrived.clear()
 
+    def look_again(self) -> None:
+        """Something that came was not dealt with."""
+        self._arrived.set()
+
     def _state_of(self, name: str) -> str:
         path = self.folder / name
         if not is_regular(path):

@@ -69,7 +69,7 @@ from asyncsup.patch.transaction import Change, Participant, Progress, Transactio
 from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
 from asyncsup.patch.way_back import Extent, Stacks, goals_of_patch, goals_of_target
-from asyncsup.target import Target
+from asyncsup.target import Target, hold_all
 
 if TYPE_CHECKING:
     from asyncsup.supervisor import Supervisor
@@ -193,6 +193,22 @@ class _Job:
     def is_called(self, reference: str) -> bool:
         """Whether a transaction's number, or the beginning of a patch's id, means this job."""
         return _is_called(reference, self.report.txn, self.report.patch)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Arriving:
+    """A package of the inbox that is being applied, or waits for others that share targets with it.
+
+    Attributes:
+        file: what lay there when it was begun with.
+        changed: something else does by now, and wants to be looked at.
+        done: applied or refused, or waiting for its commit.
+    """
+
+    targets: frozenset[str]
+    file: tuple[Any, ...]
+    changed: bool = False
+    done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 Work = Callable[[_Job, Sequence[Target]], Awaitable[Verdict]]
@@ -590,7 +606,7 @@ class PatchOverseer:
         target = self._known(name)
         release = partial(self._store.release, target.name, by=actor.to_json())
         try:
-            async with target.hold("release", str(actor), on_preempt=lambda _: None):
+            async with hold_all([target], "release", str(actor), on_preempt=lambda _: None):
                 return await anyio.to_thread.run_sync(release)
         except AsyncsupError as error:
             self._store.note(
@@ -603,22 +619,46 @@ class PatchOverseer:
             raise
 
     async def apply_arrivals(self) -> None:
-        """Apply what comes into the inbox, in order of build, until cancelled (``[patch] auto``)."""
-        while True:
-            await self._supervisor.inbox.changed()
-            try:
-                listing = await self.inbox()
-            except OSError as error:
-                log.warning("the inbox cannot be read: %s", error)
-                continue
-            ready = [entry for entry in listing["inbox"] if entry["state"] == "complete"]
-            for entry in sorted(ready, key=lambda entry: int(entry["build"])):
+        """Apply what comes into the inbox until cancelled (``[patch] auto``): in order of build what shares
+        targets, and side by side what does not.
+        """
+        under_way: dict[str, _Arriving] = {}
+        async with anyio.create_task_group() as tasks:
+            while True:
+                await self._supervisor.inbox.changed()
                 try:
-                    await self._apply_arrival(entry["file"])
-                except (AsyncsupError, OSError) as error:
-                    log.warning("%s: %s", entry["file"], error)
-                except Exception:
-                    log.exception("%s was not applied", entry["file"])
+                    listing = await self.inbox()
+                except OSError as error:
+                    log.warning("the inbox cannot be read: %s", error)
+                    continue
+                ready = [entry for entry in listing["inbox"] if entry["state"] == "complete"]
+                for entry in sorted(ready, key=lambda entry: int(entry["build"])):
+                    name = entry["file"]
+                    file = (identity_of(self._supervisor.inbox.folder / name), entry["checksum"])
+                    if name in under_way:
+                        under_way[name].changed |= under_way[name].file != file
+                        continue
+                    targets = frozenset(entry["targets"] or [target.name for target in self._with_root()])
+                    before = [other.done for other in under_way.values() if other.targets & targets]
+                    under_way[name] = _Arriving(targets=targets, file=file)
+                    tasks.start_soon(self._apply_in_turn, name, before, under_way)
+
+    async def _apply_in_turn(
+        self, name: str, before: Sequence[asyncio.Event], under_way: dict[str, _Arriving]
+    ) -> None:
+        try:
+            for other in before:
+                await other.wait()
+            await self._apply_arrival(name)
+        except (AsyncsupError, OSError) as error:
+            log.warning("%s: %s", name, error)
+        except Exception:
+            log.exception("%s was not applied", name)
+        finally:
+            mine = under_way.pop(name)
+            mine.done.set()
+            if mine.changed:
+                self._supervisor.inbox.look_again()
 
     async def _apply_arrival(self, name: str) -> None:
         source = self.source(path=None, upload=None, name=name, sha256=None, crc32=None)
@@ -812,11 +852,9 @@ class PatchOverseer:
         async with AsyncExitStack() as holds:
             for target in targets:
                 holds.callback(self._supervisor.end_if_essential_is_down, target)
-            # In one order everywhere: two patches that share targets cannot wait for each other.
-            for target in sorted(targets, key=lambda target: target.name):
-                await holds.enter_async_context(
-                    target.hold(label, str(wish.actor), on_preempt=job.cancel, wait_busy=wish.wait_busy)
-                )
+            await holds.enter_async_context(
+                hold_all(targets, label, str(wish.actor), on_preempt=job.cancel, wait_busy=wish.wait_busy)
+            )
             for target in targets:
                 await anyio.to_thread.run_sync(self._store.tidy_up, target.name)
             await step_failpoint("overseer.gates")
