@@ -34,7 +34,7 @@ from asyncsup.errors import (
 from asyncsup.events import EventStream, timestamp
 from asyncsup.failpoints import step_failpoint
 from asyncsup.instance import Instance
-from asyncsup.lifecycle import State
+from asyncsup.lifecycle import ALIVE, State
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.store import Store
 from asyncsup.target import SETTLED, Target
@@ -179,8 +179,8 @@ class Transaction:
         self._told: set[str] = set()
         self._standing: list[tuple[Instance, int | None]] = []
         """Who took the change up, and with which process: they must stay until the commit."""
-        self._up: dict[Instance, int] = {}
-        """Who had a process at the switch of a warm patch, after how many restarts."""
+        self._up: dict[Instance, tuple[State, int]] = {}
+        """Who was up at the switch of a warm patch: starting or ready, and after how many restarts."""
         self._switched = False
         self._in_force = False
         """It has switched, and no `Undo` has been taken."""
@@ -387,7 +387,7 @@ class Transaction:
         async with self._step("switch") as step:
             self._switched = True
             if self.change.kind is Kind.WARM:
-                self._up = {i: i.restarts for i in self._concerned if i.pid is not None}
+                self._up = {i: (i.state, i.restarts) for i in self._concerned if i.state in ALIVE}
             await anyio.to_thread.run_sync(self._store.switch, self.txn)
             names = ", ".join(participant.target.name for participant in self.change.participants)
             step["detail"] = f"one rename for {names}"
@@ -427,18 +427,17 @@ class Transaction:
             raise failure
 
     async def _arrive(self, instance: Instance) -> None:
-        """Wait until an instance can be told of a warm patch, or has to start by itself some other time.
+        """Wait until an instance can be told of a warm patch, or starts by itself some other time.
 
         Raises:
-            PatchError: it had a process at the switch, and has none that can work with the new files.
+            PatchError: it was up at the switch, and cannot work with the new files.
         """
-        starting = instance.state is State.STARTING
         # It cannot be told before it has finished starting, and ends by itself if it never does.
         await instance.wait_until(lambda i: i.state is not State.STARTING)
-        before = self._up.get(instance)
-        if before is None or _is_done(instance):
+        if instance not in self._up or _is_done(instance):
             return
-        if starting and not instance.ready:
+        state, before = self._up[instance]
+        if state is State.STARTING:
             # It may have read the old files, or some of both; its next start reads the new ones only.
             await instance.wait_until(
                 lambda i: i.state in SETTLED and (i.state is not State.BACKOFF or i.restarts > before)
