@@ -1103,9 +1103,15 @@ def test_patches_for_different_targets_run_side_by_side_and_for_the_same_one_in_
 def test_what_waits_for_several_targets_keeps_none_of_them(field: Field) -> None:
     field.start("a", "b", each={"b": '[target.b.patch]\ncommit = "manual"\n'})
     first = field.apply(field.package("b"))
-    pid = field.instance("a")["pid"]
     both = field.package("a", "b", build=400)
     assert field.refused(both, wait_busy=False).error_code == "target.busy"
+    with field.applying(both) as outcome:
+        wait_for(lambda: field.target("a")["waiting"], "the second patch to wait")
+        field.client.call("stop", names=["a"])
+    assert outcome[0].error_code == "request.cancelled"
+    assert field.target("b")["waiting"] == []
+    field.client.call("start", names=["a"])
+    pid = field.said("a", "old-a")["pid"]
     with field.applying(both) as outcome:
         wait_for(lambda: field.target("a")["waiting"], "the second patch to wait")
         assert (field.target("a")["busy"], field.target("b")["busy"]) == (None, "patch")
