@@ -22,8 +22,13 @@ def identity(status: os.stat_result) -> str:
 
 
 def same_file(first: str, second: str | None) -> bool:
-    """Whether two identities, taken while neither was removed, are of one file, written to or not."""
-    return second is not None and first.partition(":")[0] == second.partition(":")[0]
+    """Whether two identities, taken while neither was removed, are of one file, written to or not; or of a
+    file and an exact copy of it, as in a state directory that was restored."""
+    if second is None:
+        return False
+    inode, _, content = first.partition(":")
+    other_inode, _, other_content = second.partition(":")
+    return inode == other_inode or content == other_content
 
 
 def split(path: str) -> tuple[Sequence[str], str]:

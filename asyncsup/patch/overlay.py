@@ -194,6 +194,9 @@ class OverlayRoot:
                     if there is None or (same and not os.path.samestat(there, status)):
                         fs.unlink_quietly(_ADOPTED, inner)
                         return None
+                    if not same:
+                        # It is seen behind the pointer at once, before any barrier.
+                        _sync(_ADOPTED, inner)
                     os.rename(_ADOPTED, name, src_dir_fd=inner, dst_dir_fd=inner)
                     # Two names of one file are both left by a rename.
                     fs.unlink_quietly(_ADOPTED, inner)
@@ -352,6 +355,14 @@ class OverlayRoot:
             code="gate.drift",
             target=self.target,
         )
+
+
+def _sync(name: str, folder: int) -> None:
+    fd = os.open(name, fs.READ, dir_fd=folder)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _is_in(generation: int, folders: Sequence[str], name: str, status: os.stat_result) -> bool:
