@@ -1,0 +1,82 @@
+"""Whenever the power goes, whatever of the unsynced has reached the disk by then: every target is wholly old
+or wholly new, all targets alike, before recovery and after it; what was reported is never lost; and recovery
+may lose its power as well.
+
+What is looked at is the real store, its system calls recorded by strace (`power_model.py` says which states
+of a disk they can lead to), and the real recovery on the states found. By default it is a sample, the same
+each time; ``ASYNCSUP_TESTS=all`` looks at every moment, and recovers every state.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Final
+
+import pytest
+from power_kit import Counts, Effort, explore, record
+from power_plays import PLAYS, Play, Scene
+from store_kit import memory_folder
+from traced import require_strace
+
+pytestmark = pytest.mark.timeout(900)
+
+EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
+WORKERS: Final = len(os.sched_getaffinity(0))
+
+_SECOND: Final = Effort(moments=8, samples=1, recovered=3)
+SAMPLE: Final = Effort(moments=30, samples=1, recovered=6, interrupted=(1, 1), inner=_SECOND)
+"""For each worker and play."""
+
+ALL: Final = Effort(
+    moments=None,
+    samples=8,
+    recovered=None,
+    interrupted=(40, 40),
+    inner=Effort(
+        moments=None,
+        samples=2,
+        recovered=40,
+        interrupted=(4, 4),
+        inner=Effort(moments=None, samples=1, recovered=20),
+    ),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strace() -> None:
+    require_strace()
+
+
+def in_workers(task: Callable[[int], Any]) -> list[Any]:
+    """What `task` makes of 0, 1, 2..., each in a process of its own."""
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"), logging.disable) as pool:
+        return list(pool.map(task, range(WORKERS)))
+
+
+def lose_power(play: Play, worker: int) -> Counts:
+    with memory_folder() as base:
+        recording = record(Scene.of(play, base / "scene"), play)
+        dice = random.Random(f"{play} {worker}")
+        return explore(recording, ALL if EVERYTHING else SAMPLE, dice, share=worker, of=WORKERS)
+
+
+@pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.name.replace(" ", "_"))
+def test_power_loss_leaves_all_targets_old_or_all_new(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
+    total = Counts()
+    for counts in in_workers(functools.partial(lose_power, play)):
+        total += counts
+    with capsys.disabled():
+        print(
+            f"\n{play}: {total.states} states, {total.recovered} of them recovered, "
+            f"{total.recoveries} recoveries interrupted ",
+            end="",
+        )
+    assert total.states > 50
+    assert total.recovered > 8
+    assert total.recoveries > 1
