@@ -379,7 +379,9 @@ def test_a_kill_at_any_point_leaves_every_target_wholly_old_or_wholly_new(
         recovered = scene.files()
         assert recovered in play.allowed, point
         if play.action in APPLYING and "commit.recorded" not in point:
-            after_commit = "commit.tidied" in point or "finish.recorded" in point
+            # Links go when everything is confirmed.
+            after = ("unlink.taken", "commit.tidied", "finish.recorded")
+            after_commit = any(name in point for name in after)
             assert recovered == play.allowed[-1 if after_commit else 0], point
         if store.undecided():
             assert recovered == SECOND, point
@@ -456,6 +458,7 @@ def test_an_error_at_any_point_is_undone_without_a_restart(
             assert point.split(":")[0] in {
                 "store.commit.recorded",
                 "store.commit.tidied",
+                "store.unlink.taken",
                 "store.carry.linked",
             }, point
         undone = failed or play.action is play_undo

@@ -30,7 +30,9 @@ from asyncsup.errors import (
     PatchMalformedError,
     PatchRefusedError,
 )
+from asyncsup.patch import fs
 from asyncsup.patch.guarded import Guarded
+from asyncsup.patch.look import aside
 from asyncsup.patch.manifest import FileChange, Op
 from asyncsup.patch.package import Package
 from asyncsup.patch.store import FilePlan, Layout, Store, TargetRoot
@@ -250,6 +252,76 @@ def test_a_leaf_the_program_has_replaced_is_detached(bench: Callable[..., Bench]
     assert seen(b.root)["app.json"] == b"saved by the program"
     apply(b.store, patch)
     assert seen(b.root)["app.json"] == b"three"
+
+
+def save(path: Path, content: bytes) -> None:
+    """As programs save: another file takes the name in one step."""
+    path.with_name(".saving").write_bytes(content)
+    path.with_name(".saving").replace(path)
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["once", "twice"])
+def test_what_the_program_saves_where_a_link_is_about_to_be_removed_stays(
+    newer: bool, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(Layout.OVERLAY)
+    txn = staged(b.store, b.patch(300, deleted=["app.json"]))
+    b.store.switch(txn)
+    name, rename = b.root / "app.json", os.rename
+    saved: list[bytes] = []
+
+    def meddling(source: str, destination: str, **folders: Any) -> None:
+        meddles = source == "app.json" and not saved
+        if meddles:
+            saved.append(b"first")
+            save(name, b"first")
+        rename(source, destination, **folders)
+        if meddles and newer:
+            saved.append(b"second")
+            save(name, b"second")
+
+    monkeypatch.setattr(os, "rename", meddling)
+    b.store.commit(txn)
+    assert name.read_bytes() == saved[-1]
+    assert leftovers(b.root) == []
+
+
+def test_what_was_taken_away_when_a_crash_came_is_looked_at_again(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    txn = staged(b.store, b.patch(300, deleted=["app.json", "run.sh"]))
+    b.store.switch(txn)
+    for name in ("app.json", "run.sh"):
+        (b.root / name).rename(b.root / aside("gone", name))
+    (b.root / aside("gone", "app.json")).unlink()
+    (b.root / aside("gone", "app.json")).write_bytes(b"saved by the program")
+    b.store.commit(txn)
+    assert seen(b.root)["app.json"] == b"saved by the program"
+    assert not (b.root / "run.sh").is_symlink()
+    assert leftovers(b.root) == []
+
+
+@pytest.mark.parametrize("linkable", [True, False], ids=["linked", "copied"])
+@pytest.mark.parametrize("saves", [False, True], ids=["quiet", "saves"])
+def test_a_file_brought_home_takes_the_place_of_its_link_and_of_nothing_newer(
+    saves: bool, linkable: bool, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(Layout.OVERLAY)
+    txn = staged(b.store, b.patch(300, deleted=["app.json"]))
+    b.store.switch(txn)
+    (b.root / "app.json").write_bytes(b"made through the link")
+    exchange, link = fs.exchange, fs.link
+
+    def meddling(first: str, second: str, **folders: Any) -> None:
+        if saves and second == "app.json":
+            monkeypatch.setattr(fs, "exchange", exchange)
+            save(b.root / "app.json", b"saved since")
+        exchange(first, second, **folders)
+
+    monkeypatch.setattr(fs, "exchange", meddling)
+    monkeypatch.setattr(fs, "link", lambda *names: linkable and link(*names))
+    b.store.commit(txn)
+    assert (b.root / "app.json").read_bytes() == (b"saved since" if saves else b"made through the link")
+    assert leftovers(b.root) == []
 
 
 @both_layouts

@@ -40,6 +40,7 @@ REMOVAL_ATTEMPTS: Final = 8
 CROSS_DEVICE: Final = errno.EXDEV
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 _RENAME_EXCHANGE: Final = 2
+_RENAME_NOREPLACE: Final = 1
 _SYS_RENAMEAT2: Final = {
     "x86_64": 316,
     "aarch64": 276,
@@ -68,7 +69,20 @@ def exchange(first: str, second: str, *, first_dir: int, second_dir: int) -> Non
     Raises:
         OSError: EINVAL or ENOSYS where the file system or kernel cannot do it, EXDEV across file systems.
     """
-    arguments = (first_dir, os.fsencode(first), second_dir, os.fsencode(second), _RENAME_EXCHANGE)
+    _renameat2(first, second, first_dir, second_dir, _RENAME_EXCHANGE)
+
+
+def rename_new(name: str, new: str, directory: int) -> None:
+    """Rename within a folder, unless something has the new name.
+
+    Raises:
+        FileExistsError: something has; nothing was changed.
+    """
+    _renameat2(name, new, directory, directory, _RENAME_NOREPLACE)
+
+
+def _renameat2(first: str, second: str, first_dir: int, second_dir: int, flags: int) -> None:
+    arguments = (first_dir, os.fsencode(first), second_dir, os.fsencode(second), flags)
     if hasattr(_libc, "renameat2"):
         result = _libc.renameat2(*arguments)
     elif (number := _SYS_RENAMEAT2.get(platform.machine())) is not None:

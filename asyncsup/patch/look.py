@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,11 @@ from asyncsup.patch.plan import Found, PlanError, Presence
 
 TEMPORARY_PREFIX: Final = ".asyncsup~"
 """Names beside a program's files that exist only while something is being swapped."""
+
+
+def aside(why: str, path: str) -> str:
+    """A name in the folder of `path` that is used for nothing else: recovery must know what it finds."""
+    return f"{TEMPORARY_PREFIX}{why}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
 
 
 def identity(status: os.stat_result) -> str:

@@ -20,9 +20,9 @@ from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
-from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, identity, presence_of, regular, split
+from asyncsup.patch.look import TEMPORARY_PREFIX, aside, blocked, identity, presence_of, regular, split
 from asyncsup.patch.plan import Found, Presence
-from asyncsup.patch.swap import put
+from asyncsup.patch.swap import put, take_away
 
 ADOPTION_ATTEMPTS: Final = 8
 _ADOPTED: Final = f"{TEMPORARY_PREFIX}adopted"
@@ -253,15 +253,20 @@ class OverlayRoot:
                             target=self.target,
                         ) from None
 
-    def unlink(self, path: str, durability: fs.Durability) -> None:
-        """Remove a leaf link, if it is ours; anything else under the name is the program's."""
+    def unlink(self, path: str, durability: fs.Durability) -> bool:
+        """Remove a leaf link, if it is ours; anything else under the name is the program's, also what it puts
+        there in this very moment. Whether it was removed."""
         with (
             contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
             self._folder_of(path) as (folder, name),
         ):
-            if fs.link_text(name, folder) == self.text(path):
-                os.unlink(name, dir_fd=folder)
-                durability.directory(folder)
+            ours = self.text(path)
+            removed = take_away(
+                name, aside("gone", path), folder, lambda name: fs.link_text(name, folder) == ours
+            )
+            durability.directory(folder)
+            return removed
+        return False
 
     def remove_folders(self, paths: Sequence[str], durability: fs.Durability) -> None:
         """Remove folders that were made for a patch and are empty (again)."""
@@ -322,23 +327,29 @@ class OverlayRoot:
             return done
 
     def bring_home(self, path: str, generation: int, durability: fs.Durability) -> bool:
-        """A file the program has created through a link that dangled: move it to where it meant to put it."""
+        """A file the program has created through a link that dangled: move it to where it meant to put it,
+        unless it has put something else there since."""
         folders, name = split(path)
+        temporary = aside("home", path)
         try:
             with fs.below(generation, folders) as inner, self._folder_of(path) as (folder, _):
-                if fs.lstat(name, inner) is None or fs.link_text(name, folder) != self.text(path):
+                fs.unlink_quietly(temporary, folder)
+                meant, there = fs.lstat(name, inner), fs.lstat(name, folder)
+                if meant is None or there is None:
                     return False
-                try:
-                    os.rename(name, name, src_dir_fd=inner, dst_dir_fd=folder)
-                except OSError as error:
-                    if error.errno != fs.CROSS_DEVICE:
-                        raise
-                    temporary = f"{TEMPORARY_PREFIX}home"
+                if not os.path.samestat(meant, there):  # as they are when a crash has cut this off
+                    if fs.link_text(name, folder) != self.text(path):
+                        return False
+                    if not fs.link(name, inner, temporary, folder):
+                        fs.copy(name, inner, temporary, folder, durability)
+                        durability.barrier()
+                    done = put(name, temporary, folder, lambda status: os.path.samestat(status, there))
                     fs.unlink_quietly(temporary, folder)
-                    fs.copy(name, inner, temporary, folder, durability)
-                    os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-                    os.unlink(name, dir_fd=inner)
+                    if not done:
+                        return False
                 durability.directory(folder)
+                durability.barrier()
+                os.unlink(name, dir_fd=inner)
         except (FileNotFoundError, fs.BlockedPathError):
             return False
         return True

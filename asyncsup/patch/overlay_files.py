@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -14,7 +13,7 @@ from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow, KeptRow, PartRow
-from asyncsup.patch.look import TEMPORARY_PREFIX, identity, same_file, split
+from asyncsup.patch.look import aside, identity, same_file, split
 from asyncsup.patch.manifest import DEFAULT_MODE, FileChange
 from asyncsup.patch.overlay import Home, OverlayRoot
 from asyncsup.patch.plan import Found, PlanError, Presence
@@ -36,7 +35,6 @@ MOUNTED: Final = Found(
 )
 PUT_IN_PLACE: Final = "was put there by somebody, in place of what a patch had made of it"
 REMOVED: Final = "was delivered by a patch and has since been removed"
-_RELEASED: Final = f"{TEMPORARY_PREFIX}released"
 
 
 class OverlayFiles(TargetFiles):
@@ -198,13 +196,15 @@ class OverlayFiles(TargetFiles):
         links = {}
         with fs.opened(self.state.generation(self.name, number)) as generation:
             for path, mode in modes.items():
-                link = root.copy_beside(path, _beside(path), generation, mode, durability, own=path in own)
+                link = root.copy_beside(
+                    path, aside("released", path), generation, mode, durability, own=path in own
+                )
                 if link is not None:
                     links[path] = link
         durability.barrier()
         failpoint("store.release.copied")
         for path, link in links.items():
-            if root.put_copy(path, _beside(path), link, durability):
+            if root.put_copy(path, aside("released", path), link, durability):
                 yield path
 
     def _share_all(
@@ -425,7 +425,7 @@ class OverlayFiles(TargetFiles):
             self._settle_adoption({change.path for change in changes if change.adopts}, part, root, source)
             for kept in self.database.kept(self.name, part.destination).values():
                 if kept.txn == part.txn:
-                    root.settle_copy(kept.path, _beside(kept.path), source, durability)
+                    root.settle_copy(kept.path, aside("released", kept.path), source, durability)
             there = present(self.database.files(self.name, part.source))
             for change in changes:
                 if change.path not in there:
@@ -518,12 +518,6 @@ class OverlayFiles(TargetFiles):
             yield self.state.overlay(self.row, fd)
         finally:
             os.close(fd)
-
-
-def _beside(path: str) -> str:
-    """Where a file is made that is to take the place of a leaf link. A name of its own for each path:
-    recovery must know which file one it finds is of."""
-    return f"{_RELEASED}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
 
 
 def _adopted_row(path: str, status: os.stat_result, found: Found | None, generation: int) -> FileRow:

@@ -28,6 +28,7 @@ from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.pointer import CURRENT
 from asyncsup.patch.statedir import OVERLAY, PERSIST, StateDirectory, lock_holder
 from asyncsup.patch.store import Store
+from asyncsup.patch.swap import put, same_as
 from asyncsup.patch.target_files import present
 from asyncsup.patch.tree import Form
 
@@ -508,17 +509,22 @@ class _Repair:
         with self._beside(finding) as (folder, name):
             if not is_torn(name, folder, self.state.path, f"{CURRENT}/{finding.target}/{finding.path}"):
                 raise _CannotMendError("it has changed meanwhile")
-            before = fs.link_text(name, folder)
+            before, status = fs.link_text(name, folder), os.stat(name, dir_fd=folder, follow_symlinks=False)
             fs.unlink_quietly(_TEMPORARY, folder)
             os.symlink(self._text(finding), _TEMPORARY, dir_fd=folder)
-            os.rename(_TEMPORARY, name, src_dir_fd=folder, dst_dir_fd=folder)
+            done = put(name, _TEMPORARY, folder, same_as(status))
+            fs.unlink_quietly(_TEMPORARY, folder)
+        if not done:
+            raise _CannotMendError("it has changed meanwhile")
         return f"link made anew; it led to {before}"
 
     def _unlink_leaf(self, finding: Finding) -> str:
-        with self._beside(finding) as (folder, name):
-            if fs.link_text(name, folder) != self._text(finding):
-                raise _CannotMendError("it has changed meanwhile")
-            os.unlink(name, dir_fd=folder)
+        row = self.state.database.target(_given(finding.target))
+        with fs.opened(row.root) as root, fs.Durability(self.state.fd, root) as durability:
+            removed = self.state.overlay(row, root).unlink(_given(finding.path), durability)
+            durability.barrier()
+        if not removed:
+            raise _CannotMendError("it has changed meanwhile")
         return "link removed"
 
     def _remove_temporary(self, finding: Finding) -> str:
