@@ -29,7 +29,9 @@ from step_kit import (
     ALL_VARIANTS,
     APPLY,
     FIRST_APPLY,
+    KEEPING,
     OLD,
+    OVERWRITING,
     PAIRWISE,
     PATIENCE,
     PLAYS,
@@ -59,6 +61,8 @@ pytestmark = pytest.mark.timeout(3600)
 EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 VARIANTS: Final = ALL_VARIANTS if EVERYTHING else PAIRWISE
 FAULTS: Final = ("kill", "error", "hang")
+ESPECIALLY: Final = (APPLY, OVERWRITING, KEEPING)
+"""Plays that are there for the points which no other passes."""
 AT_ONCE: Final = len(os.sched_getaffinity(0)) + 1
 """Scenes at the same time: each waits a good deal for processes that start."""
 
@@ -137,10 +141,10 @@ def select(dries: Sequence[Dry], fault: str) -> list[Series]:
             if dry.play is play:
                 for point in dry.points():
                     found.setdefault(point, []).append(dry)
-        if play is APPLY and not EVERYTHING:
-            # What a first apply passes as well is failed there.
+        if play in ESPECIALLY and not EVERYTHING:
+            # What is passed elsewhere as well is failed there.
             for dry in dries:
-                for point in dry.points() if dry.play is FIRST_APPLY else ():
+                for point in dry.points() if dry.play not in ESPECIALLY else ():
                     found.pop(point, None)
         for number, (point, candidates) in enumerate(sorted(found.items())):
             for dry in candidates if EVERYTHING else [_choose(candidates, number, fault)]:

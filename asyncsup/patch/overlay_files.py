@@ -19,6 +19,7 @@ from asyncsup.patch.overlay import Home, OverlayRoot
 from asyncsup.patch.plan import Found, PlanError, Presence
 from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
+    Carried,
     PatchSource,
     Planned,
     Progress,
@@ -374,11 +375,17 @@ class OverlayFiles(TargetFiles):
 
     # --- around the switch ----------------------------------------------------------------------------------
 
-    def carry(self, part: PartRow) -> list[str]:
-        return []  # What the program writes stays in the root, whatever the generation.
+    def carry(self, part: PartRow) -> Carried:
+        return Carried([], {})  # What the program writes stays in the root, whatever the generation.
 
-    def carry_back(self, part: PartRow) -> list[str]:
+    def carry_back(self, part: PartRow) -> Carried:
+        return Carried([], {})
+
+    def follow_up(self, part: PartRow, seen: Mapping[str, str], *, back: bool = False) -> list[str]:
         return []
+
+    def verify_switched(self, part: PartRow) -> None:
+        self.verify(part)
 
     def verify(self, part: PartRow) -> None:
         assert part.destination is not None

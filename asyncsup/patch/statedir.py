@@ -273,6 +273,16 @@ class StateDirectory:
             os.close(fd)
         return True
 
+    def move_to_saved(self, target: str, number: int, label: str) -> None:
+        """Put a whole generation where copies are, in the place of the empty folder `label`. Harmless when it
+        is there already."""
+        self.discard_bytecode(target, number)
+        with fs.opened(self.path / SAVED / target) as there, fs.opened(self.generations(target)) as home:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(str(number), label, src_dir_fd=home, dst_dir_fd=there)
+            os.fsync(there)
+            os.fsync(home)
+
     def discard_bytecode(self, target: str, number: int) -> None:
         """Remove what Python has compiled of a generation. A program that still runs on it compiles again."""
         with contextlib.suppress(FileNotFoundError), fs.opened(self.path / PYCACHE / target) as folder:

@@ -60,7 +60,7 @@ from asyncsup.patch.overlay_files import OverlayFiles
 from asyncsup.patch.plan import FilePlan, Policy
 from asyncsup.patch.space import Need
 from asyncsup.patch.statedir import StateDirectory
-from asyncsup.patch.target_files import PatchSource, Progress, TargetFiles, present
+from asyncsup.patch.target_files import Carried, PatchSource, Progress, TargetFiles, present
 from asyncsup.patch.tree_files import TreeFiles
 from asyncsup.patch.way_back import Layer
 
@@ -214,7 +214,7 @@ class Store:
         self._state = state
         self._database = state.database
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
-        self._carried: set[tuple[int, str]] = set()
+        self._carried: dict[tuple[int, str], Carried] = {}
         self._live: set[int] = set()
         """The transactions that somebody carries out. One that is open all the same was left half done."""
         self._unwritten: dict[int, dict[str, Any]] = {}
@@ -854,16 +854,20 @@ class Store:
         """
         with self._locks[target], self._reporting(target):
             carried = self._files(target).carry(self._database.part(txn, target))
-            self._carried.add((txn, target))
+            self._carried[txn, target] = carried
             # A program's file names are any bytes; these are for people and for JSON.
-            return [os.fsencode(path).decode(errors="replace") for path in carried]
+            return [os.fsencode(path).decode(errors="replace") for path in carried.paths]
 
     def switch(self, txn: int) -> None:
         """Move all targets of the transaction to their staged generations, in one rename.
 
+        What a program saves meanwhile is brought along; a file of the patch itself is not: whose save came
+        first nobody could say.
+
         Raises:
-            PatchRefusedError: a root is not as it was when it was staged; nothing has moved.
-            PatchError: ``patch.io_failed``. The pointer may have moved: `switch_back` is needed.
+            PatchRefusedError: a root is not as it was when it was staged.
+            PatchError: ``patch.io_failed``.
+            After each of them the pointer may have moved: `switch_back` is needed.
         """
         with self._holding(txn) as parts:
             row = self._database.transaction(txn)
@@ -887,6 +891,13 @@ class Store:
                 )
                 self._advance(txn, Phase.SWITCHED, "txn.switched")
                 failpoint("store.switch.recorded")
+            for part in parts:
+                with self._reporting(part.target):
+                    files = self._files(part.target)
+                    late = files.follow_up(part, self._carried.pop((txn, part.target)).seen)
+                    if late:
+                        self.record(txn, "carry", target=part.target, detail=f"{len(late)} files, late")
+                    files.verify_switched(part)
 
     def switch_back(self, txn: int) -> None:
         """Move this transaction's targets, and no others, back to where they were; harmless if it never
@@ -904,11 +915,12 @@ class Store:
             with self._reporting(", ".join(part.target for part in parts)):
                 switched = self._is_switched(parts)
                 if switched:
-                    self._carry_back(parts)
+                    carried = self._carry_back(parts)
                     self._state.pointer.flip(
                         {part.target: self._state.entry(part.target, part.source) for part in parts},
                         point="store.switch_back",
                     )
+                    self._follow_back(carried)
                 if switched or row.phase is Phase.SWITCHED:
                     self._advance(txn, Phase.SWITCHED_BACK, "txn.switched_back")
                     failpoint("store.switch_back.recorded")
@@ -922,17 +934,35 @@ class Store:
             self._database.update_transaction(txn, phase=phase)
             self._database.record(event, txn=txn)
 
-    def _carry_back(self, parts: Sequence[PartRow]) -> None:
+    def _carry_back(self, parts: Sequence[PartRow]) -> list[tuple[PartRow, Carried]]:
+        done = []
         for part in parts:
             try:
                 carried = self._files(part.target).carry_back(part)
             except (OSError, AsyncsupError) as error:
-                # Going back must not depend on it; what could not be brought along is said, and kept.
-                log.error("%s: cannot carry back what the program wrote: %s", part.target, error)  # noqa: TRY400
-                self.record(part.txn, "carry back", target=part.target, detail=f"failed: {error}")
+                self._leave(part, error)
                 continue
-            if carried:
-                self.record(part.txn, "carry back", target=part.target, detail=f"{len(carried)} files")
+            done.append((part, carried))
+            if carried.paths:
+                self.record(part.txn, "carry back", target=part.target, detail=f"{len(carried.paths)} files")
+        return done
+
+    def _follow_back(self, carried: Sequence[tuple[PartRow, Carried]]) -> None:
+        for part, found in carried:
+            try:
+                late = self._files(part.target).follow_up(part, found.seen, back=True)
+            except (OSError, AsyncsupError) as error:
+                self._leave(part, error)
+                continue
+            if late:
+                self.record(part.txn, "carry back", target=part.target, detail=f"{len(late)} files, late")
+
+    def _leave(self, part: PartRow, why: Exception) -> None:
+        """Going back does not depend on what could not be brought along; it is said, and kept."""
+        place = self._files(part.target).leave(part)
+        detail = f"failed: {why}; all of it is in {place}"
+        log.error("%s: carrying back what the program wrote %s", part.target, detail)
+        self.record(part.txn, "carry back", target=part.target, detail=detail)
 
     def commit(self, txn: int) -> None:
         """Confirm the transaction, durably: from here on nothing undoes it but a rollback.
@@ -990,7 +1020,7 @@ class Store:
             self._files(part.target).note_overwritten(part)
             self._files(part.target).tidy(part)
             failpoint("store.commit.tidied")
-            self._carried.discard((txn, part.target))
+            self._carried.pop((txn, part.target), None)
         self._database.update_transaction(txn, cleaned=True, durable=False)
 
     def abort(self, txn: int, reason: str | None = None) -> None:
@@ -1011,7 +1041,7 @@ class Store:
                 for path in rescued:
                     copy = self._state.saved(part.target, f"{txn}-undone") / path
                     self.record(txn, "rescue", target=part.target, detail=f"{path} was written to: {copy}")
-                self._carried.discard((txn, part.target))
+                self._carried.pop((txn, part.target), None)
             failpoint("store.abort.undone")
             # `finish` says it more exactly, and durably; but there may be no time for it.
             with self._database.write(durable=False):

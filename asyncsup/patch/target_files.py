@@ -16,7 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, StateError
 from asyncsup.failpoints import failpoint
@@ -51,6 +52,17 @@ class PatchSource(Protocol):
     def rebuild(self, change: FileChange, base: int, fd: int, progress: Progress | None = None) -> None:
         """The same for a file that comes as a delta, of its old content open at `base`; raises
         PatchRefusedError as well when that is not what the delta asks for."""
+
+
+class Carried(NamedTuple):
+    """What was brought from one generation to another.
+
+    Attributes:
+        seen: what the first one held then, as `follow_up` wants it.
+    """
+
+    paths: Sequence[str]
+    seen: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -578,12 +590,21 @@ class TargetFiles(ABC):
     # --- around the switch ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def carry(self, part: PartRow) -> list[str]:
-        """Bring what the program has written since staging to the destination; the paths concerned."""
+    def carry(self, part: PartRow) -> Carried:
+        """Bring what the program has written since staging to the destination."""
 
     @abstractmethod
-    def carry_back(self, part: PartRow) -> list[str]:
+    def carry_back(self, part: PartRow) -> Carried:
         """Bring what the program has written in the destination back to the source."""
+
+    @abstractmethod
+    def follow_up(self, part: PartRow, seen: Mapping[str, str], *, back: bool = False) -> list[str]:
+        """Right after the switch (or the switch `back`): bring what the program has written between the carry
+        and the switch; the paths concerned.
+
+        Args:
+            seen: what the carry found.
+        """
 
     @abstractmethod
     def verify(self, part: PartRow) -> None:
@@ -592,6 +613,26 @@ class TargetFiles(ABC):
         Raises:
             PatchRefusedError: switching now would make a mix, or lose something the program has saved.
         """
+
+    @abstractmethod
+    def verify_switched(self, part: PartRow) -> None:
+        """Right after the switch: nothing that the patch replaces was saved between `verify` and the switch.
+
+        Raises:
+            PatchRefusedError: as `verify`.
+        """
+
+    def leave(self, part: PartRow) -> Path:
+        """What the program has written in the destination could not be carried back: `undo` will put the
+        whole of it where this returns, also after a crash, and remove nothing."""
+        place = self._left(part)
+        with self.state.saving() as home, fs.Durability(self.state.fd) as durability:
+            os.close(fs.make_below(home, [self.name, place.name], durability))
+            durability.barrier()
+        return place
+
+    def _left(self, part: PartRow) -> Path:
+        return self.state.saved(self.name, f"{part.txn}-left")
 
     @abstractmethod
     def remove_names(self, part: PartRow) -> None:
@@ -645,11 +686,14 @@ class TargetFiles(ABC):
         row = self.database.find_generation(self.name, part.destination)
         rescued = []
         if row is not None and row.txn == part.txn:
-            rescued = self._rescue(part)
-            failpoint("store.abort.rescued")
-            # One that a reader holds stays for now, and goes with the next prune.
-            self.state.discard(self.name, part.destination)
-            failpoint("store.abort.discarded")
+            if self._left(part).is_dir():
+                self.state.move_to_saved(self.name, part.destination, self._left(part).name)
+            else:
+                rescued = self._rescue(part)
+                failpoint("store.abort.rescued")
+                # One that a reader holds stays for now, and goes with the next prune.
+                self.state.discard(self.name, part.destination)
+                failpoint("store.abort.discarded")
             self.database.update_generation(self.name, part.destination, state="dropped", durable=False)
         # Nothing was overwritten, so the copies are of no use.
         self.state.forget_saved(self.name, str(part.txn))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -22,7 +22,15 @@ from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
-from asyncsup.patch.look import TEMPORARY_PREFIX, blocked, folders_of, presence_of, regular, split
+from asyncsup.patch.look import (
+    TEMPORARY_PREFIX,
+    blocked,
+    folders_of,
+    identity,
+    presence_of,
+    regular,
+    split,
+)
 from asyncsup.patch.plan import Found, Presence
 from asyncsup.patch.swap import put, same_as
 
@@ -192,6 +200,103 @@ def bring(paths: Iterable[str], source: int, destination: int, durability: fs.Du
                     os.close(there)
         finally:
             os.close(here)
+
+
+def survey(content: int) -> dict[str, str]:
+    """What is below an open folder: the identity of each file, "" for each folder."""
+    found: dict[str, str] = {}
+    pending: list[Sequence[str]] = [()]
+    while pending:
+        parts = pending.pop()
+        here = _open_or_none(content, parts)
+        if here is None:
+            continue
+        try:
+            for name, is_folder in _entries(here):
+                path = "/".join((*parts, name))
+                if is_folder:
+                    found[path] = ""
+                    pending.append((*parts, name))
+                elif (status := fs.lstat(name, here)) is not None:
+                    found[path] = identity(status)
+        finally:
+            os.close(here)
+    return found
+
+
+def follow_up(
+    source: int, destination: int, before: Mapping[str, str], *, skip: Set[str], durability: fs.Durability
+) -> list[str]:
+    """Bring what a program has created, saved or removed in `source` after `before` was taken there, to the
+    tree that has become its own since. Where it has saved a file in both, the later one counts.
+
+    Args:
+        before: what `survey` found in `source`, no later than `reconcile` looked there.
+    Returns:
+        The paths that were added, replaced or removed.
+    """
+    now = survey(source)
+    gone = sorted(before.keys() - now.keys() - skip, reverse=True)  # what is in a folder before the folder
+    changed = [path for path in gone if _remove_if(path, before[path], destination, durability)]
+    for path in sorted(now.keys() - skip):
+        late = now[path]
+        if late == before.get(path):
+            continue
+        folders, name = split(path)
+        if late == "":
+            os.close(fs.make_below(destination, [*folders, name], durability, like=source))
+            changed.append(path)
+            continue
+        there = fs.make_below(destination, folders, durability, like=source)
+        try:
+            with fs.below(source, folders) as here:
+                if _is_later(name, here, there, before.get(path)) and _bring(name, here, there, durability):
+                    durability.directory(there)
+                    changed.append(path)
+        except (FileNotFoundError, fs.BlockedPathError):
+            continue  # gone meanwhile: the next look finds it so
+        finally:
+            os.close(there)
+    return changed
+
+
+def _remove_if(path: str, seen: str, destination: int, durability: fs.Durability) -> bool:
+    """Remove what was carried and has then been removed from where it came, unless it was saved anew."""
+    folders, name = split(path)
+    folder = _open_or_none(destination, folders)
+    if folder is None:
+        return False
+    try:
+        status = fs.lstat(name, folder)
+        if status is None:
+            return False
+        if stat.S_ISDIR(status.st_mode):
+            try:
+                os.rmdir(name, dir_fd=folder)
+            except OSError:
+                return False  # Something has been put into it.
+        elif without_inode(identity(status)) != without_inode(seen):
+            return False
+        else:
+            os.unlink(name, dir_fd=folder)
+        durability.directory(folder)
+    finally:
+        os.close(folder)
+    return True
+
+
+def _is_later(name: str, here: int, there: int, seen: str | None) -> bool:
+    """Whether what was saved `here`, late, is to take the place of what is `there`."""
+    late, present = fs.lstat(name, here), fs.lstat(name, there)
+    if late is None or present is None:
+        return late is not None
+    carried = seen is not None and without_inode(identity(present)) == without_inode(seen)
+    return carried or late.st_mtime_ns >= present.st_mtime_ns
+
+
+def without_inode(identity: str) -> str:
+    """What two identities have in common when one is of a copy of the other's file."""
+    return identity.partition(":")[2]
 
 
 def _bring(name: str, here: int, there: int, durability: fs.Durability) -> bool:

@@ -17,6 +17,7 @@ from asyncsup.patch.manifest import FileChange
 from asyncsup.patch.plan import Found, PlanError, Presence
 from asyncsup.patch.space import BLOCK_BYTES, Need
 from asyncsup.patch.target_files import (
+    Carried,
     PatchSource,
     Planned,
     Progress,
@@ -26,10 +27,24 @@ from asyncsup.patch.target_files import (
     present,
     problem_with,
 )
-from asyncsup.patch.tree import Form, TreeRoot, bring, look, reconcile, tally
+from asyncsup.patch.tree import (
+    Form,
+    TreeRoot,
+    bring,
+    follow_up,
+    look,
+    reconcile,
+    survey,
+    tally,
+    without_inode,
+)
 
 ENTRY_BYTES: Final = 64
 """What a name takes in its folder."""
+
+FOLLOW_UPS: Final = 5
+"""How often the tree that was left is looked at. A program comes to the new one by the next path it opens;
+what goes on after that holds the old folder open."""
 
 
 class TreeFiles(TargetFiles):
@@ -267,7 +282,7 @@ class TreeFiles(TargetFiles):
 
     # --- around the switch ----------------------------------------------------------------------------------
 
-    def carry(self, part: PartRow) -> list[str]:
+    def carry(self, part: PartRow) -> Carried:
         assert part.destination is not None
         with fs.Durability(self.state.fd) as durability:
             with self._content() as content:
@@ -278,23 +293,41 @@ class TreeFiles(TargetFiles):
                 self._tree.move_persistent_out(source, self.row.persist, durability)
             return self._reconcile(part, part.source, part.destination, durability)
 
-    def carry_back(self, part: PartRow) -> list[str]:
+    def carry_back(self, part: PartRow) -> Carried:
         assert part.destination is not None
         with fs.Durability(self.state.fd) as durability:
             return self._reconcile(part, part.destination, part.source, durability)
 
-    def _reconcile(
-        self, part: PartRow, source: int, destination: int, durability: fs.Durability
-    ) -> list[str]:
+    def _reconcile(self, part: PartRow, source: int, destination: int, durability: fs.Durability) -> Carried:
         skip = self._patched(part)
         with (
             fs.opened(self.state.generation(self.name, source)) as here,
             fs.opened(self.state.generation(self.name, destination)) as there,
         ):
+            seen = survey(here)
             carried = reconcile(here, there, skip=skip, durability=durability)
             failpoint("store.carry.linked")
             durability.barrier()
-        return carried
+        return Carried(carried, seen)
+
+    def follow_up(self, part: PartRow, seen: Mapping[str, str], *, back: bool = False) -> list[str]:
+        assert part.destination is not None
+        old, new = (part.destination, part.source) if back else (part.source, part.destination)
+        skip = self._patched(part)
+        followed: set[str] = set()
+        with (
+            fs.Durability(self.state.fd) as durability,
+            fs.opened(self.state.generation(self.name, old)) as here,
+            fs.opened(self.state.generation(self.name, new)) as there,
+        ):
+            for _ in range(FOLLOW_UPS):
+                before, seen = seen, survey(here)
+                found = follow_up(here, there, before, skip=skip, durability=durability)
+                followed.update(found)
+                if not found:
+                    break
+            durability.barrier()
+        return sorted(followed)
 
     def _patched(self, part: PartRow) -> set[str]:
         """The paths in which patches make the two generations differ; all others are the program's."""
@@ -316,6 +349,10 @@ class TreeFiles(TargetFiles):
         with self._content() as content:
             self._check_unchanged(part, content)
 
+    def verify_switched(self, part: PartRow) -> None:
+        with fs.opened(self.state.generation(self.name, part.source)) as source:
+            self._check_unchanged(part, source)
+
     def _check_unchanged(self, part: PartRow, content: int) -> None:
         with fs.LastFolder(partial(fs.open_below, content)) as here:
             for change in self.database.changes(part.txn, self.name):
@@ -323,7 +360,7 @@ class TreeFiles(TargetFiles):
                     continue
                 found = look(change.path, None, here, hashed=False)
                 # Not the inode: a root from another file system has been copied since.
-                if found.problem is not None or _without_inode(found.identity) != _without_inode(change.seen):
+                if found.problem is not None or without_inode(found.identity) != without_inode(change.seen):
                     what, code = ("changed", "gate.drift") if change.seen else ("created", "gate.conflict")
                     raise PatchRefusedError(
                         f"{self.name}: {change.path} was {what} by the program after the patch was staged",
@@ -393,7 +430,3 @@ class TreeFiles(TargetFiles):
         if not path.is_dir():
             raise self.no_root()
         return fs.opened(path)
-
-
-def _without_inode(identity: str) -> str:
-    return identity.partition(":")[2]
