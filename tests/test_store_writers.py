@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,6 +187,20 @@ def test_a_save_of_a_patched_file_at_the_last_moment_is_not_replaced(
     b.store.finish(txn, verdict="refused")
     assert seen(b.root)["app.json"] == b"the program's own"
     assert seen(b.root)["run.sh"] == b"2"
+
+
+def test_a_generation_is_kept_while_a_process_works_in_it(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.TREE)
+    apply(b.store, b.patch(2, modified={"app.json": b"2"}))
+    inside = b.root.resolve() / "rules"
+    with subprocess.Popen(["cat"], cwd=inside, stdin=subprocess.PIPE) as program:
+        for build in (3, 4, 5):
+            apply(b.store, b.patch(build, modified={"app.json": b"%d" % build}))
+        b.store.prune("web", 0)
+        assert inside.is_dir()
+        program.communicate()
+    b.store.prune("web", 0)
+    assert not inside.exists()
 
 
 @pytest.mark.parametrize("crash", [False, True], ids=["at-once", "after-a-crash"])

@@ -243,7 +243,8 @@ class StateDirectory:
     # --- removing generations -------------------------------------------------------------------------------
 
     def discard(self, target: str, number: int, *, before: Callable[[], object] = lambda: None) -> bool:
-        """Remove a generation, unless a reader holds it (a shared ``flock`` on its folder).
+        """Remove a generation, unless a reader holds it (a shared ``flock`` on its folder), or a process has
+        its working directory in it.
 
         It leaves its place in one step, so that nobody finds half of it. After a power cut half of it may be
         there all the same; so it must be on disk by now that it is not wanted any more.
@@ -262,6 +263,8 @@ class StateDirectory:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                return False
+            if _is_inhabited(self.generation(target, number)):
                 return False
             before()
             trash = f"{target}-{number}.gone"
@@ -300,6 +303,21 @@ class StateDirectory:
         with fs.opened(self.staging) as fd:
             for name in fs.names(fd):
                 fs.remove_tree(name, fd)
+
+
+def _is_inhabited(folder: Path) -> bool:
+    """Whether a process has its working directory in it: there it saves by relative paths."""
+    home = os.path.realpath(folder)
+    for name in os.listdir("/proc"):  # noqa: PTH208 - there are thousands
+        if not name.isdecimal():
+            continue
+        try:
+            place = os.readlink(f"/proc/{name}/cwd")  # noqa: PTH115 - likewise
+        except OSError:
+            continue  # it has ended, or is not ours to ask
+        if place == home or place.startswith(f"{home}/"):
+            return True
+    return False
 
 
 def _make_folder(path: Path, mode: int) -> None:
