@@ -306,6 +306,16 @@ def _config_schema(session: Session) -> int:
     return 0
 
 
+def _openrpc(session: Session) -> int:
+    import json
+
+    from asyncsup.openrpc import openrpc
+
+    document = openrpc()
+    session.out.result(document, json.dumps(document, indent=2).splitlines)
+    return 0
+
+
 def _config_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE", help="instead of -c FILE or the usual places")
 
@@ -1667,5 +1677,6 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "console": Verb("open the Patch Overseer prompt", _none, _console),
     "init": Verb("write a commented asyncsup.toml", _init_arguments, _init),
     "demo": Verb("play the four patch cases on a real target", _demo_arguments, _demo),
+    "openrpc": Verb("print the OpenRPC description of the control API", _none, _openrpc),
     "version": VERSION,
 }

@@ -318,6 +318,13 @@ class ControlServer:
     async def cancel(self, call: Call) -> Any:
         raise NotImplementedError  # answered by `_answer`, which knows the connection
 
+    @method("rpc.discover", "view")
+    async def discover(self, call: Call) -> Any:
+        from asyncsup.openrpc import openrpc  # noqa: PLC0415 - most never ask
+
+        call.finish()
+        return openrpc()
+
     @method("supervisor.info", "view")
     async def info(self, call: Call) -> Any:
         call.finish()

@@ -686,7 +686,7 @@ def test_a_warm_patch_that_is_not_taken_up_goes_back_everywhere(
 @pytest.mark.parametrize("how", ["die", "done", "mute", "late-die"])
 def test_a_cold_patch_that_does_not_come_up_goes_back_everywhere(field: Field, how: str) -> None:
     field.start(
-        "good", "web", start_timeout="2s" if how == "mute" else "20s", defaults='restart = "on-failure"'
+        "good", "web", start_timeout="6s" if how == "mute" else "20s", defaults='restart = "on-failure"'
     )
     # The new program misbehaves, the old one does not.
     field.behave("web", start=how, version="two")
