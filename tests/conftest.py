@@ -23,6 +23,8 @@ from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableErr
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
 os.environ[MARK] = RUN_ID
+# Hundreds of supervisors are started: each would compile all modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 Condition = Callable[[], Any]
 

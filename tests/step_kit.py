@@ -223,7 +223,6 @@ class Scene:
                 env={
                     **os.environ,
                     failpoints.VARIABLE: f"@{self._points}",
-                    "PYTHONDONTWRITEBYTECODE": "",  # Hundreds are started.
                 },
             )
 
