@@ -509,6 +509,23 @@ def test_a_lost_or_broken_database_is_noticed(bench: Callable[..., Bench]) -> No
 # --- memory -------------------------------------------------------------------------------------------------
 
 
+def test_what_could_not_be_tidied_is_tidied_later_whatever_was_pruned(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(Layout.OVERLAY)
+    apply(b.store, b.patch(2, new={"sub/c.txt": b"c"}))
+    txn = staged(b.store, b.patch(3, deleted=["sub/c.txt"]))
+    b.store.switch(txn)
+    monkeypatch.setenv(failpoints.VARIABLE, "store.unlink.taken:error")
+    b.store.commit(txn)
+    monkeypatch.delenv(failpoints.VARIABLE)
+    b.store.finish(txn, verdict="committed")
+    assert leftovers(b.root)
+    b.store.prune("web", 0)
+    apply(b.store, b.patch(4, modified={"app.json": b"4"}))
+    assert leftovers(b.root) == []
+
+
 def test_transactions_are_remembered_with_steps_and_files(bench: Callable[..., Bench]) -> None:
     b = bench(Layout.OVERLAY, build=200)
     patch = b.patch(300, modified={"app.json": b"two"}, new={"n.json": b""})

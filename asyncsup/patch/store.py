@@ -1278,6 +1278,9 @@ class Store:
                 part = self._database.part(row.txn, target)
                 number = part.source
                 kept |= {part.source} | ({part.destination} if part.destination is not None else set())
+            # What is left to tidy is known from what these hold.
+            untidy = self._database.untidy_transactions(target)
+            kept |= {self._database.part(row.txn, target).source for row in untidy}
             for _ in range(max(keep, 0)):
                 parent = rows[number].parent
                 if parent is None or parent not in rows:

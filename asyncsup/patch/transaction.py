@@ -181,6 +181,8 @@ class Transaction:
         """Who took the change up, and with which process: they must stay until the commit."""
         self._up: dict[Instance, tuple[State, int]] = {}
         """Who was up at the switch of a warm patch: starting or ready, and after how many restarts."""
+        self._undone_because: str | None = None
+        """For whoever finds it undone and not reported, should there be no time for that."""
         self._switched = False
         self._in_force = False
         """It has switched, and no `Undo` has been taken."""
@@ -523,6 +525,7 @@ class Transaction:
                 ) from cause
             with anyio.CancelScope(shield=True):
                 self._note("undo", None, None, cause.message)
+                self._undone_because = cause.message
                 if undo.touched:
                     await anyio.to_thread.run_sync(self.before_undo, cause)
                 failures = await undo.unwind()
@@ -554,7 +557,7 @@ class Transaction:
         return PatchError(f"{type(error).__name__}: {error}", code="internal")
 
     async def _discard(self) -> None:
-        await anyio.to_thread.run_sync(self._store.abort, self.txn)
+        await anyio.to_thread.run_sync(self._store.abort, self.txn, self._undone_because)
 
     async def _abort_prepared(self) -> None:
         limit = max((p.target.config.patch.ack_timeout for p in self.change.participants), default=0.0)
