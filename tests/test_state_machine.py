@@ -247,7 +247,11 @@ class SupervisorMachine(RuleBasedStateMachine):
             model = (OverlayModel if kit.layout == "overlay" else TreeModel)(ORIGINAL, BUILD)
             self.targets[name] = Target(model)
         self.serve.write("".join(text))
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.clear_away()  # nobody calls `teardown` of what was never made
+            raise
 
     def teardown(self) -> None:
         try:
@@ -257,12 +261,15 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert self.serve.stop() == 0
             self.examine()
         finally:
-            if self.serve.process is not None and self.serve.process.poll() is None:
-                self.serve.kill()
-            self.end_orphans()
             errors = self.serve.errors()
-            shutil.rmtree(self.folder)
+            self.clear_away()
         assert "Traceback" not in errors, errors[-5000:]
+
+    def clear_away(self) -> None:
+        if self.serve.process is not None and self.serve.process.poll() is None:
+            self.serve.kill()
+        self.end_orphans()
+        shutil.rmtree(self.folder)
 
     def examine(self) -> None:
         """Nothing is wrong with the state directory but what programs have done to their files."""
