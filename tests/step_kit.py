@@ -460,6 +460,7 @@ class Goal:
     reference: str
     act: Callable[[ControlClient], Any]
     package: Path | None = None
+    drift: Policy = "refuse"
 
     def is_reached(self, scene: Scene) -> None:
         scene.now, scene.before = self.standing, self.before
@@ -521,6 +522,7 @@ def _goal(scene: Scene, change: Change) -> Goal:
         reference=change.standing.patch,
         act=lambda client: scene.submit(change, client),
         package=change.path,
+        drift=change.drift,
     )
 
 

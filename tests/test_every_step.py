@@ -366,7 +366,8 @@ def hang(case: Case, scene: Scene) -> None:
             assert "aborted by" in error.message
             assert error.details.get("cause", "request.cancelled") == "request.cancelled"
             if goal.package is not None:
-                plan = scene.client.call("patch.plan", path=str(goal.package), timeout=PATIENCE)
+                package = {"path": str(goal.package), "drift": goal.drift}
+                plan = scene.client.call("patch.plan", package, timeout=PATIENCE)
                 assert plan["verdict"] == "apply", "an abort is not the patch's fault"
     else:
         assert is_committed(passed) or not play.is_patch
