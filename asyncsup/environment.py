@@ -42,10 +42,27 @@ def read_env_file(path: Path) -> dict[str, str]:
     return variables
 
 
+def _login_variables(user: str) -> dict[str, str]:
+    """As systemd sets them for ``User=``. Raises SpawnError."""
+    import pwd  # noqa: PLC0415 - only where a user is configured
+
+    try:
+        record = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    except KeyError:
+        raise SpawnError(f"there is no user {user} on this machine any more") from None
+    return {
+        "HOME": record.pw_dir,
+        "USER": record.pw_name,
+        "LOGNAME": record.pw_name,
+        "SHELL": record.pw_shell or "/bin/sh",
+    }
+
+
 def build_environment(
     *,
     environ: Mapping[str, str],
     inherit: bool | Iterable[str],
+    user: str | None = None,
     env_files: Iterable[Path],
     env: Mapping[str, str],
     own: Mapping[str, str],
@@ -55,6 +72,7 @@ def build_environment(
     Args:
         inherit: everything of ``environ``, nothing, or these names. PATH is always there: without one no
             program by name would be found.
+        user: a name or a number; HOME, USER, LOGNAME and SHELL are theirs and not the supervisor's.
     """
     result: dict[str, str] = {}
     if inherit is True:
@@ -63,6 +81,8 @@ def build_environment(
         }
     elif inherit is not False:
         result = {name: environ[name] for name in inherit if name in environ}
+    if user is not None:
+        result.update(_login_variables(user))
     result.setdefault("PATH", environ.get("PATH", "/usr/local/bin:/usr/bin:/bin"))
     for path in env_files:
         result.update(read_env_file(path))

@@ -503,6 +503,7 @@ class Instance:
         environment = build_environment(
             environ=self._runtime.environ,
             inherit=self.config.inherit_env,
+            user=self.config.user,
             env_files=self.config.env_files,
             env={name: expand(value) for name, value in self.config.env.items()},
             own={**self._own_environment(), **extra},
