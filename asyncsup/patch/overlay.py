@@ -223,7 +223,8 @@ class OverlayRoot:
                 fs.exchange(temporary, name, first_dir=folder, second_dir=folder)
             if aside is not None:
                 fs.unlink_quietly(temporary, folder)
-                durability.directory(folder)
+            # Also where it is gone: who has removed it may have been killed before that was on disk.
+            durability.directory(folder)
 
     # --- leaf links -----------------------------------------------------------------------------------------
 
@@ -292,6 +293,7 @@ class OverlayRoot:
             return
         with self._folder_of(path) as (folder, _):
             fs.unlink_quietly(temporary, folder)
+            durability.directory(folder)
 
     def copy_beside(
         self, path: str, temporary: str, generation: int, mode: int, durability: fs.Durability, *, own: bool

@@ -333,9 +333,9 @@ class OverlayFiles(TargetFiles):
                         contextlib.suppress(FileNotFoundError, fs.BlockedPathError),
                         fs.below(generation, folders) as folder,
                     ):
-                        if fs.lstat(name, folder) is not None:
-                            os.unlink(name, dir_fd=folder)
-                            durability.directory(folder)
+                        fs.unlink_quietly(name, folder)
+                        # Also where it is gone: see `OverlayRoot.settle`.
+                        durability.directory(folder)
         durability.barrier()
 
     def _alike(self, part: PartRow, paths: Set[str]) -> dict[int, Set[str]]:

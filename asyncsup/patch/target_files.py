@@ -664,7 +664,7 @@ class TargetFiles(ABC):
                     if files[path].origin is not None and not _is_as_delivered(files[path], folder)
                 ]
             if odd:
-                with self.database.write():
+                with self.database.write(durable=False):  # Recovery would find it.
                     self.database.add_kept(self.name, number, odd)
 
     def undo(self, part: PartRow) -> list[str]:

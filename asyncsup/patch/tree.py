@@ -534,6 +534,7 @@ class TreeRoot:
             failpoint("store.persist.taken")
             fs.unlink_quietly(temporary, folder)
             os.symlink(str(self._persisted / path), temporary, dir_fd=folder)
+            os.fsync(folder)  # A link that is swapped before it is on disk may come back without its text.
             done = put(name, temporary, folder, same_as(newer))
             fs.unlink_quietly(temporary, folder)
             durability.directory(folder)
