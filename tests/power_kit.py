@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -14,18 +14,24 @@ from unittest.mock import patch
 
 from power_model import STRACE_OPTIONS, CrashPoint, History, Mark, Recorder, State
 from power_plays import NEXT, Play, Promises, Scene, View, apply, play_recovery
-from store_kit import leftovers, roll_back
+from store_kit import leftovers, roll_back, seen
+from sync_sites import name_syncs
 from traced import traced
 
 from asyncsup.errors import AsyncsupError
 from asyncsup.patch.audit import decode
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.database import FileRow
+from asyncsup.patch.plan import Policy
+from asyncsup.patch.store import UNDECIDED, Layout, Store, TargetRoot
 
 UNIMPORTANT: Final = frozenset({"lock", "state.db-shm"})
 """Who holds the lock; and an index that SQLite makes anew when it is the first to open the database."""
 
 THOROUGHLY: Final = 5
 """After one in so many recoveries the next patch has to go through, and the audit to be whole."""
+
+MOST_UNITS: Final = 5
+"""Things that are lost one at a time, at one moment, when a sync is left out."""
 
 T = TypeVar("T")
 
@@ -62,7 +68,11 @@ class Recording:
         """
         first = len(recorder.operations)
 
-        run = traced(lambda: act(scene), *STRACE_OPTIONS, *faults, folder=scene.side)
+        def act_named() -> None:
+            name_syncs()
+            act(scene)
+
+        run = traced(act_named, *STRACE_OPTIONS, *faults, folder=scene.side)
         check(run.status == 0, f"it failed: {run.errors}")
         recorder.feed(run.trace)
         held = list(promises)
@@ -173,6 +183,12 @@ def check_pointer(view: View, target_: TargetRoot, promises: Promises) -> None:
     paths = view.current.keys() - promises.unsure
     if target_.layout is Layout.TREE:
         paths |= view.root.keys() - promises.unsure
+    else:
+        # The program may remove a name from the root, and not what the name leads to.
+        removed = {
+            path for files in promises.altered.values() for path, text in files.items() if text is None
+        }
+        paths -= removed - view.root.keys()
     for path in paths:
         found, shown = view.current.get(path), view.root.get(path)
         check(
@@ -197,13 +213,20 @@ def check_store(scene: Scene, store: Store, promises: Promises) -> int:
     build = check_programs(scene, scene.really_sees(), promises, promises.kept)
     for each in scene.targets:
         check(store.state(each.name).build == build, "state.db has another build than the files")
+    check_history(store, promises)
+    for undecided in store.undecided():
+        # What the files of before needed is there until somebody decides.
+        store.commit(undecided.txn)
+        store.finish(undecided.txn, verdict="committed")
+    for each in scene.targets:
         check(leftovers(each.root) == [], f"left over: {leftovers(each.root)}")
-        check_generations(scene, store, each)
+        check_generations(scene, store, each, promises)
         if each.layout is Layout.OVERLAY:
             check_root(scene, store, each, scene.folders(build, promises))
         if each.name in promises.released:
             check_released(each)
-    check_history(store, promises)
+    check_treasures(scene, promises)
+    check_copies(scene, store)
     for name in ("staging/*", "next", "sets/*.new"):
         left = list((scene.state / "state").glob(name))
         check(not left, f"left over: {left}")
@@ -230,9 +253,10 @@ def check_released(each: TargetRoot) -> None:
 
 def check_goes_on(scene: Scene, store: Store, build: int, promises: Promises) -> None:
     """The next patch goes through, and so does its rollback; and the audit is as it was written."""
+    policy: Policy = "overwrite" if promises.altered else "refuse"
     for number, step in (
-        (NEXT, lambda: apply(scene, store, NEXT, after=build)),
-        (build, lambda: roll_back(store, *scene.names)),
+        (NEXT, lambda: apply(scene, store, NEXT, after=build, policy=policy)),
+        (build, lambda: roll_back(store, *scene.names, policy=policy)),
     ):
         step()
         check_programs(scene, scene.really_sees(), replace(promises, pinned=True), frozenset({number}))
@@ -242,14 +266,36 @@ def check_goes_on(scene: Scene, store: Store, build: int, promises: Promises) ->
     check(judgement.ok, f"the audit is at fault: {[fault.message for fault in judgement.faults]}")
 
 
+def check_treasures(scene: Scene, promises: Promises) -> None:
+    """What the program has saved is somewhere: in its root, or among the saved copies."""
+    for each in scene.targets:
+        saved = scene.state / "state" / "saved" / each.name
+        found = {*seen(each.root).values(), *(seen(saved).values() if saved.is_dir() else ())}
+        lost = {text for text in promises.treasures if text.encode() not in found}
+        check(not lost, f"{each.name}: it was saved, and is nowhere: {lost}")
+
+
+def check_copies(scene: Scene, store: Store) -> None:
+    """A transaction that has overwritten nothing leaves no copies of what it would have."""
+    verdicts = {entry["txn"]: entry["verdict"] for entry in store.history()}
+    for folder in (scene.state / "state" / "saved").glob("*/*"):
+        if folder.name.isdecimal():
+            verdict = verdicts[int(folder.name)]
+            check(verdict in {"committed", UNDECIDED}, f"left over: copies of transaction {folder.name}")
+
+
 def check_history(store: Store, promises: Promises) -> None:
     known = {entry["txn"]: entry for entry in store.history()}
     for txn in promises.begun:
         check(txn in known, f"transaction {txn} was reported, and is not known")
     for txn, entry in known.items():
+        if txn in promises.undecided and entry["verdict"] == UNDECIDED:
+            continue
         check(entry["took"] is not None, f"transaction {txn} has not ended")
         check(entry["verdict"] is not None, f"transaction {txn} has no verdict")
     for txn_, reported in promises.verdicts.items():
+        if reported is None:
+            continue
         found = [known[int(txn_)]["verdict"], known[int(txn_)]["code"]]
         check(found == list(reported), f"{reported} was reported, and the history says {found}")
     for patch_id, held in promises.held.items():
@@ -268,7 +314,19 @@ def check_history(store: Store, promises: Promises) -> None:
         check(promises.noted <= events, f"not in the audit: {promises.noted - events}")
 
 
-def check_generations(scene: Scene, store: Store, each: TargetRoot) -> None:
+def _may_hold(
+    scene: Scene, each: TargetRoot, build: int, file: FileRow, promises: Promises
+) -> set[bytes | None]:
+    """What a generation may have of a file: that which was delivered, or what the program has made of it. An
+    overlay knows what the program has removed; a tree goes with the program."""
+    if file.sha256 is None:
+        return {None}
+    delivered = scene.build(build).get(file.path)
+    altered = scene.altered(build, promises).get(file.path, delivered)
+    return {delivered} if altered is None and each.layout is Layout.OVERLAY else {delivered, altered}
+
+
+def check_generations(scene: Scene, store: Store, each: TargetRoot, promises: Promises) -> None:
     """Every generation that can be gone back to is there, whole, and nothing that nobody knows of."""
     folder = scene.state / "state" / "generations" / each.name
     database = store._database
@@ -283,7 +341,7 @@ def check_generations(scene: Scene, store: Store, each: TargetRoot) -> None:
             found = folder / str(number) / path
             content = found.read_bytes() if found.is_file() else None
             check(
-                content == (None if file.sha256 is None else scene.build(row.build).get(path)),
+                content in _may_hold(scene, each, row.build, file, promises),
                 f"{each.name}: {path} in generation {number} (build {row.build}) is {content!r}",
             )
         number = row.parent
@@ -404,3 +462,65 @@ def recover(recording: Recording, point: CrashPoint, chosen: Sequence[int], *, t
 def _some(items: Sequence[T], number: int | None, dice: random.Random) -> list[T]:
     """So many of them, or all, in any order."""
     return dice.sample(items, len(items) if number is None else min(number, len(items)))
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far to look for what goes wrong without a sync.
+
+    Attributes:
+        moments: at which the power goes; None for all.
+        recovered: states that are recovered for real; those in which all is lost that the sync was for count
+            apart from those in which a part of it is.
+    """
+
+    moments: int | None
+    recovered: int
+
+
+def what_goes_wrong(
+    recording: Recording, without: Collection[int], dice: random.Random, search: Search
+) -> BrokenPromiseError | None:
+    """What goes wrong if the syncs `without` are left out: what they were for is lost, and nothing or
+    everything else with it; then parts of it are."""
+    history = recording.history
+    waiting = {point.number: set(point.pending) for point in history.crash_points()}
+    points = [
+        (point, late)
+        for point in history.crash_points(without)
+        if point.number >= recording.first
+        and (late := [number for number in point.pending if number not in waiting[point.number]])
+    ]
+    points = _some(points, search.moments, dice)
+    known: set[object] = set()
+    try:
+        for losses in (_all_of_it, _parts_of_it):
+            found: list[tuple[CrashPoint, list[int]]] = []
+            for point, late in points:
+                for lost in losses(history, point, late, dice):
+                    chosen = [number for number in point.pending if number not in lost]
+                    key = (history.state(point, chosen).key(), id(recording.promises[point.number]))
+                    if key not in known:
+                        known.add(key)
+                        found.append((point, chosen))
+                        check_view(recording, point, chosen)
+            for thoroughly in (False, True):
+                for point, chosen in _some(found, search.recovered, dice):
+                    recover(recording, point, chosen, thoroughly=thoroughly)
+    except BrokenPromiseError as broken:
+        return broken
+    return None
+
+
+def _all_of_it(
+    history: History, point: CrashPoint, late: Sequence[int], dice: random.Random
+) -> Iterator[Collection[int]]:
+    yield set(late)
+    yield set(point.pending)
+    yield {unit[0] for unit in history.units(late) if len(unit) > 1}
+
+
+def _parts_of_it(
+    history: History, point: CrashPoint, late: Sequence[int], dice: random.Random
+) -> Iterator[Collection[int]]:
+    yield from map(set, _some(history.units(late), MOST_UNITS, dice))

@@ -7,6 +7,7 @@ store has said to its caller and cannot take back.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 from power_model import State
 from store_kit import Tree, info, open_store, package, seen, target, write_tree
@@ -23,7 +25,9 @@ from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import fs
 from asyncsup.patch.look import TEMPORARY_PREFIX
 from asyncsup.patch.package import Package
+from asyncsup.patch.plan import Policy
 from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.tree_files import TreeFiles
 
 PERSISTENT: Final = "data"
 PERSISTENT_FILE: Final = "own.db"
@@ -74,6 +78,9 @@ BUILDS: Final[Mapping[int, Tree]] = {
 
 SAVED_NS: Final = 1_700_000_000 * 10**9
 
+NEVER: Final = 10_000
+"""More swaps than there are."""
+
 BULK: Final = 34
 """More files than are synced one by one."""
 
@@ -90,7 +97,7 @@ class Promises:
         kept: the builds that recovery may lead to.
         unsure: paths that the program has written to and has not synced itself.
         begun: numbers of transactions the caller was told.
-        verdicts: of transactions, as reported, with the code of the error.
+        verdicts: of transactions, as reported, with the code of the error; None while it may change.
         pinned: whether readers may go through the pointer.
         released: names of targets whose files are ordinary ones again.
         held: whether a patch is on hold, as reported; None while that is about to change.
@@ -98,14 +105,19 @@ class Promises:
         scaled: how many instances of a target there are to be, as asked for.
         anchors: hashes of records of the audit that somebody has been told.
         noted: events that are in the audit.
-        own: files that the program has written and synced itself, in every target.
+        own: files that the program has written and synced itself, in every target; None where it removed one.
+        altered: what a build has that differs from what was delivered, since the program has changed it; by
+            the build's number and by path.
+        treasures: what the program has saved, and a patch may take away: of each target it is in the root or
+            among the saved copies.
+        undecided: transactions that may wait for a decision.
     """
 
     seen: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
     unsure: frozenset[str] = frozenset()
     begun: frozenset[int] = frozenset()
-    verdicts: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    verdicts: Mapping[str, Sequence[str | None] | None] = field(default_factory=dict)
     pinned: bool = False
     released: frozenset[str] = frozenset()
     held: Mapping[str, bool | None] = field(default_factory=dict)
@@ -113,7 +125,10 @@ class Promises:
     scaled: Mapping[str, int] = field(default_factory=dict)
     anchors: frozenset[str] = frozenset()
     noted: frozenset[str] = frozenset()
-    own: Mapping[str, str] = field(default_factory=dict)
+    own: Mapping[str, str | None] = field(default_factory=dict)
+    altered: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    treasures: frozenset[str] = frozenset()
+    undecided: frozenset[int] = frozenset()
 
     def after(self, text: str) -> Promises:
         changes = json.loads(text)
@@ -131,6 +146,9 @@ class Promises:
             anchors=self.anchors | set(changes.get("anchors", ())),
             noted=self.noted | set(changes.get("noted", ())),
             own={**self.own, **changes.get("own", {})},
+            altered={**self.altered, **changes.get("altered", {})},
+            treasures=self.treasures | set(changes.get("treasures", ())),
+            undecided=frozenset(changes.get("undecided", self.undecided)),
         )
 
     def in_recovery(self) -> Promises:
@@ -200,6 +218,10 @@ class Scene:
             return {**self.build(400), **BUILDS[NEXT]}
         return {**BUILDS[number], **{f"bulk/{n % 4}/{n}": b"%d of %d" % (n, number) for n in range(BULK)}}
 
+    def altered(self, number: int, promises: Promises) -> dict[str, bytes | None]:
+        """What the program has made of files of a build."""
+        return _encoded(promises.altered.get(str(number), {}))
+
     def folders(self, build: int, promises: Promises) -> set[str]:
         """The folders there may be in an overlay's root: the program's own, and those of patches."""
         paths = [
@@ -219,7 +241,7 @@ class Scene:
         return package(
             self.side,
             number,
-            new={path: new[path] for path in new.keys() - old.keys()},
+            new={path: new[path] for path in sorted(new.keys() - old.keys())},
             modified={path: new[path] for path in sorted(new.keys() & old.keys()) if new[path] != old[path]},
             deleted=sorted(old.keys() - new.keys()),
             targets=self.names,
@@ -250,28 +272,32 @@ class Scene:
 
     def build_of(self, files: Tree, promises: Promises) -> int | None:
         """The build of which these are the files, if they are all of one and the program's own."""
-        own = {**OWN, **{path: text.encode() for path, text in promises.own.items()}}
+        own = {**OWN, **_encoded(promises.own)}
         ignored = promises.unsure
         for number in BUILDS:
-            expected = {**self.build(number), **own}
+            expected = {**self.build(number), **self.altered(number, promises), **own}
             if all(files.get(path) == expected.get(path) for path in (files.keys() | expected) - ignored):
                 return number
         return None
 
 
+def _encoded(texts: Mapping[str, str | None]) -> dict[str, bytes | None]:
+    return {path: None if text is None else text.encode() for path, text in texts.items()}
+
+
 # --- plays --------------------------------------------------------------------------------------------------
 
 
-def begin(store: Store, patch: Package, *names: str) -> int:
-    txn = store.begin(action="apply", patch=info(patch), targets=names, asked_by="test")
+def begin(store: Store, patch: Package, *names: str, by_hand: bool = False) -> int:
+    txn = store.begin(action="apply", patch=info(patch), targets=names, asked_by="test", by_hand=by_hand)
     promise(begun=[txn])
     return txn
 
 
-def stage(store: Store, patch: Package, *names: str) -> int:
-    txn = begin(store, patch, *names)
+def stage(store: Store, patch: Package, *names: str, policy: Policy = "refuse", by_hand: bool = False) -> int:
+    txn = begin(store, patch, *names, by_hand=by_hand)
     for name in names:
-        store.stage(txn, name, patch)
+        store.stage(txn, name, patch, policy=policy)
     return txn
 
 
@@ -285,9 +311,9 @@ def switch_and_commit(store: Store, txn: int, old: int, new: int) -> None:
     store.finish(txn, verdict="committed")
 
 
-def apply(scene: Scene, store: Store, number: int, *, after: int) -> None:
+def apply(scene: Scene, store: Store, number: int, *, after: int, policy: Policy = "refuse") -> None:
     with scene.package(number, after=after) as patch:
-        txn = stage(store, patch, *scene.names)
+        txn = stage(store, patch, *scene.names, policy=policy)
         switch_and_commit(store, txn, after, number)
 
 
@@ -343,6 +369,36 @@ def play_first_patch_elsewhere(scene: Scene) -> None:
 def save(scene: Scene, path: str, text: str) -> None:
     """The programs save a file of their own, and sync it."""
     promise(unsure=[path])
+    _write(scene, path, text)
+    promise(unsure=[], own={path: text})
+
+
+def save_over(scene: Scene, build: int, path: str, text: str) -> None:
+    """The programs write into a file that a patch has brought, which is of `build`."""
+    promise(unsure=[path])
+    _write(scene, path, text)
+    promise(unsure=[], altered={build: {path: text}}, treasures=[text])
+
+
+def replace_file(scene: Scene, path: str, text: str) -> None:
+    """The programs save a file of their own as a whole: another one takes its name."""
+    save(scene, f"{path}.new", text)
+    promise(unsure=[path, f"{path}.new"])
+    for each in scene.targets:
+        file = each.root / path
+        file.with_name(f"{file.name}.new").rename(file)
+        _sync_names(file)
+    promise(unsure=[], own={path: text, f"{path}.new": None})
+
+
+def remove(scene: Scene, path: str) -> None:
+    """The programs remove a name, and sync that. What is promised is the caller's business."""
+    for each in scene.targets:
+        (each.root / path).unlink()
+        _sync_names(each.root / path)
+
+
+def _write(scene: Scene, path: str, text: str) -> None:
     for each in scene.targets:
         file = each.root / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -350,10 +406,13 @@ def save(scene: Scene, path: str, text: str) -> None:
             opened.write(text)
             opened.flush()
             os.fdatasync(opened.fileno())
-        for folder in (file.resolve().parent, file.resolve().parent.parent):
-            with fs.opened(folder) as fd:
-                os.fdatasync(fd)
-    promise(unsure=[], own={path: text})
+        _sync_names(file)
+
+
+def _sync_names(file: Path) -> None:
+    for folder in (file.resolve().parent, file.resolve().parent.parent):
+        with fs.opened(folder) as fd:
+            os.fdatasync(fd)
 
 
 def play_third_patch(scene: Scene) -> None:
@@ -388,6 +447,7 @@ def play_undone_patch(scene: Scene) -> None:
         store.switch(txn)
         promise(seen=[300])
         save(scene, "late/night.log", "written on probation")
+        save_over(scene, 300, "rules/more.json", "written into what the patch has brought")
         promise(seen=[200, 300])
         store.switch_back(txn)
         promise(seen=[200])
@@ -401,6 +461,77 @@ def play_undone_patch(scene: Scene) -> None:
         promise(held={patch.id: False})
 
 
+def play_left_patch(scene: Scene) -> None:
+    """Taken back while what the program has written meanwhile cannot be carried back."""
+    with closing(scene.open()) as store, scene.package(300, after=200) as patch:
+        txn = stage(store, patch, *scene.names)
+        promise(seen=[200, 300])
+        store.switch(txn)
+        promise(seen=[300])
+        text = "written on probation"
+        save(scene, "late/night.log", text)
+        promise(seen=[200, 300], unsure=["late/night.log"], treasures=[text])
+        with mock.patch.object(TreeFiles, "carry_back", side_effect=OSError(errno.EIO, "it cannot be read")):
+            store.switch_back(txn)
+        promise(seen=[200])
+        store.abort(txn, "it was not meant to be")
+        store.finish(txn, verdict="rolled_back", code="patch.probation_failed")
+        promise(verdicts={txn: ["rolled_back", "patch.probation_failed"]})
+
+
+def play_late_patch(scene: Scene) -> None:
+    """The program of a tree saves and removes files between the carry and the switch; and before that it has
+    replaced a persistent one."""
+    gone, night = "gone/gone.log", "late/night.log"
+    with closing(scene.open()) as store, scene.package(300, after=200) as patch:
+        save(scene, gone, "to be removed in the very last moment")
+        txn = stage(store, patch, *scene.names)
+        replace_file(scene, PERSISTENT_FILE, "persistent, and another file")
+        for name in scene.names:
+            store.carry(txn, name)
+        save(scene, night, "written in the very last moment")
+        promise(unsure=[gone, night])
+        remove(scene, gone)
+        promise(seen=[200, 300])
+        store.switch(txn)
+        promise(seen=[300], kept=[200, 300], unsure=[], own={gone: None})
+        store.commit(txn)
+        promise(kept=[300], verdicts={txn: ["committed", None]})
+        store.finish(txn, verdict="committed")
+
+
+def play_overwriting_patch(scene: Scene) -> None:
+    """The program has removed one file that a patch has brought, and written into another; the next patch
+    replaces the first, and deletes the second all the same."""
+    taken, written = "app.json", "extra/deep/new.json"
+    promise(unsure=[taken])
+    remove(scene, taken)
+    promise(unsure=[], altered={200: {taken: None}})
+    promise(unsure=[written])
+    text = "written into what the patch has brought"
+    _write(scene, written, text)
+    promise(unsure=[], altered={200: {taken: None, written: text}}, treasures=[text])
+    with closing(scene.open()) as store, scene.package(300, after=200) as patch:
+        txn = stage(store, patch, *scene.names, policy="overwrite")
+        switch_and_commit(store, txn, 200, 300)
+
+
+def play_undecided_patch(scene: Scene) -> None:
+    """From the switch on it waits for somebody's decision, which is to keep it."""
+    with closing(scene.open()) as store, scene.package(300, after=200) as patch:
+        txn = stage(store, patch, *scene.names, by_hand=True)
+        promise(seen=[200, 300], kept=[200, 300], undecided=[txn])
+        store.switch(txn)
+        promise(seen=[300], kept=[300])
+        store.leave_undecided(txn, error="one did not answer", code="patch.undecided")
+        promise(verdicts={txn: ["undecided", "patch.undecided"]})
+        promise(verdicts={txn: None})
+        store.commit(txn)
+        promise(undecided=[])
+        store.finish(txn, verdict="committed")
+        promise(verdicts={txn: ["committed", None]})
+
+
 def play_rollback(scene: Scene) -> None:
     with closing(scene.open()) as store:
         for old, new in ((300, 200), (200, 100)):
@@ -411,6 +542,21 @@ def play_rollback(scene: Scene) -> None:
                 assert generation is not None
                 store.stage_rollback(txn, name, generation)
             switch_and_commit(store, txn, old, new)
+
+
+def play_keeping_rollback(scene: Scene) -> None:
+    """The program has written into a file that the patch has brought, and it is to stay as it is."""
+    path, text = "rules/eu.json", "written into what the patch has brought"
+    with closing(scene.open()) as store:
+        save_over(scene, 300, path, text)
+        txn = store.begin(action="rollback", patch=None, targets=scene.names, asked_by="test")
+        promise(begun=[txn])
+        for name in scene.names:
+            generation = store.rollback_target(name)
+            assert generation is not None
+            store.stage_rollback(txn, name, generation, policy="keep")
+        promise(altered={200: {path: text}})
+        switch_and_commit(store, txn, 300, 200)
 
 
 def play_release(scene: Scene) -> None:
@@ -481,6 +627,12 @@ PLAYS: Final = (
     Play("third patch", patched_twice, play_third_patch, 300),
     Play("undone patch", patched, play_undone_patch, 200),
     Play("refused patch", patched, play_refused_patch, 200),
+    Play("left patch", patched, play_left_patch, 200),
+    Play("late patch", patched, play_late_patch, 200),
+    Play("overwriting patch", patched, play_overwriting_patch, 200),
+    Play("undecided patch", patched, play_undecided_patch, 200),
+    Play("refused patch, of other file systems", patched, play_refused_patch, 200, elsewhere=NEVER),
+    Play("keeping rollback", patched_twice, play_keeping_rollback, 300),
     Play("rollback", patched_twice, play_rollback, 300),
     Play("release", patched, play_release, 200),
     Play("words", patched, play_words, 200),
