@@ -61,6 +61,13 @@ SHOWN_BY: Final[Mapping[str, str]] = {
 """The plays in which some of them show soonest; they are looked at first."""
 
 EXEMPT: Final[Mapping[str, str]] = {
+    "overlay.OverlayRoot.bring_home: durability.barrier()": (
+        "It is needed when a file is copied back after more than 32 others of the same undoing, which are "
+        "left to syncfs; below that the copy syncs itself. No play comes to that many yet."
+    ),
+    "statedir.StateDirectory.move_to_saved: os.fsync(there)": (
+        "`forget_saved` syncs the same folder right after it; until then the patch is not undone."
+    ),
     "statedir.StateDirectory.move_to_saved: os.fsync(home)": (
         "A move is one step in the model. Where it is not, the old name could come back beside the new one."
     ),
@@ -83,10 +90,6 @@ EXEMPT: Final[Mapping[str, str]] = {
 """Syncs without which no state is found in which something is wrong, and why they are there all the same."""
 
 NOT_REACHED: Final[Mapping[str, str]] = {
-    "overlay.OverlayRoot.bring_home: durability.barrier()": (
-        "It is needed when a file is copied back after more than 32 others of the same undoing, which are "
-        "left to syncfs; below that the copy syncs itself. No play comes to it yet."
-    ),
     "target_files.TargetFiles.place: durability.directory(folder)": (
         "Whatever is put into a generation asks for the same folder. It counts, for the folder's mode, when "
         "nothing is put into it. No play comes to it yet."
@@ -111,6 +114,12 @@ def all_recordings(base: Path) -> dict[str, Recording]:
     # An adopted file, or a persistent one, has been swapped, and what came out of it is still there.
     found["adoption, cut off"] = adopting.killed(removal(adopting, ADOPTION))
     found["carry, cut off"] = late.killed(removal(late, re.escape(TEMPORARY_PREFIX) + r"moved-.*"))
+    # A kept file has been copied, and is not in its place yet.
+    keeping = found["keeping rollback"]
+    found["keeping, cut off"] = keeping.killed(swap(keeping, re.escape(TEMPORARY_PREFIX) + r"released-.*"))
+    # What is to be overwritten has been copied, and is not overwritten.
+    overwriting = found["overwriting patch"]
+    found["overwriting, cut off"] = overwriting.killed(begins_to_switch(overwriting))
     # It is written that a generation is to go, but not synced.
     found["pruning, cut off"] = pruning.killed(syncs_of(recorded, pruning.history.operations)[0])
     return dict(sorted(found.items(), key=lambda item: len(item[1].history.operations) - item[1].first))
@@ -125,6 +134,21 @@ def removal(recording: Recording, name: str) -> int:
             if after is None and was_file and re.fullmatch(name, removed):
                 return number
     raise AssertionError(f"nothing is called {name}")
+
+
+def swap(recording: Recording, name: str) -> int:
+    """The first operation that swaps such a name with another."""
+    return next(
+        number
+        for number, operation in enumerate(recording.history.operations)
+        if isinstance(operation, Names)
+        and len(operation.changes) == 2
+        and any(re.fullmatch(name, changed) for _, changed, _, _ in operation.changes)
+    )
+
+
+def begins_to_switch(recording: Recording) -> int:
+    return next(number for number, each in enumerate(recording.promises) if len(each.seen) > 1)
 
 
 # --- what is left out ---------------------------------------------------------------------------------------

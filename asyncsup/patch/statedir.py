@@ -173,9 +173,10 @@ class StateDirectory:
         return fs.opened(self.path / SAVED)
 
     def forget_saved(self, target: str, label: str) -> None:
-        """Remove copies that are of no use."""
+        """Remove copies that are of no use, for good: nobody looks for them again."""
         with contextlib.suppress(FileNotFoundError), fs.opened(self.path / SAVED / target) as folder:
             fs.remove_tree(label, folder)
+            os.fsync(folder)
 
     def content(self, row: TargetRow) -> Path:
         """The folder that holds the current files: of a tree that is not converted, the root itself."""
