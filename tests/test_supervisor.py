@@ -391,20 +391,22 @@ def test_environment_is_configured_and_files_are_read_again_at_each_start(serve:
 
 
 def test_logs_are_followed_across_rotation(serve: Serve) -> None:
+    os.mkfifo(serve.folder / "pipe")
     client = serve.start(
         QUICK
-        + "[target.talk]\ncommand = \"sh -c 'trap : USR1; i=0; while :; do sleep 3600 & wait $!; kill $!;"
-        " i=$((i+1)); echo line $i; done'\"\n[target.talk.log]\nmax_size = 40\nmax_files = 10\n"
+        + "[target.talk]\ncommand = ['sh', '-c', 'while read -r line; do echo \"$line\"; done < pipe']\n"
+        "[target.talk.log]\nmax_size = 40\nmax_files = 10\n"
     )
-    client.call("wait", {"names": ["talk"], "for": "ready", "timeout": 20})
     chunk = client.call("logs", name="talk", lines=0)["chunks"][0]
     cursor, text = chunk["cursor"], ""
-    for number in range(1, 16):
-        client.call("signal", names=["talk"], signal="USR1")
-        while f"line {number}\n" not in text:
-            chunks = client.call("logs.follow", cursors=[cursor])["chunks"]
-            text += "".join(c["text"] for c in chunks)
-            cursor = chunks[-1]["cursor"] if chunks else cursor
+    with (serve.folder / "pipe").open("w", buffering=1) as pipe:
+        for number in range(1, 16):
+            pipe.write(f"line {number}\n")
+            while f"line {number}\n" not in text:
+                chunks = client.call("logs.follow", cursors=[cursor])["chunks"]
+                text += "".join(c["text"] for c in chunks)
+                cursor = chunks[-1]["cursor"] if chunks else cursor
+        client.call("stop", names=["talk"])
     assert text == "".join(f"line {number}\n" for number in range(1, 16))
     assert (serve.folder / ".asyncsup/logs/talk.0.log.1").exists()
     client.close()
