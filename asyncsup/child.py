@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -87,11 +88,12 @@ def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
     """The argument vector, with `sh` and `setpriv` in front where limits, umask or a user are asked for."""
     argv = [program, *spec.command[1:]]
     if spec.user is not None or spec.group is not None:
-        # `setpriv` keeps the pid, unlike `su`; init-groups needs a user to know the groups of.
-        identity = [f"--reuid={spec.user}"] if spec.user is not None else []
-        identity += [f"--regid={spec.group}"] if spec.group is not None else ["--regid=" + _login_group(spec)]
-        identity += ["--init-groups"] if spec.user is not None else ["--clear-groups"]
-        argv = [resolve_program("setpriv", Path("/"), os.defpath), *identity, "--", *argv]
+        argv = [
+            resolve_program("setpriv", Path("/"), os.defpath),
+            *_identity(spec.user, spec.group),
+            "--",
+            *argv,
+        ]
     settings = [] if spec.umask is None else [f"umask {spec.umask:03o}"]
     for name, value in spec.limits.items():
         amount = "unlimited" if value < 0 else str(value // _ULIMIT_UNITS.get(name, 1))
@@ -101,12 +103,27 @@ def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
     return argv
 
 
-def _login_group(spec: SpawnSpec) -> str:
-    import pwd  # noqa: PLC0415 - only where a user is configured
+def _identity(user: str | None, group: str | None) -> list[str]:
+    """What tells `setpriv`, which keeps the pid unlike `su`, whom to become.
 
-    assert spec.user is not None
-    record = pwd.getpwuid(int(spec.user)) if spec.user.isdigit() else pwd.getpwnam(spec.user)
-    return str(record.pw_gid)
+    Raises:
+        SpawnError: there is no such user or group (any more): `setpriv` would say so in the program's place.
+    """
+    import grp  # noqa: PLC0415 - only where a user or group is configured
+    import pwd  # noqa: PLC0415 - as above
+
+    try:
+        gid = None
+        if group is not None:
+            gid = (grp.getgrgid(int(group)) if group.isdigit() else grp.getgrnam(group)).gr_gid
+        if user is None:
+            return [f"--regid={gid}", "--clear-groups"]
+        record = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    except KeyError:
+        missing = f"group {group}" if group is not None and gid is None else f"user {user}"
+        raise SpawnError(f"cannot be started: there is no {missing} any more") from None
+    # Supplementary groups are a matter of the user: by the uid `setpriv` looks them up.
+    return [f"--reuid={record.pw_uid}", f"--regid={record.pw_gid if gid is None else gid}", "--init-groups"]
 
 
 def spawn(spec: SpawnSpec) -> Child:
@@ -117,7 +134,10 @@ def spawn(spec: SpawnSpec) -> Child:
     """
     program = resolve_program(spec.command[0], spec.directory, spec.env.get("PATH"))
     argv = _through_shim(program, spec)
-    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}") from None
     try:
         # posix_spawn has no working directory. The event loop's thread is the only one that uses relative
         # paths, and this block does not yield, so nobody sees the excursion.
@@ -150,7 +170,13 @@ def spawn(spec: SpawnSpec) -> Child:
         raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}{where}") from None
     finally:
         os.close(before)
-    return Child(pid)
+    try:
+        return Child(pid)
+    except OSError as error:
+        # Nobody would see it end.
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}") from None
 
 
 def out_of_the_way(fd: int) -> int:
@@ -158,9 +184,13 @@ def out_of_the_way(fd: int) -> int:
 
     A spawn puts descriptors under their numbers one after the other: none may be overwritten before its turn.
     """
-    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_DESCRIPTOR)
-    os.close(fd)
-    return moved
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_DESCRIPTOR)
+    except OSError as error:
+        # EINVAL: the limit is below the number asked for.
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
+    finally:
+        os.close(fd)
 
 
 def seal_descriptors() -> None:

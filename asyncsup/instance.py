@@ -28,7 +28,7 @@ from asyncsup.environment import build_environment
 from asyncsup.errors import SpawnError, TargetNotRunningError
 from asyncsup.events import EventStream, timestamp
 from asyncsup.lifecycle import Event, State
-from asyncsup.logs import OutputStream, RotatingFile
+from asyncsup.logs import Cursor, OutputStream, RotatingFile
 from asyncsup.patch.statedir import PYCACHE
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from asyncsup.watch import Watch
@@ -457,22 +457,11 @@ class Instance:
         self._exited(ended)
 
     def _spawn_program(self) -> None:
-        readiness = self.config.readiness
-        output = self.streams["stdout"]
-        with contextlib.ExitStack() as child_ends:
-            descriptor, passed = None, {}
-            if self.config.ready.fd is not None:
-                descriptor, child_end = os.pipe2(os.O_CLOEXEC)
-                passed = {self.config.ready.fd: out_of_the_way(child_end)}
-                child_ends.callback(os.close, passed[self.config.ready.fd])
-            begin = output.end()
-            try:
-                self._child = self._spawn_command(self.config.command, {}, passed)
-            except SpawnError as error:
-                if descriptor is not None:
-                    os.close(descriptor)
-                self._ended(error.message)
-                return
+        try:
+            self._child, output, begin, descriptor = self._spawn_with_output()
+        except SpawnError as error:
+            self._ended(error.message)
+            return
         self._program_runs = True
         self._runtime.channel.admit(self.token, self)
         self._child.on_exit(self._exited)
@@ -485,6 +474,7 @@ class Instance:
             on_dead=self._end,
             on_old=self._too_old,
         )
+        readiness = self.config.readiness
         if readiness == "uptime":
             if self.config.min_uptime > 0:
                 self._arm(self.config.min_uptime, self._survived)
@@ -494,6 +484,29 @@ class Instance:
         if readiness != "exit":
             self._arm(self.config.start_timeout, self._start_timed_out)
         self._watch.await_ready(output, begin, descriptor)
+
+    def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
+        """Spawn the program; with its output, where that begins, and the descriptor on which it says that it
+        is ready.
+
+        Raises:
+            SpawnError: nothing was started, and nothing is left open.
+        """
+        number, descriptor, passed = self.config.ready.fd, None, {}
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as child_ends:
+            try:
+                output = self.streams["stdout"]
+                begin = output.end()
+                if number is not None:
+                    descriptor, child_end = os.pipe2(os.O_CLOEXEC)
+                    on_failure.callback(os.close, descriptor)
+                    passed = {number: out_of_the_way(child_end)}
+                    child_ends.callback(os.close, passed[number])
+            except OSError as error:
+                raise SpawnError(f"{self.config.command[0]}: cannot be started: {error.strerror}") from None
+            child = self._spawn_command(self.config.command, {}, passed)
+            on_failure.pop_all()
+        return child, output, begin, descriptor
 
     def _spawn_command(
         self, command: tuple[str, ...], extra: Mapping[str, str], descriptors: Mapping[int, int] = NONE
@@ -605,16 +618,19 @@ class Instance:
         paths = {"stdout": settings.stdout or logs / f"{self.config.name}.{self.index}.log"}
         if settings.stderr != "stdout":
             paths["stderr"] = settings.stderr or logs / f"{self.config.name}.{self.index}.err.log"
-        for stream, path in paths.items():
-            self._streams[stream] = OutputStream(
-                self._runtime.runtime_dir / "output" / f"{self.name}.{stream}",
-                self._runtime.log_file(
+        opened = {}
+        with contextlib.ExitStack() as on_failure:
+            for stream, path in paths.items():
+                file = self._runtime.log_file(
                     Path(self._expand(str(path))), max_size=settings.max_size, max_files=settings.max_files
-                ),
-                instance=self.name,
-                stream=stream,
-                format_=settings.format,
-            )
+                )
+                fifo = self._runtime.runtime_dir / "output" / f"{self.name}.{stream}"
+                opened[stream] = OutputStream(
+                    fifo, file, instance=self.name, stream=stream, format_=settings.format
+                )
+                on_failure.callback(opened[stream].close)
+            on_failure.pop_all()
+        self._streams = opened
 
     def close(self) -> None:
         """Let go of descriptors; the process, if there is one, is not touched."""
@@ -765,12 +781,24 @@ class Instance:
         finally:
             self._cleaning = None
 
+    @property
+    def _never_said_ready(self) -> bool:
+        """Whether it should have become ready and has not: no exit status makes that a success."""
+        return self._ready_at is None and self.config.readiness not in {"uptime", "exit"}
+
     def _ended(self, ended: Exit | str) -> None:
         now = time.monotonic()
         uptime = now - self._ready_at if self._ready_at is not None else None
-        decision = decide(self._policy, self._history, ended=ended, uptime=uptime, now=now)
+        how: Exit | str = ended
+        if (
+            self._never_said_ready
+            and isinstance(ended, Exit)
+            and ended.status in self._policy.success_exit_codes
+        ):
+            how = f"ended before it was ready ({ended})"
+        decision = decide(self._policy, self._history, ended=how, uptime=uptime, now=now)
         self._history = decision.history
-        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(ended))
+        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(how))
         self._apply(decision.event, decision.reason)
         if decision.event is Event.CRASHED:
             self._arm(decision.delay, self._backoff_elapsed)

@@ -98,6 +98,12 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str, mode: int, curve: Curve | No
         os.umask(before)
 
 
+def _remove(endpoint: str) -> None:
+    """Remove the file of an ipc socket: libzmq leaves it, and it would look as if somebody were there."""
+    if endpoint.startswith("ipc://"):
+        Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 class Router:
     """A ROUTER socket: answers go to the peer a message came from.
 
@@ -119,6 +125,7 @@ class Router:
         curve: Curve | None = None,
         most_frames: int = MAX_FRAMES,
     ) -> None:
+        self._endpoint = endpoint
         self._on_message = on_message
         self._most_frames = most_frames
         self._loop = asyncio.get_running_loop()
@@ -149,6 +156,7 @@ class Router:
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
         self._socket.close()
+        _remove(self._endpoint)
 
     def _kick(self) -> None:
         if not self._draining:
@@ -199,6 +207,7 @@ class Publisher:
         mode: int = 0o600,
         curve: Curve | None = None,
     ) -> None:
+        self._endpoint = endpoint
         self._socket = context.socket(zmq.PUB)
         self._socket.set(zmq.SNDHWM, 100_000)
         _bind(self._socket, endpoint, mode, curve)
@@ -208,3 +217,4 @@ class Publisher:
 
     def close(self) -> None:
         self._socket.close()
+        _remove(self._endpoint)

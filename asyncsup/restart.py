@@ -45,6 +45,9 @@ class RestartPolicy:
     min_uptime: float
     success_exit_codes: tuple[int, ...]
 
+    def is_success(self, ended: Exit) -> bool:
+        return ended.status in self.success_exit_codes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartHistory:
@@ -77,7 +80,7 @@ def decide(
         uptime: seconds since it became ready, None when it never did.
         now: monotonic time.
     """
-    success = isinstance(ended, Exit) and ended.status in policy.success_exit_codes
+    success = isinstance(ended, Exit) and policy.is_success(ended)
     if policy.mode == "never" or (policy.mode == "on-failure" and success):
         event = Event.ENDED if success else Event.GAVE_UP
         return Decision(event=event, history=RestartHistory(), reason=str(ended))

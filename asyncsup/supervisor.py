@@ -210,7 +210,8 @@ class Supervisor:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.pread(fd, 32, 0).decode().strip() or "unknown"
+            written = os.pread(fd, 32, 0).strip()
+            pid = written.decode() if written.isdigit() else "unknown"
             raise StateLockedError(
                 f"another supervisor (pid {pid}) runs with runtime_dir {runtime_dir}; "
                 "stop it with `asyncsup shutdown`, or give this one a runtime_dir of its own"
@@ -260,6 +261,7 @@ class Supervisor:
             signal.SIGINT: partial(self._on_signal, "SIGINT"),
             signal.SIGQUIT: partial(self._on_signal, "SIGQUIT"),
             signal.SIGHUP: lambda: log.warning("SIGHUP: ignored; `asyncsup restart` takes up changes"),
+            signal.SIGUSR1: lambda: log.warning("SIGUSR1: ignored; SIGUSR2 reopens log files"),
             signal.SIGUSR2: self._reopen_logs,
         }
         for number, handler in handlers.items():

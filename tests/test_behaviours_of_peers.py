@@ -1,0 +1,503 @@
+"""What the test suites of other supervisors pin, as far as no other file here has it.
+
+The table in `docs/design/0012-behaviours-of-peers.md` says which test is which of their behaviours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Serve, wait_for
+from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, alive, fails, instance, reached, target
+
+from asyncsup.child import SpawnSpec, spawn
+from asyncsup.client import ControlClient
+from asyncsup.errors import RemoteError, SpawnError
+from asyncsup.logs import RotatingFile
+
+
+def supervisor_pid(client: ControlClient) -> int:
+    return int(client.call("supervisor.info")["pid"])
+
+
+def descriptors(pid: int) -> set[int]:
+    return {int(name) for name in os.listdir(f"/proc/{pid}/fd")}  # noqa: PTH208 - numbers are wanted
+
+
+def text_of(client: ControlClient, name: str) -> str:
+    return str(client.call("logs", name=name)["chunks"][0]["text"])
+
+
+def states_after(client: ControlClient, seq: int) -> list[tuple[str, str]]:
+    events = client.call("events.since", seq=seq)["events"]
+    return [(event["instance"], event["to"]) for event in events if event["type"] == "instance.state"]
+
+
+@pytest.fixture
+def doomed() -> Iterator[list[int]]:
+    """Processes that are meant to outlive what started them."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# --- spawning -----------------------------------------------------------------------------------------------
+
+
+def test_a_program_is_searched_for_in_its_own_path(serve: Serve) -> None:
+    for folder in ("one", "two"):
+        (serve.folder / folder).mkdir()
+        program = serve.folder / folder / "greet"
+        program.write_text(f"#!/bin/sh\necho {folder}\nexec sleep 3600\n")
+        program.chmod(0o755)
+    serve.environ = {"PATH": f"{serve.folder}/one:{os.environ['PATH']}"}
+    client = serve.start(
+        f'{QUICK}[target.inherits]\ncommand = "greet"\n'
+        '[target.own]\ncommand = "greet"\nenv.PATH = "${here}/two:/usr/bin:/bin"\n'
+    )
+    wait_for(lambda: text_of(client, "inherits") == "one\n", "that of the supervisor's path")
+    wait_for(lambda: text_of(client, "own") == "two\n", "that of its own path")
+    client.close()
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_a_supervisor_out_of_descriptors_says_so_and_recovers(serve: Serve, by_descriptor: bool) -> None:
+    most = 10
+    program = f"{SLEEPER}autostart = false\nlog.stderr = 'separate'\n"
+    if by_descriptor:
+        program = program.replace("sleep 3600", "sh -c 'echo >&7; exec sleep 3600'") + "ready.fd = 7\n"
+    targets = "".join(f"[target.t{number}]\n{program}" for number in range(most))
+    client = serve.start(f'{QUICK}restart = "never"\n{targets}')
+    pid = supervisor_pid(client)
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    costs, refused = set(), 0
+    for number in range(most):
+        name = f"t{number}"
+        before = descriptors(pid)
+        # So many numbers are left to be had.
+        free = [fd for fd in range(1000) if fd not in before]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[number], usual[1]))
+        try:
+            client.call("start", names=[name])
+        except RemoteError as error:
+            refused += 1
+            assert "Too many open files" in error.message
+            assert instance(client, name)["state"] == "failed"
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+        client.call("start", names=[name])
+        client.call("stop", names=[name])
+        costs.add(len(descriptors(pid)) - len(before))
+    # Above the limit there is no place for the program's descriptor, however many are free.
+    assert refused == most if by_descriptor else 2 < refused < most
+    assert len(costs) == 1, "a start that failed has left descriptors behind"
+    client.close()
+
+
+RUN = """
+import os, resource, sys
+from pathlib import Path
+from asyncsup.child import SpawnSpec, spawn
+from asyncsup.errors import RemoteError, SpawnError
+
+def run(*command, **settings):
+    settings |= {"directory": Path("/"), "env": dict(os.environ), "stdout": 1, "stderr": 2}
+    child = spawn(SpawnSpec(command=command, **settings))
+    os.waitid(os.P_PID, child.pid, os.WEXITED)
+"""
+
+
+def script(text: str) -> str:
+    command = [sys.executable, "-c", RUN + text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_process_to_be_had_is_an_error_of_that_start() -> None:
+    said = script(
+        "before = os.listdir('/proc/self/fd')\n"
+        "os.setresuid(65534, 65534, 65534)\n"
+        "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
+        "try: run('sleep', '1')\n"
+        "except SpawnError as error: print(error.message)\n"
+        "assert os.listdir('/proc/self/fd') == before\n"
+    )
+    assert said == "sleep: cannot be started: Resource temporarily unavailable\n"
+
+
+@pytest.mark.parametrize(
+    ("who", "said"),
+    [
+        ({"user": "no-such-user"}, "there is no user no-such-user any more"),
+        ({"user": "4294967290"}, "there is no user 4294967290 any more"),
+        ({"user": "no-such-user", "group": "root"}, "there is no user no-such-user any more"),
+        ({"group": "no-such-group"}, "there is no group no-such-group any more"),
+    ],
+)
+def test_a_user_that_has_vanished_is_named_and_nothing_runs(
+    tmp_path: Path, who: dict[str, str], said: str
+) -> None:
+    spec = SpawnSpec(command=["touch", "ran"], directory=tmp_path, env={}, stdout=1, stderr=2, **who)  # type: ignore[arg-type]
+    with pytest.raises(SpawnError, match=said):
+        spawn(spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("group", [None, "daemon"])
+def test_a_user_has_its_groups_and_nobody_elses(group: str | None) -> None:
+    said = script(
+        "os.setgroups([0, 4, 24])\n"
+        "show = 'id -un; id -gn; grep -e ^Groups: -e ^Uid: /proc/self/status'\n"
+        f"run('sh', '-c', show, user='nobody', group={group!r})"
+    )
+    user, main_group, uids, groups = said.splitlines()
+    nobody = pwd.getpwnam("nobody")
+    assert (user, main_group) == ("nobody", group or "nogroup")
+    assert set(uids.split()[1:]) == {str(nobody.pw_uid)}
+    assert {int(number) for number in groups.split()[1:]} == set(os.getgrouplist("nobody", nobody.pw_gid))
+
+
+def test_the_environment_arrives_as_it_was_written(serve: Serve) -> None:
+    inherited = "100% %(here)s 'single' \"double\" $HOME ${here} \\n é\ttab\nline"
+    serve.environ = {"INHERITED": inherited, "MiXed": "case"}
+    (serve.folder / "web.env").write_text("FILE=100% 'as it is' $HOME\n")
+    client = serve.start(
+        f"{QUICK}[target.web]\ncommand = ['{sys.executable}', '-c', "
+        "'import json, os; print(json.dumps(dict(os.environ))); import time; time.sleep(3600)']\n"
+        "env_files = ['web.env']\n"
+        "[target.web.env]\nPERCENT = '100% %s %(x)s'\nQUOTES = '''a 'b' \"c\" \\d é'''\n"
+        "DOLLAR = '$$HOME'\nMIXED = 'other case'\nEMPTY = ''\n"
+    )
+    found = json.loads(wait_for(lambda: text_of(client, "web"), "the environment"))
+    assert found["INHERITED"] == inherited
+    assert (found["MiXed"], found["MIXED"], found["EMPTY"]) == ("case", "other case", "")
+    assert found["PERCENT"] == "100% %s %(x)s"
+    assert found["QUOTES"] == "a 'b' \"c\" \\d é"
+    assert found["DOLLAR"] == "$HOME"
+    assert found["FILE"] == "100% 'as it is' $HOME"
+    client.close()
+
+
+# --- states -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_so_already_is_not_done_again(serve: Serve) -> None:
+    client = serve.start(f"{QUICK}[target.up]\n{SLEEPER}[target.down]\n{SLEEPER}autostart = false\n")
+    client.call("wait", {"names": ["up"], "for": "ready", "timeout": 20})
+    pid, seq = instance(client, "up")["pid"], client.call("status")["seq"]
+    for _ in range(3):
+        client.call("start", names=["up"])
+        client.call("stop", names=["down"])
+    assert instance(client, "up")["pid"] == pid
+    assert states_after(client, seq) == []
+    client.close()
+
+
+@pytest.mark.parametrize("policy", ["on-failure", "always"])
+def test_an_end_before_it_was_ready_is_a_failure_whatever_its_status(serve: Serve, policy: str) -> None:
+    client = serve.start(
+        f'{QUICK}restart = "{policy}"\nstart_limit_burst = 2\n[target.app]\n{SLEEPER}depends_on = ["db"]\n'
+        '[target.db]\ncommand = "true"\nprotocol = "notify"\n'
+    )
+    found = reached(client, "db", "failed")
+    assert "ended before it was ready" in found["exit"]["reason"]
+    assert found["exit"]["status"] == 0
+    assert found["restarts"] == 2
+    assert instance(client, "app")["state"] == "waiting"
+    assert "before it was ready" in fails(client, "start", names=["db"]).message
+    client.close()
+
+
+def test_nothing_is_started_while_the_supervisor_is_stopping(serve: Serve) -> None:
+    client = serve.start(
+        f'{QUICK}[target.deaf]\n{IGNORES_TERM}stop_timeout = "1h"\nrestart = "always"\n'
+        f"[target.lazy]\n{SLEEPER}autostart = false\n"
+        '[target.bad]\ncommand = "false"\nstart_limit_interval = "0s"\nrestart_max_delay = "20ms"\n'
+    )
+    wait_for(lambda: "up" in text_of(client, "deaf"), "the program")
+    client.call("shutdown")
+    reached(client, "deaf", "stopping")
+    reached(client, "bad", "stopped")
+    for method in ("start", "restart"):
+        for name in ("lazy", "deaf", "bad"):
+            assert fails(client, method, names=[name]).error_code == "supervisor.shutting_down"
+    assert fails(client, "scale", name="lazy", instances=3).error_code == "supervisor.shutting_down"
+    # One that dies of something else is not started again either.
+    os.kill(instance(client, "deaf")["pid"], signal.SIGKILL)
+    assert serve.process is not None
+    assert serve.process.wait(20) == 0
+    client.close()
+    after = serve.errors().partition(" stopping (")[2]
+    assert "deaf:0: stopping -> stopped" in after
+    assert "stopped -> " not in after
+
+
+def test_kill_mode_process_leaves_its_children_alone(serve: Serve, doomed: list[int]) -> None:
+    (serve.folder / "tree.sh").write_text("sleep 3600 &\necho child $!\nwait\n")
+    client = serve.start(f'{QUICK}[target.tree]\ncommand = "sh tree.sh"\nkill_mode = "process"\n')
+    child = int(wait_for(lambda: text_of(client, "tree"), "the child").split()[1])
+    doomed.append(child)
+    leader = instance(client, "tree")["pid"]
+    client.call("stop", names=["tree"])
+    assert instance(client, "tree")["state"] == "stopped"
+    assert not alive(leader)
+    assert alive(child)
+    client.close()
+
+
+def test_a_signal_to_what_does_not_run_says_so(serve: Serve) -> None:
+    client = serve.start(f"{QUICK}[target.up]\n{SLEEPER}[target.down]\n{SLEEPER}autostart = false\n")
+    client.call("wait", {"names": ["up"], "for": "ready", "timeout": 20})
+    error = fails(client, "signal", names=["down"], signal="USR1")
+    assert (error.error_code, error.remote_exit_status) == ("target.not_running", 3)
+    assert "down has no process to signal" in error.message
+    assert fails(client, "signal", names=["up", "down"], signal="WINCH").error_code == "target.not_running"
+    assert fails(client, "signal", names=["nobody"], signal="WINCH").error_code == "target.not_found"
+    assert instance(client, "up")["state"] == "running"
+    client.close()
+
+
+BACKWARDS = """
+import itertools, time
+hours = itertools.count(1)
+real, start = time.time, time.time()
+time.time = lambda: start - 3600 * next(hours)
+"""
+
+
+def test_the_time_of_day_decides_nothing_about_processes(serve: Serve) -> None:
+    # A supervisor that is told an earlier time whenever it asks.
+    (serve.folder / "sitecustomize.py").write_text(BACKWARDS)
+    serve.environ = {"PYTHONPATH": str(serve.folder)}
+    client = serve.start(
+        f'{QUICK}[target.web]\n{SLEEPER}[target.bad]\ncommand = "false"\nstart_limit_burst = 3\n'
+        f'[target.deaf]\n{IGNORES_TERM}stop_timeout = "200ms"\n'
+    )
+    client.call("wait", {"names": ["web", "deaf"], "for": "ready", "timeout": 20})
+    assert reached(client, "bad", "failed")["restarts"] == 3
+    pid = instance(client, "web")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: instance(client, "web")["pid"] not in {pid, None}, "a new process")
+    client.call("stop", names=["deaf"])
+    assert instance(client, "web")["uptime"] >= 0
+    client.close()
+    assert serve.stop() == 0
+
+
+def test_waiting_is_said_once(serve: Serve) -> None:
+    client = serve.start(
+        f'{QUICK}[target.db]\n{SLEEPER}protocol = "notify"\nstart_timeout = "1h"\n'
+        f'[target.app]\n{SLEEPER}depends_on = ["db"]\n[target.deaf]\n{IGNORES_TERM}stop_timeout = "1h"\n'
+    )
+    wait_for(lambda: "up" in text_of(client, "deaf"), "the program")
+    assert instance(client, "app")["detail"] == "waiting for db"
+    for _ in range(3):
+        client.call("start", names=["app"], wait=False)
+    client.call("shutdown")
+    found = reached(client, "deaf", "stopping")
+    assert serve.process is not None
+    assert serve.process.poll() is None
+    os.kill(found["pid"], signal.SIGKILL)
+    assert serve.process.wait(20) == 0
+    client.close()
+    assert serve.errors().count("waiting for db") == 1
+    assert serve.errors().count("deaf:0: running -> stopping") == 1
+
+
+def test_restarts_by_command_are_no_flapping(serve: Serve) -> None:
+    client = serve.start(
+        '[defaults]\nstart_limit_burst = 1\nrestart_delay = "20ms"\nmin_uptime = "1h"\n'
+        f"[target.web]\n{SLEEPER}"
+    )
+    client.call("wait", {"names": ["web"], "for": "running", "timeout": 20})
+    for _ in range(5):
+        client.call("restart", names=["web"], wait=False)
+    wait_for(lambda: not target(client, "web")["busy"] and not target(client, "web")["waiting"], "the last")
+    pid = wait_for(lambda: instance(client, "web")["pid"], "a process")
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: instance(client, "web")["pid"] not in {pid, None}, "a new process")
+    os.kill(instance(client, "web")["pid"], signal.SIGKILL)
+    assert "gave up after 1 restarts" in reached(client, "web", "failed")["detail"]
+    client.call("start", names=["web"], wait=False)
+    wait_for(lambda: instance(client, "web")["pid"], "that of a start by command")
+    client.close()
+
+
+def test_who_has_left_the_group_does_not_hold_up_a_stop(serve: Serve, doomed: list[int]) -> None:
+    """It still has the output, which never comes to its end."""
+    (serve.folder / "tree.sh").write_text("setsid sleep 3600 &\necho child $!\nexec sleep 3600\n")
+    client = serve.start(f'{QUICK}[target.tree]\ncommand = "sh tree.sh"\n')
+    doomed.append(int(wait_for(lambda: text_of(client, "tree"), "the child").split()[1]))
+    client.call("stop", names=["tree"])
+    assert instance(client, "tree")["state"] == "stopped"
+    client.call("start", names=["tree"])
+    doomed.append(int(wait_for(lambda: text_of(client, "tree").splitlines()[1:], "the second")[0].split()[1]))
+    client.close()
+    assert serve.stop() == 0
+
+
+# --- the supervisor itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_int_and_quit_stop_everything(serve: Serve, number: signal.Signals) -> None:
+    client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    pid = instance(client, "web")["pid"]
+    client.close()
+    assert serve.process is not None
+    serve.process.send_signal(number)
+    assert serve.process.wait(20) == 0
+    assert not alive(pid)
+
+
+def test_usr2_reopens_the_logs(serve: Serve) -> None:
+    os.mkfifo(serve.folder / "pipe")
+    client = serve.start(
+        f"{QUICK}[target.web]\ncommand = ['sh', '-c', 'while read -r line; do echo \"$line\"; done < pipe']\n"
+    )
+    log = serve.folder / ".asyncsup/logs/web.0.log"
+    with (serve.folder / "pipe").open("w") as pipe:
+        pipe.write("old\n")
+        pipe.flush()
+        wait_for(lambda: log.exists() and log.read_text() == "old\n", "the first line")
+        log.rename(log.with_name("moved"))
+        os.kill(supervisor_pid(client), signal.SIGUSR2)
+        wait_for(lambda: "reopening" in serve.errors(), "the signal")
+        pipe.write("new\n")
+        pipe.flush()
+        wait_for(lambda: log.exists() and log.read_text() == "new\n", "the new file")
+        assert log.with_name("moved").read_text() == "old\n"
+        log.unlink()
+        os.kill(supervisor_pid(client), signal.SIGUSR2)
+        wait_for(lambda: serve.errors().count("reopening") == 2, "the signal")
+        pipe.write("newest\n")
+        pipe.flush()
+        wait_for(lambda: log.exists() and log.read_text() == "newest\n", "a file in place of the removed one")
+        client.call("stop", names=["web"])
+    client.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGPIPE, signal.SIGWINCH, signal.SIGCONT])
+def test_signals_without_a_meaning_end_nothing(serve: Serve, number: signal.Signals) -> None:
+    client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    pid = instance(client, "web")["pid"]
+    os.kill(supervisor_pid(client), number)
+    assert instance(client, "web")["pid"] == pid
+    client.close()
+    assert serve.stop() == 0
+
+
+def test_leftovers_of_another_supervisor_are_tolerated(serve: Serve) -> None:
+    run = serve.folder / ".asyncsup/run"
+    run.mkdir(mode=0o700, parents=True)
+    (run / "lock").write_bytes(b"\xff\xfe no pid\n" * 100)
+    for name in ("control.sock", "events.sock", "target.sock", "notify.sock"):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(run / name))
+    (run / "output").mkdir()
+    (run / "output/web:0.stdout").write_text("no FIFO")
+    client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.close()
+    assert serve.stop() == 0
+    # Somebody else has the lock, and nobody knows who.
+    with (run / "lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(b"\xff\xfe no pid\n")
+        lock.flush()
+        second = subprocess.run(serve.command(), capture_output=True, text=True, timeout=30, check=False)
+    assert second.returncode == 8
+    assert "another supervisor (pid unknown) runs" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize("removed_before", [False, True])
+def test_sockets_go_at_the_end_and_may_have_gone_before(serve: Serve, removed_before: bool) -> None:
+    client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.close()
+    sockets = list((serve.folder / ".asyncsup/run").glob("*.sock"))
+    assert len(sockets) == 4
+    if removed_before:
+        for path in sockets:
+            path.unlink()
+    assert serve.stop() == 0
+    assert not any(path.exists() for path in sockets)
+
+
+def test_shutdown_without_a_supervisor_says_that_there_is_none(serve: Serve) -> None:
+    serve.write(f"[target.web]\n{SLEEPER}")
+    command = [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "shutdown"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 7
+    assert done.stderr.startswith(f"asyncsup: no supervisor at {serve.endpoint}")
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_full_at_its_size_and_missing_ones_are_tolerated(tmp_path: Path) -> None:
+    file = RotatingFile(tmp_path / "out.log", max_size=10, max_files=4)
+
+    def found() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    file.write_lines(b"123456789\n")
+    assert found() == {"out.log": b"123456789\n"}
+    file.write_lines(b"a\n")
+    assert found() == {"out.log": b"a\n", "out.log.1": b"123456789\n"}
+    file.write_lines(b"b\n")
+    (tmp_path / "out.log.1").unlink()
+    file.write_lines(b"1234567\n")
+    assert found() == {"out.log": b"1234567\n", "out.log.1": b"a\nb\n"}
+    (tmp_path / "out.log").unlink()
+    file.write_lines(b"1234567\n")
+    file.close()
+    assert found() == {"out.log": b"1234567\n", "out.log.2": b"a\nb\n"}
+
+
+def test_streams_go_on_after_a_stop_and_a_start(serve: Serve) -> None:
+    client = serve.start(
+        f"{QUICK}[target.web]\ncommand = ['sh', '-c', 'echo $$$$; exec sleep 3600']\nautostart = false\n"
+    )
+    assert text_of(client, "web") == ""
+    cursor = client.call("logs", name="web")["chunks"][0]["cursor"]
+    followed = ""
+    for _ in range(3):
+        client.call("start", names=["web"])
+        said = f"{instance(client, 'web')['pid']}\n"
+        while not followed.endswith(said):
+            (chunk,) = client.call("logs.follow", cursors=[cursor])["chunks"]
+            followed, cursor = followed + chunk["text"], chunk["cursor"]
+        client.call("stop", names=["web"])
+    assert len(followed.splitlines()) == 3
+    assert text_of(client, "web") == followed
+    client.close()
+
+
+def test_bytes_that_are_no_text_are_passed_on(serve: Serve) -> None:
+    (serve.folder / "said").write_bytes(b"caf\xc3\xa9 \xff\xfe\0\n")
+    client = serve.start(f"{QUICK}[target.web]\ncommand = ['sh', '-c', 'cat said; exec sleep 3600']\n")
+    assert wait_for(lambda: text_of(client, "web"), "the output") == "café \ufffd\ufffd\0\n"
+    assert (serve.folder / ".asyncsup/logs/web.0.log").read_bytes() == b"caf\xc3\xa9 \xff\xfe\0\n"
+    command: list[Any] = [sys.executable, "-m", "asyncsup", "-c", serve.config, "logs", "web"]
+    shown = subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
+    assert shown.decode() == "café \ufffd\ufffd\0\n"
+    client.close()
