@@ -131,6 +131,26 @@ def test_a_generation_that_a_reader_holds_is_kept_until_it_lets_go(
 
 
 @both_layouts
+def test_what_is_left_of_a_removal_that_failed_goes_with_the_next_prune(
+    layout: Layout, bench: Callable[..., Bench]
+) -> None:
+    b = bench(layout, "web", "web-0")
+    for build in (301, 302):
+        apply(b.store, b.patch(build, modified={"app.json": b"%d" % build}, name=f"{build}"))
+    with (
+        mock.patch.object(os, "rmdir", side_effect=OSError(errno.EIO, os.strerror(errno.EIO))),
+        pytest.raises(PatchError) as caught,
+    ):
+        b.store.prune("web", 0)
+    assert caught.value.error_code == "patch.io_failed"
+    assert names_in(b.base / "state/staging") == ["web-0.gone"]
+    b.store.prune("web-0", 0)
+    assert names_in(b.base / "state/staging") == ["web-0.gone"]
+    assert b.store.prune("web", 0) == [1]
+    assert names_in(b.base / "state/staging") == []
+
+
+@both_layouts
 def test_an_undone_generation_that_a_reader_holds_goes_with_the_next_prune(
     layout: Layout, bench: Callable[..., Bench]
 ) -> None:
@@ -608,6 +628,31 @@ def test_an_io_error_has_a_code_and_leaves_nothing(bench: Callable[..., Bench]) 
     b.store.abort(txn)
     assert seen(b.root) == FILES
     apply(b.store, patch)
+
+
+def test_bringing_along_that_fails_leaves_no_descriptor_open(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.TREE)
+    txn = staged(b.store, b.patch(300, modified={"app.json": b"two"}))
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with (
+        mock.patch.object(fs, "unlink_quietly", side_effect=OSError(errno.EIO, os.strerror(errno.EIO))),
+        pytest.raises(PatchError),
+    ):
+        b.store.switch(txn)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    b.store.abort(txn)
+    assert seen(b.root) == FILES
+
+
+def test_a_lock_file_that_cannot_be_written_keeps_nobody_out(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    full = mock.patch.object(os, "ftruncate", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with full:
+        b.store.close()
+        with pytest.raises(StateError) as caught:
+            Store.open(b.base / "state")
+    assert caught.value.error_code == "state.unusable"
+    b.store = open_store(b.base, *b.targets)
 
 
 def test_without_root_rights_everything_works_as_well(stack: ExitStack) -> None:

@@ -146,7 +146,8 @@ class StateDirectory:
         self.database.close()
         os.close(self.fd)
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)
+            with contextlib.suppress(OSError):  # What it says is for people; being locked is what counts.
+                os.ftruncate(self._lock, 0)
             os.close(self._lock)
 
     # --- places ---------------------------------------------------------------------------------------------
@@ -277,6 +278,13 @@ class StateDirectory:
             os.close(fd)
         return True
 
+    def sweep_discarded(self, target: str) -> None:
+        """Remove what is left of generations whose removal has failed on the way."""
+        with fs.opened(self.staging) as staging:
+            for name in fs.names(staging):
+                if re.fullmatch(rf"{re.escape(target)}-\d+\.gone", name):
+                    fs.remove_tree(name, staging)
+
     def move_to_saved(self, target: str, number: int, label: str) -> None:
         """Put a whole generation where copies are, in the place of the empty folder `label`. Harmless when it
         is there already."""
@@ -389,20 +397,20 @@ def lock_holder(path: Path) -> int | None:
 def _take_lock(path: Path) -> int:
     # For nobody else: whoever may open it, if only for reading, may lock it, and keep us from starting.
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    os.fchmod(fd, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        os.close(fd)
-        raise StateLockedError(
-            f"{path.parent} is in use by another supervisor (process {holder or 'unknown'})",
-            pid=int(holder) if holder.isdecimal() else None,
-            state_dir=str(path.parent),
-        ) from None
+        os.fchmod(fd, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            raise StateLockedError(
+                f"{path.parent} is in use by another supervisor (process {holder or 'unknown'})",
+                pid=int(holder) if holder.isdecimal() else None,
+                state_dir=str(path.parent),
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     except BaseException:
         os.close(fd)
         raise
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd

@@ -1271,6 +1271,7 @@ class Store:
             by: who asked, for the audit.
         """
         with self._locks[target], self._reporting(target):
+            self._state.sweep_discarded(target)
             rows = {row.number: row for row in self._database.generations(target)}
             number = self._state.number(target)
             kept = {number}

@@ -124,8 +124,8 @@ def _remove_what_is_gone(source: int, destination: int, skip: Set[str]) -> Itera
     while pending:
         parts = pending.pop()
         with fs.below(destination, parts) as there:
-            here = _open_or_none(source, parts)
             fs.unlink_quietly(_CARRIED, there)  # A copy that was cut off.
+            here = _open_or_none(source, parts)
             try:
                 for name, is_folder in _entries(there):
                     path = "/".join((*parts, name))
