@@ -97,14 +97,14 @@ class Recording:
         recorder = Recorder(self.history.start, self.history.operations[:number], but_for=UNIMPORTANT)
         recorder.live.write()
         promises = [*self.promises[:number], self.promises[number].in_recovery()]
-        return Recording.make(self.scene, recorder, play_recovery, promises, _faults(self.scene))
+        return Recording.make(self.scene, recorder, play_recovery, promises, faults_of(self.scene))
 
     def interrupted(self, point: CrashPoint, chosen: Sequence[int]) -> Recording:
         """The recovery after power was lost."""
         recorder = Recorder(self.history.state(point, chosen), but_for=UNIMPORTANT)
         recorder.live.write()
         promises = [self.promises[point.number].in_recovery()]
-        return Recording.make(self.scene, recorder, play_recovery, promises, _faults(self.scene))
+        return Recording.make(self.scene, recorder, play_recovery, promises, faults_of(self.scene))
 
     @contextmanager
     def telling(self, point: CrashPoint | int, chosen: Sequence[int] = ()) -> Iterator[None]:
@@ -131,11 +131,11 @@ def record(scene: Scene, play: Play) -> Recording:
         Recorder(State.read(scene.disk), but_for=UNIMPORTANT),
         play.act,
         [Promises(seen=begun, kept=begun, pinned=pinned)],
-        _faults(scene, play.elsewhere),
+        faults_of(scene, play.elsewhere),
     )
 
 
-def _faults(scene: Scene, swap: int = 0) -> list[str]:
+def faults_of(scene: Scene, swap: int = 0) -> list[str]:
     """What strace is to do to system calls: those that would be of two file systems fail."""
     faults = [] if scene.links else ["inject=linkat:error=EXDEV"]
     faults += [f"inject=renameat2:error=EXDEV:when={swap}"] if swap else []
@@ -200,7 +200,7 @@ def check_pointer(view: View, target_: TargetRoot, promises: Promises) -> None:
 def check_recovered(scene: Scene, promises: Promises, *, thoroughly: bool) -> None:
     """What recovery makes of the real disk, as it is now."""
     try:
-        with closing(scene.open()) as store:
+        with nullcontext() if scene.links else _without_links(), closing(scene.open()) as store:
             build = check_store(scene, store, promises)
             if thoroughly:
                 check_goes_on(scene, store, build, promises)
@@ -227,10 +227,15 @@ def check_store(scene: Scene, store: Store, promises: Promises) -> int:
             check_released(each)
     check_treasures(scene, promises)
     check_copies(scene, store)
+    check_staging(scene)
+    return build
+
+
+def check_staging(scene: Scene) -> None:
+    """Nothing is left of what was about to be."""
     for name in ("staging/*", "next", "sets/*.new"):
         left = list((scene.state / "state").glob(name))
         check(not left, f"left over: {left}")
-    return build
 
 
 def check_root(scene: Scene, store: Store, each: TargetRoot, folders: set[str]) -> None:
@@ -455,7 +460,7 @@ def recover(recording: Recording, point: CrashPoint, chosen: Sequence[int], *, t
     state, scene = recording.history.state(point, chosen), recording.scene
     state.write()
     assert scene.sees(state) == scene.really_sees(), "the model sees something else"
-    with recording.telling(point, chosen), nullcontext() if scene.links else _without_links():
+    with recording.telling(point, chosen):
         check_recovered(scene, recording.promises[point.number], thoroughly=thoroughly)
 
 

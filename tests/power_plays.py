@@ -172,17 +172,28 @@ class View:
     current: Tree | None
 
 
+BOTH_LAYOUTS: Final[Mapping[str, Layout]] = {"over": Layout.OVERLAY, "tree": Layout.TREE}
+
+
 class Scene:
-    """A folder that loses its power, with a store and targets of both layouts in it.
+    """A folder that loses its power, with a store and targets in it.
 
     Args:
         bulk: more files than are synced one by one.
         links: whether hard links are possible.
+        layouts: the targets, by name.
     Attributes:
         disk: what the power can take. The packages and traces are beside it.
     """
 
-    def __init__(self, base: Path, *, bulk: bool = False, links: bool = True) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *,
+        bulk: bool = False,
+        links: bool = True,
+        layouts: Mapping[str, Layout] = BOTH_LAYOUTS,
+    ) -> None:
         self.base = base
         self.links = links
         self.disk = base / "disk"
@@ -192,19 +203,17 @@ class Scene:
         self.side = base / "side"
         self.side.mkdir()
         self.bulk = bulk
+        persistent = {Layout.OVERLAY: {}, Layout.TREE: {"persist": (PERSISTENT, PERSISTENT_FILE)}}
         self.targets = tuple(
-            target(self.disk, layout, name, build=100, **options)
-            for name, layout, options in (
-                ("over", Layout.OVERLAY, {}),
-                ("tree", Layout.TREE, {"persist": (PERSISTENT, PERSISTENT_FILE)}),
-            )
+            target(self.disk, layout, name, build=100, **persistent[layout])
+            for name, layout in layouts.items()
         )
         for each in self.targets:
             write_tree(each.root, {**self.build(100), **OWN})
 
     @classmethod
-    def of(cls, play: Play, base: Path) -> Scene:
-        return cls(base, bulk=play.bulk, links=play.elsewhere == 0)
+    def of(cls, play: Play, base: Path, layouts: Mapping[str, Layout] = BOTH_LAYOUTS) -> Scene:
+        return cls(base, bulk=play.bulk, links=play.elsewhere == 0, layouts=layouts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -301,13 +310,17 @@ def stage(store: Store, patch: Package, *names: str, policy: Policy = "refuse", 
     return txn
 
 
-def switch_and_commit(store: Store, txn: int, old: int, new: int) -> None:
+def switch_and_confirm(store: Store, txn: int, old: int, new: int) -> None:
     promise(seen=[old, new])
     store.switch(txn)
     promise(seen=[new])
     promise(kept=[old, new])
     store.commit(txn)
     promise(kept=[new], verdicts={txn: ["committed", None]})
+
+
+def switch_and_commit(store: Store, txn: int, old: int, new: int) -> None:
+    switch_and_confirm(store, txn, old, new)
     store.finish(txn, verdict="committed")
 
 

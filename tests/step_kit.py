@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from store_kit import Tree, leftovers, package, seen, write_tree
 
 from asyncsup import failpoints
 from asyncsup.client import ControlClient
-from asyncsup.errors import RemoteError
+from asyncsup.errors import AsyncsupError, RemoteError
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.plan import Policy
 from target_sdk.protocol import ENV_ENDPOINT, ENV_TOKEN
@@ -662,6 +663,33 @@ def dry_run(scene: Scene, play: Play) -> Dry:
     passed = scene.passed()
     scene.stop()
     return Dry(play, scene.variant, passed)
+
+
+# --- around a fault ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def asked(act: Callable[[ControlClient], Any], scene: Scene) -> Iterator[list[Any]]:
+    """Ask for something while the block runs; the list then holds the answer, or the error."""
+    outcome: list[Any] = []
+
+    def ask() -> None:
+        with ControlClient(scene.serve.endpoint) as client:
+            try:
+                outcome.append(act(client))
+            except AsyncsupError as error:
+                outcome.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield outcome
+    except BaseException:
+        scene.tear_down()  # or the thread would never end
+        raise
+    finally:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a client still waits"
 
 
 # --- many at a time -----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ it is passed.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -45,6 +44,7 @@ from step_kit import (
     Play,
     Scene,
     Variant,
+    asked,
     dry_run,
     is_committed,
     is_switched,
@@ -183,30 +183,6 @@ def count(series: Iterable[Series]) -> str:
 
 
 # --- around a fault -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def asked(act: Callable[[ControlClient], Any], scene: Scene) -> Iterator[list[Any]]:
-    """Ask for something while the block runs; the list then holds the answer, or the error."""
-    outcome: list[Any] = []
-
-    def ask() -> None:
-        with ControlClient(scene.serve.endpoint) as client:
-            try:
-                outcome.append(act(client))
-            except AsyncsupError as error:
-                outcome.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield outcome
-    except BaseException:
-        scene.tear_down()  # or the thread would never end
-        raise
-    finally:
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "a client still waits"
 
 
 def wait_for_point(point: str, scene: Scene, times: int = 1) -> None:

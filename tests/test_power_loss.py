@@ -10,19 +10,16 @@ each time; ``ASYNCSUP_TESTS=all`` looks at every moment, and recovers every stat
 from __future__ import annotations
 
 import functools
-import logging
-import multiprocessing
 import os
 import random
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from power_kit import Counts, Effort, explore, record
 from power_plays import PLAYS, Play, Scene
 from store_kit import memory_folder
 from traced import require_strace
+from workers import in_workers
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -53,12 +50,6 @@ def strace() -> None:
     require_strace()
 
 
-def in_workers(task: Callable[[int], Any]) -> list[Any]:
-    """What `task` makes of 0, 1, 2..., each in a process of its own."""
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"), logging.disable) as pool:
-        return list(pool.map(task, range(WORKERS)))
-
-
 def lose_power(play: Play, worker: int) -> Counts:
     with memory_folder() as base:
         recording = record(Scene.of(play, base / "scene"), play)
@@ -69,7 +60,7 @@ def lose_power(play: Play, worker: int) -> Counts:
 @pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.name.replace(" ", "_"))
 def test_power_loss_leaves_all_targets_old_or_all_new(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
     total = Counts()
-    for counts in in_workers(functools.partial(lose_power, play)):
+    for counts in in_workers(functools.partial(lose_power, play), range(WORKERS)):
         total += counts
     with capsys.disabled():
         print(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -81,6 +81,40 @@ def traced(action: Callable[[], None], *options: str, folder: Path) -> Run:
         errors=errors.read_text() if errors.exists() else "",
         trace=trace.read_text().splitlines(),
     )
+
+
+@contextlib.contextmanager
+def attached(pid: int, *options: str, trace: Path) -> Iterator[None]:
+    """Have a process that runs already under ``strace OPTIONS`` during the block (its threads with ``-f``).
+
+    Args:
+        trace: where to write what strace sees.
+    Raises:
+        AssertionError: strace could not attach.
+    """
+    with subprocess.Popen(
+        ["strace", "-p", str(pid), "-o", str(trace), *options],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as strace:
+        assert strace.stderr is not None
+        greeting = strace.stderr.readline()
+        try:
+            assert b"attached" in greeting, greeting.decode(errors="replace")
+            yield
+        finally:
+            # Of a process with threads that was killed in a call strace may wait for the end for ever; of one
+            # that lives it lets go.
+            (strace.kill if has_ended(pid) else strace.terminate)()
+            strace.stderr.read()
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has, be it that its tracer has not noticed yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
 
 
 @functools.cache

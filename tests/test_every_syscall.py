@@ -1,0 +1,298 @@
+"""Every system call: whoever patches, goes back, releases or recovers is killed before it; and it fails with
+what it may fail with, once or from then on. Every target is wholly old or wholly new, all targets alike,
+at once and after recovery; what fails is told with a code, and nothing is in the way of the next patch.
+
+strace says which calls there are. By default a sample of them is looked at, the same each time;
+``ASYNCSUP_TESTS=all`` takes all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import pytest
+import step_kit
+from power_kit import check_recovered
+from power_plays import BOTH_LAYOUTS, PLAYS, Play, play_recovery
+from store_kit import memory_folder
+from syscall_kit import (
+    ATTEMPTS,
+    OPEN,
+    OPTIONS,
+    Attempt,
+    Fault,
+    Point,
+    Stage,
+    endure,
+    open_or_say_why,
+    points_in,
+    survive,
+)
+from traced import attached, has_ended, require_strace
+from workers import in_workers
+
+from asyncsup.errors import AsyncsupError, RemoteError
+from asyncsup.patch.store import Layout
+
+pytestmark = pytest.mark.timeout(3600)
+
+EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
+
+LAYOUTS: Final[Mapping[str, Mapping[str, Layout]]] = {
+    "overlay": {"over": Layout.OVERLAY},
+    "tree": {"tree": Layout.TREE},
+    "three": {**BOTH_LAYOUTS, "third": Layout.OVERLAY},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strace() -> None:
+    require_strace()
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is failed by one worker.
+
+    Attributes:
+        targets: of `LAYOUTS`.
+        wanted: how many points of it; by default.
+    """
+
+    what: Play | Attempt
+    targets: str
+    wanted: int
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.targets}"
+
+    @contextmanager
+    def stage(self) -> Iterator[Stage]:
+        with memory_folder() as base:
+            yield Stage.before(self.what, base / "scene", LAYOUTS[self.targets])
+
+    @contextmanager
+    def telling(self, fault: Fault | None = None) -> Iterator[None]:
+        """Add to a promise that is broken in the block when it was."""
+        try:
+            yield
+        except AssertionError as error:
+            error.add_note(f"{self}: {fault or 'nothing fails'}")
+            raise
+
+    def sample(self, points: Sequence[Point], wanted: int | None = None) -> list[Point]:
+        return sample(points, self.wanted if wanted is None else wanted, str(self))
+
+
+def sample(points: Sequence[Point], wanted: int, name: str) -> list[Point]:
+    """So many of them: of every call as many as of any other, if it has as many, and those evenly. Where they
+    begin depends on a name."""
+    if EVERYTHING or wanted >= len(points):
+        return list(points)
+    called = Counter(point.call for point in points)
+    shares: Counter[str] = Counter()
+    while shares.total() < wanted:
+        shares[min((call for call in called if shares[call] < called[call]), key=shares.__getitem__)] += 1
+    dice = random.Random(name)
+    chosen = []
+    for call, share in shares.items():
+        of_it = [point for point in points if point.call == call]
+        phase = dice.random()
+        chosen += [of_it[int((number + phase) * len(of_it) / share)] for number in range(share)]
+    return sorted(chosen, key=lambda point: point.number)
+
+
+def say(capsys: pytest.CaptureFixture[str], counts: Iterable[Counter[str]]) -> Counter[str]:
+    total = sum(counts, Counter[str]())
+    with capsys.disabled():
+        print(f"\n  {', '.join(f'{number} {what}' for what, number in total.items())} ", end="")
+    return total
+
+
+# --- kill ---------------------------------------------------------------------------------------------------
+
+
+def items(whats: Sequence[Play | Attempt], wanted: int) -> list[Item]:
+    """Each with one, two or three targets of both layouts in turn; or with all of them."""
+    return [
+        Item(what, targets, wanted)
+        for number, what in enumerate(whats)
+        for turn, targets in enumerate(LAYOUTS)
+        if EVERYTHING or (number + turn) % len(LAYOUTS) == 0
+    ]
+
+
+def kill(item: Item) -> Counter[str]:
+    assert isinstance(item.what, Play)
+    counts: Counter[str] = Counter()
+    with item.stage() as stage:
+        with item.telling():
+            points = stage.points(item.what.act)
+        for point in item.sample(points):
+            with item.telling(Fault(point)):
+                promises = stage.killed(item.what.act, point)
+                check_recovered(stage.scene, promises, thoroughly=True)
+            counts["killed"] += 1
+    return counts + Counter({"calls": len(points)})
+
+
+# --- recovery -----------------------------------------------------------------------------------------------
+
+
+def kill_and_fail_in_recovery(item: Item) -> Counter[str]:
+    """Of what was killed, the recovery is killed, or a call of it fails."""
+    assert isinstance(item.what, Play)
+    counts: Counter[str] = Counter()
+    with item.stage() as stage:
+        for first in item.sample(stage.points(item.what.act)):
+            with item.telling(Fault(first)):
+                promises = stage.killed(item.what.act, first).in_recovery()
+                stopped = Stage.of(stage.scene, promises, stage.faults)
+                points = stopped.points(play_recovery)
+                for number, point in enumerate(item.sample(points, 3)):
+                    if number % 2:
+                        stopped.killed(play_recovery, point)
+                        counts["recoveries killed"] += 1
+                    else:
+                        stopped.failed(open_or_say_why, Fault(point, point.errors[0]))
+                        counts["recoveries failed"] += 1
+                    check_recovered(stage.scene, promises, thoroughly=True)
+    return counts
+
+
+# --- error --------------------------------------------------------------------------------------------------
+
+
+def fail(item: Item) -> Counter[str]:
+    assert isinstance(item.what, Attempt)
+    counts: Counter[str] = Counter()
+    with item.stage() as stage:
+        with item.telling():
+            points = stage.points(partial(survive, attempt=item.what))
+        for number, point in enumerate(item.sample(points)):
+            faults = [Fault(point, error, lasting) for lasting in (False, True) for error in point.errors]
+            for fault in faults if EVERYTHING else [faults[number % len(faults)]]:
+                with item.telling(fault):
+                    act = partial(endure if fault.lasting else survive, attempt=item.what)
+                    promises = stage.failed(act, fault)
+                    check_recovered(stage.scene, promises, thoroughly=fault.lasting)
+                counts[f"{fault.what}{', lasting' if fault.lasting else ''}"] += 1
+    return counts + Counter({"calls": len(points)})
+
+
+def test_a_process_killed_at_any_call_leaves_old_or_new(capsys: pytest.CaptureFixture[str]) -> None:
+    total = say(capsys, in_workers(kill, items([play for play in PLAYS if EVERYTHING or not play.bulk], 14)))
+    assert total["killed"] > 80
+
+
+def test_recovery_may_be_killed_and_fail_at_any_call(capsys: pytest.CaptureFixture[str]) -> None:
+    total = say(capsys, in_workers(kill_and_fail_in_recovery, items(PLAYS[:6], 2)))
+    assert total["recoveries killed"] > 8
+    assert total["recoveries failed"] > 16
+
+
+def test_a_call_that_fails_is_told_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    total = say(capsys, in_workers(fail, items(ATTEMPTS, 26)))
+    assert total.total() - total["calls"] > 80
+
+
+# --- the supervisor itself ----------------------------------------------------------------------------------
+
+
+def points_of_serve(scene: step_kit.Scene) -> list[Point]:
+    """What the thread does that a patch keeps busiest."""
+    goal = step_kit.APPLY.begin(scene)
+    trace = scene.folder / "trace"
+    with attached(scene.process.pid, *OPTIONS, trace=trace):
+        goal.act(scene.client)
+    goal.is_reached(scene)
+    scene.expect_processes()
+    points = [
+        point
+        for point in points_in(trace.read_text().splitlines(), scene.folder)
+        if point.call not in OPEN and not point.call.endswith(("write", "write64", "truncate"))
+    ]
+    ((busiest, _),) = Counter(point.thread for point in points).most_common(1)
+    return [point for point in points if point.thread == busiest]
+
+
+def fail_serve(scene: step_kit.Scene, fault: Fault) -> str:
+    """Fail one call of a supervisor that patches; returns what came of it."""
+    goal = step_kit.APPLY.begin(scene)
+    scene.arm()
+    options = (*OPTIONS, *fault.options)
+    with (
+        attached(scene.process.pid, *options, trace=scene.folder / "trace"),
+        step_kit.asked(goal.act, scene) as outcome,
+    ):
+        scene.wait_for(lambda: outcome or has_ended(scene.process.pid), "an answer, or the end")
+    passed = scene.passed()
+    if has_ended(scene.process.pid):
+        scene.killed()
+        expect_old_or_new(scene, goal, passed)
+        return "killed"
+    error = outcome[0]
+    if isinstance(error, AsyncsupError):
+        assert isinstance(error, RemoteError)
+        assert error.error_code != "internal", error.message
+        assert error.details["report"]["verdict"] in {"refused", "rolled_back"}, error.message
+        assert not step_kit.is_committed(passed)
+    else:
+        goal.is_reached(scene)
+    scene.expect_processes()
+    scene.expect_files("after a call has failed")
+    scene.apply()
+    return "failed" if isinstance(error, AsyncsupError) else "committed all the same"
+
+
+def expect_old_or_new(scene: step_kit.Scene, goal: step_kit.Goal, passed: Sequence[str]) -> None:
+    old = scene.now
+    scene.now = goal.standing if step_kit.is_switched(passed) else old
+    scene.expect_files("right after the end of the supervisor")
+    scene.end_orphans()
+    scene.now = old
+    scene.arm()
+    assert scene.comes_up()
+    newest = scene.newest_transaction()
+    committed = (newest["patch"], newest["verdict"]) == (goal.reference, "committed")
+    # What it was killed in the middle of may count.
+    assert committed or not step_kit.is_committed(passed)
+    assert not committed or "store.commit.begun" in passed
+    if committed:
+        goal.is_reached(scene)
+    scene.expect_processes()
+    scene.expect_files("after recovery")
+
+
+def test_a_supervisor_killed_or_failed_at_a_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(variant: step_kit.Variant) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        with step_kit.scene_in(base, str(variant), variant) as scene:
+            scene.start()
+            scene.apply()
+            points = points_of_serve(scene)
+            for number, point in enumerate(sample(points, 8, str(variant))):
+                faults = [Fault(point), *(Fault(point, error) for error in point.errors)]
+                for fault in faults if EVERYTHING else [faults[number % len(faults)]]:
+                    try:
+                        counts[fail_serve(scene, fault)] += 1
+                    except AssertionError as error:
+                        error.add_note(f"{variant}: {fault}")
+                        raise
+            scene.apply()
+            scene.stop()
+            assert "Traceback" not in scene.serve.errors()
+        return counts
+
+    with memory_folder() as base, ThreadPoolExecutor(2) as pool:
+        total = say(capsys, pool.map(run, [v for v in step_kit.PAIRWISE if v.kind == "warm"]))
+    assert total["killed"] > 2
+    assert total["failed"] > 2
