@@ -542,7 +542,8 @@ def play_undecided_patch(scene: Scene) -> None:
         store.commit(txn)
         promise(undecided=[])
         store.finish(txn, verdict="committed")
-        promise(verdicts={txn: ["committed", None]})
+        # Why somebody had to decide stays in the history.
+        promise(verdicts={txn: ["committed", "patch.undecided"]})
 
 
 def play_rollback(scene: Scene) -> None:
