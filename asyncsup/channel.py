@@ -65,7 +65,7 @@ class TargetChannel:
     """Speaks with every instance that uses the SDK.
 
     Args:
-        make_router: binds the socket with the message callback it is given.
+        make_router: binds the socket with the message callback it is given, when `open` is called.
     """
 
     def __init__(
@@ -75,7 +75,13 @@ class TargetChannel:
         self._by_token: dict[str, _Connection] = {}
         self._by_identity: dict[bytes, _Connection] = {}
         self._ids = itertools.count(1)
-        self._router = make_router(self._on_message)
+        self._make_router = make_router
+        self._router: Router | None = None
+
+    def open(self) -> None:
+        """Bind the socket. Whom an earlier supervisor had admitted must be admitted by then: a program that
+        is not known at its `hello` does not ask again."""
+        self._router = self._make_router(self._on_message)
 
     def admit(self, token: str, peer: Peer) -> None:
         """Accept an instance by this token from now on."""
@@ -122,14 +128,15 @@ class TargetChannel:
                 future.exception()
 
     def close(self) -> None:
-        self._router.close()
+        if self._router is not None:
+            self._router.close()
         for token in list(self._by_token):
             self.dismiss(token)
 
     def _send(self, connection: _Connection, request: Request) -> None:
         # Before its first `hello` a peer has no address; what is pending is sent when it comes.
         if connection.identity is not None:
-            self._router.send(connection.identity, request.encode())
+            self._post(connection.identity, request)
 
     def _on_message(self, identity: bytes, frames: Sequence[bytes], origin: Origin) -> None:
         try:
@@ -165,7 +172,7 @@ class TargetChannel:
             self.counters["target.bad_request"] += 1
             self._fail(identity, request.id, error.number, str(error))
         else:
-            self._router.send(identity, Result(id=request.id, result=result).encode())
+            self._post(identity, Result(id=request.id, result=result))
             if request.method == Hello.METHOD:
                 self._catch_up(self._by_identity[identity])
 
@@ -206,7 +213,11 @@ class TargetChannel:
     ) -> None:
         data = None if code is None else {"code": code}
         failure = Failure(id=request_id, number=number, message=message, data=data)
-        self._router.send(identity, failure.encode())
+        self._post(identity, failure)
+
+    def _post(self, identity: bytes, message: Request | Result | Failure) -> None:
+        if self._router is not None:
+            self._router.send(identity, message.encode())
 
 
 class _UnknownTokenError(Exception):

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import resource
 import shlex
@@ -42,6 +43,8 @@ _RESETTABLE_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SI
 FIRST_FREE_DESCRIPTOR: Final = 256
 """Above every number that a program may ask for."""
 
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+_PROC_BYTES: Final = 64 << 10
 _SOFT_NOFILE, _HARD_NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
@@ -227,32 +230,48 @@ class Child:
         started: monotonic time of the spawn.
     """
 
-    __slots__ = ("_loop", "_pidfd", "pid", "started")
-
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, pidfd: int | None = None, started: float | None = None) -> None:
         self.pid = pid
-        self.started = time.monotonic()
-        self._pidfd = os.pidfd_open(pid)
+        self.started = time.monotonic() if started is None else started
+        self._pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def on_exit(self, callback: Callable[[Exit], None]) -> None:
-        """Call back once, from the event loop, when the process has ended; it is reaped before."""
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._pidfd, self._readable, callback)
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What no other process has: when the kernel started it (clock ticks since the boot), and the inode
+        of its pidfd (0 on kernels before 6.9, which give all of them the same)."""
+        facts = read_facts(self.pid)
+        return facts.start_ticks if facts is not None else 0, pidfd_inode(self._pidfd)
 
-    def _readable(self, callback: Callable[[Exit], None]) -> None:
-        info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+    def on_exit(
+        self, callback: Callable[[Exit], None], *, before_reaping: Callable[[Exit], None] = lambda _: None
+    ) -> None:
+        """Call back once, from the event loop, when the process has ended and was reaped.
+
+        Args:
+            before_reaping: as long as it has not returned, whoever takes over from this process can still
+                learn how the child has ended.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pidfd, self._readable, callback, before_reaping)
+
+    def _readable(self, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]) -> None:
+        info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if info is None:
             return
+        exited = info.si_code == os.CLD_EXITED
+        ended = Exit(status=info.si_status) if exited else Exit(signal=info.si_status)
+        before_reaping(ended)
+        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        self._let_go()
+        callback(ended)
+
+    def _let_go(self) -> None:
         assert self._loop is not None
         # The reader goes before the descriptor: a closed one could be reused under the selector's eyes.
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
-        if info.si_code == os.CLD_EXITED:
-            callback(Exit(status=info.si_status))
-        else:
-            callback(Exit(signal=info.si_status))
 
     @property
     def alive(self) -> bool:
@@ -270,14 +289,86 @@ class Child:
 
     def signal_group(self, number: int) -> bool:
         """Send a signal to every process of the group; False when the group is empty."""
-        try:
-            os.killpg(self.pid, number)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            # Every member changed its user id: the kernel refuses only when none could be signalled.
-            return True
+        return signal_group(self.pid, number)
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to every process of a group; False when it is empty."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # Every member changed its user id: the kernel refuses only when none could be signalled.
         return True
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessFacts:
+    """What the kernel says of a process; ``wait_status`` is None while it has not ended, or for strangers."""
+
+    state: str
+    parent: int
+    group: int
+    session: int
+    start_ticks: int
+    wait_status: int | None
+
+    @property
+    def has_ended(self) -> bool:
+        """It waits for being reaped."""
+        return self.state in {"Z", "X"}
+
+
+def read_proc(pid: int, name: str) -> bytes:
+    """Read a file of /proc/PID. (pathlib takes longer than the kernel.)"""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        content = os.read(fd, _PROC_BYTES)
+        while len(content) % _PROC_BYTES == 0 and (more := os.read(fd, _PROC_BYTES)):
+            content += more
+    finally:
+        os.close(fd)
+    return content
+
+
+def read_facts(pid: int) -> ProcessFacts | None:
+    """Read /proc/PID/stat, see proc(5); None when there is no such process."""
+    try:
+        stat = read_proc(pid, "stat")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command is in parentheses, and may hold blanks and parentheses itself.
+    values = stat[stat.rindex(b")") + 2 :].split()
+    ended = values[0] in {b"Z", b"X"}
+    return ProcessFacts(
+        state=values[0].decode(),
+        parent=int(values[1]),
+        group=int(values[2]),
+        session=int(values[3]),
+        start_ticks=int(values[19]),
+        wait_status=int(values[49]) if ended else None,
+    )
+
+
+def ticks_now() -> int:
+    """Now, as the kernel writes down when a process was started: clock ticks since the boot."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _CLOCK_TICKS)
+
+
+def pidfd_inode(pidfd: int) -> int:
+    """The inode of a pidfd: one per process since kernel 6.9, before that one for all; then 0."""
+    status = os.fstat(pidfd)
+    return 0 if (status.st_dev, status.st_ino) == _anonymous_inode() else status.st_ino
+
+
+@functools.cache
+def _anonymous_inode() -> tuple[int, int]:
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    status = os.fstat(fd)
+    os.close(fd)
+    return status.st_dev, status.st_ino
 
 
 def group_members(group: int) -> list[int]:
@@ -286,13 +377,8 @@ def group_members(group: int) -> list[int]:
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
-        try:
-            stat = Path(entry.path, "stat").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        # Fields after the command, which may hold blanks and parentheses: state, ppid, pgrp.
-        state, _, pgrp = stat[stat.rindex(b")") + 2 :].split(b" ", 3)[:3]
-        if int(pgrp) == group and state not in {b"Z", b"X"}:
+        facts = read_facts(int(entry.name))
+        if facts is not None and facts.group == group and not facts.has_ended:
             members.append(int(entry.name))
     return members
 

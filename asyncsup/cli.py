@@ -38,6 +38,8 @@ QUERY_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 5.0
 """How much longer than ``--timeout`` we wait: the supervisor, which keeps to it, has more to say about it."""
 
+LOOK_SECONDS: Final = 0.02
+"""How often it is looked whether another supervisor is there."""
 FOLLOW_SECONDS: Final = 25.0
 RETRY_SECONDS: Final = 0.5
 """How often a follower looks whether a supervisor that went away is back."""
@@ -267,9 +269,28 @@ def _none(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(session: Session) -> int:
-    from asyncsup.supervisor import serve
+    args, out = session.args, session.out
+    if args.check:
+        from asyncsup.successor import describe
 
-    return serve(_load_config(session))
+        value = describe(_load_config(session))
+        out.result(value, lambda: [f"asyncsup {value['version']} would start with this configuration"])
+        return 0
+    from asyncsup.serve import serve
+
+    return serve(lambda: _load_config(session), channel=args.channel, keeper_wanted=args.keeper_wanted)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-keeper",
+        dest="keeper_wanted",
+        action="store_false",
+        help="without the process that starts it again after a crash",
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether it would start")
+    # Between the two of them.
+    parser.add_argument("--keeper", dest="channel", type=int, help=argparse.SUPPRESS)
 
 
 def _load_config(session: Session) -> Any:
@@ -324,7 +345,7 @@ def _shutdown(session: Session) -> int:
     out, args = session.out, session.args
     info = session.client.call("supervisor.info", timeout=QUERY_SECONDS)
     try:
-        process = os.pidfd_open(int(info["pid"]))
+        process = os.pidfd_open(int(info.get("keeper") or info["pid"]))
     except OSError:
         process = -1  # of another pid namespace, say
     try:
@@ -338,6 +359,47 @@ def _shutdown(session: Session) -> int:
             os.close(process)
     out.result({"stopping": stopping, "ended": args.wait}, lambda: ["the supervisor has ended"] * args.wait)
     return 0
+
+
+def _reexec(session: Session) -> int:
+    out, args = session.out, session.args
+    before = session.client.call("supervisor.info", timeout=QUERY_SECONDS)
+    params = {"program": None if args.program is None else os.path.abspath(args.program)}
+    session.client.call("supervisor.reexec", params)
+    info = _wait_replaced(session, before, args.timeout)
+    if info is None:
+        raise _late(f"no other supervisor has come within {args.timeout:g} s; see the log of `serve`")
+    value = {name: info[name] for name in ("version", "pid", "keeper", "adopted")}
+    adopted = render.plural(info["adopted"], "instance")
+    out.result(value, lambda: [f"asyncsup {info['version']} (pid {info['pid']}) has taken over {adopted}"])
+    return 0
+
+
+def _wait_replaced(session: Session, before: Mapping[str, Any], timeout: float) -> Mapping[str, Any] | None:
+    """The description of the supervisor that comes after another one; None if none does in time."""
+    import time
+
+    from asyncsup.client import ControlClient
+
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            with ControlClient(session.client.endpoint) as client:
+                info: Mapping[str, Any] = client.call("supervisor.info", timeout=QUERY_SECONDS)
+        except SupervisorUnreachableError:
+            info = before
+        if info["started"] != before["started"]:
+            return info
+        time.sleep(LOOK_SECONDS)
+    return None
+
+
+def _reexec_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--program", metavar="PATH", help="this asyncsup instead of the one that runs, as it is installed now"
+    )
+    add("--timeout", type=seconds, default=30.0, metavar="TIME", help="how long to wait for it (30s)")
 
 
 def _wait_gone(session: Session, process: int, timeout: float | None) -> bool:
@@ -1619,7 +1681,7 @@ def _patch_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 VERSION: Final = Verb("print the version", _none, _version)
 VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
-    "serve": Verb("run the supervisor in the foreground", _none, _serve),
+    "serve": Verb("run the supervisor in the foreground", _serve_arguments, _serve),
     "status": Verb("show what runs", _status_arguments, _status),
     "show": Verb("show everything about a target, or about the supervisor", _show_arguments, _show),
     "start": Verb("start targets", _operation_arguments("ready"), _operation("start")),
@@ -1636,6 +1698,7 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "events": Verb("follow what happens", _events_arguments, _events),
     "wait": Verb("wait until targets are ready, running or stopped", _wait_arguments, _wait),
     "shutdown": Verb("stop all targets and the supervisor", _shutdown_arguments, _shutdown),
+    "reexec": Verb("replace the supervisor's program and keep what runs", _reexec_arguments, _reexec),
     "config": {
         "check": Verb("check the configuration", _config_check_arguments, _config_check),
         "schema": Verb("print the JSON Schema of asyncsup.toml, for editors", _none, _config_schema),

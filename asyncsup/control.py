@@ -217,9 +217,9 @@ class ControlServer:
                 raise
             self._routers.append(router)
 
-    def close(self) -> None:
+    def close(self, *, linger: float = 0.0) -> None:
         for router in self._routers:
-            router.close()
+            router.close(linger=linger)
 
     def _on_message(self, router: Router, identity: bytes, frames: Sequence[bytes], origin: Origin) -> None:
         # A REQ socket puts an empty frame before its body and wants it back; a DEALER may leave it out.
@@ -299,9 +299,12 @@ class ControlServer:
         if key is not None and covers(key.role, needed):
             return actor
         why = "has been revoked" if key is None else f"has the role {key.role}; {name} needs {needed}"
+        self._refused(actor, name, why)
+        raise NotAllowedError(f"the key {origin.user} {why}", method=name, role=needed)
+
+    def _refused(self, actor: Actor, name: str, why: str) -> None:
         self.supervisor.counters["control.not_allowed"] += 1
         self.supervisor.refused(actor, name, why)
-        raise NotAllowedError(f"the key {origin.user} {why}", method=name, role=needed)
 
     def _cancel(self, peer: Peer, request: Request) -> Result | Failure:
         wanted = request.params.get("id")
@@ -339,6 +342,18 @@ class ControlServer:
     async def shutdown(self, call: Call) -> Any:
         call.finish()
         return {"stopping": self.supervisor.shutdown(call.asked_by)}
+
+    @method("supervisor.reexec", "operate")
+    async def reexec(self, call: Call) -> Any:
+        program = call.optional_string("program")
+        call.finish()
+        if program is not None and call.actor.key is not None:
+            # Whoever names a program runs it as the supervisor's user; no role goes that far.
+            why = "may not name a program; only a local user may"
+            self._refused(call.actor, "supervisor.reexec", why)
+            raise NotAllowedError(f"the key {call.actor.key} {why}", method="supervisor.reexec")
+        successor = await self.supervisor.reexec(program)
+        return {"version": successor.version, "command": list(successor.command)}
 
     @method("status", "view")
     async def status(self, call: Call) -> Any:

@@ -64,6 +64,12 @@ class StateError(AsyncsupError):
     code = "state.invalid"
 
 
+class ReexecError(AsyncsupError):
+    """The supervisor was not replaced: the new program would not start. The old one runs on."""
+
+    code = "reexec.failed"
+
+
 class SupervisorUnreachableError(AsyncsupError):
     """No supervisor answers at the endpoint; the request may be repeated."""
 

@@ -13,23 +13,39 @@ import logging
 import os
 import secrets
 import signal
+import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from asyncsup import lifecycle
+import anyio
+
+from asyncsup import adoption, lifecycle
+from asyncsup.adoption import ENV_HOOK, AdoptedChild
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
-from asyncsup.child import Child, SpawnSpec, out_of_the_way, spawn, when_group_empty
+from asyncsup.child import (
+    Child,
+    SpawnSpec,
+    group_members,
+    out_of_the_way,
+    signal_group,
+    spawn,
+    ticks_now,
+    when_group_empty,
+)
 from asyncsup.config import TargetConfig
 from asyncsup.environment import build_environment
 from asyncsup.errors import SpawnError, TargetNotRunningError
 from asyncsup.events import EventStream, timestamp
+from asyncsup.journal import Journal
+from asyncsup.keeper_link import KeeperLink
 from asyncsup.lifecycle import Event, State
 from asyncsup.logs import Cursor, OutputStream, RotatingFile
 from asyncsup.patch.statedir import PYCACHE
+from asyncsup.record import InstanceRecord, ProcessRecord
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from asyncsup.watch import Watch
 from target_sdk import protocol
@@ -37,10 +53,11 @@ from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswe
 
 log = logging.getLogger("asyncsup.instance")
 
+RECONNECT_SECONDS: Final = 5.0
+"""How long a program with the SDK may take to find a new supervisor; it tries at least twice a second."""
 LAST_ESCALATION_SECONDS: Final = 5.0
 """How long after SIGKILL a process may take to vanish before that is worth a word."""
 
-ENV_HOOK: Final = "ASYNCSUP_HOOK"
 ENV_EXIT_STATUS: Final = "ASYNCSUP_EXIT_STATUS"
 ENV_EXIT_SIGNAL: Final = "ASYNCSUP_EXIT_SIGNAL"
 
@@ -65,6 +82,8 @@ class Runtime:
 
     events: EventStream
     channel: TargetChannel
+    keeper: KeeperLink
+    journal: Journal
     target_endpoint: str
     notify_path: Path
     runtime_dir: Path
@@ -100,7 +119,7 @@ class LastExit:
     @property
     def exit_status(self) -> int:
         """As a shell would report it: 128 and the signal for a process that was killed."""
-        if not isinstance(self.ended, Exit):
+        if not isinstance(self.ended, Exit) or self.ended == Exit():
             return 1
         return 128 + self.ended.signal if self.ended.signal is not None else self.ended.status or 0
 
@@ -110,6 +129,12 @@ class LastExit:
         if isinstance(ended, Exit):
             how = {"status": ended.status} if ended.signal is None else {"signal": ended.signal}
         return {**how, "at": self.at, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LastExit:
+        reason = str(value["reason"])
+        how = {name: value[name] for name in ("status", "signal") if name in value}
+        return cls(ended=Exit(**how) if how else reason, at=str(value["at"]), reason=reason)
 
 
 class Instance:
@@ -132,6 +157,8 @@ class Instance:
         self.failure: str | None = None
         """Why the program says that it cannot do its work, until it is reloaded, started or ready again."""
         self.restarts = 0
+        self.wanted = False
+        """It is to be up, also if it is down at this moment for a restart or a patch."""
         self.last_exit: LastExit | None = None
         self.hello: Hello | None = None
         self.token = ""
@@ -155,13 +182,24 @@ class Instance:
         self._cleaning: asyncio.Task[None] | None = None
         """The `post_stop` hook: nothing is started before it has ended."""
         self._hooks: set[asyncio.Task[None]] = set()
+        self._process: ProcessRecord | None = None
+        """How the next supervisor will know the process again."""
+        self._missed: Exit | None = None
+        """How a process ended while no supervisor was there; to be dealt with by `carry_on`."""
+        self._doubt = ""
+        """Why a process that was found may be another one."""
+        self._lost_pidfd = -1
+        self._awaited = False
+        """It was taken back, and its program has not connected to us yet."""
         self._ready_at: float | None = None
         self._since = time.monotonic()
         self._doomed: str | None = None
         """Why the supervisor itself is ending a process that nobody asked to stop."""
         self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._streams: dict[str, OutputStream] = {}
+        self._fifos: dict[str, Path] = {}
         self._reload_confirmed: asyncio.Future[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -224,25 +262,41 @@ class Instance:
 
     # --- what operations ask for ----------------------------------------------------------------------------
 
+    def want(self) -> None:
+        """It is to be up from now on, even if that takes a while."""
+        if not self.wanted:
+            self.wanted = True
+            self._remember()
+
     def wait_for_dependencies(self, names: str) -> None:
         if lifecycle.accepts(self.state, Event.WAIT):
             self._cancel_timer()
+            self._forget_lost()
             self._apply(Event.WAIT, f"waiting for {names}")
 
     def start(self, reason: str) -> None:
         """Start now, unless there is a process already. A commanded start forgets earlier failures."""
         if lifecycle.accepts(self.state, Event.START):
+            self.wanted = True
             self._cancel_timer()
+            self._forget_lost()
             self._history = RestartHistory()
-            self._apply(Event.START, reason)
-            self._spawn()
+            self._start_over(Event.START, reason)
 
-    def stop(self, reason: str) -> None:
-        """Begin to stop; `STOPPED` is reached when the whole group is gone."""
+    def stop(self, reason: str, *, for_good: bool) -> None:
+        """Begin to stop; `STOPPED` is reached when the whole group is gone.
+
+        Args:
+            for_good: it is not wanted any more; otherwise it is to be started again later.
+        """
+        if for_good and self.wanted:
+            self.wanted = False
+            self._remember()
         if not lifecycle.accepts(self.state, Event.STOP):
             return
-        alive = self.state in lifecycle.ALIVE
         self._cancel_timer()
+        self._forget_lost()
+        alive = self.state in lifecycle.ALIVE
         self._apply(Event.STOP, reason)
         if self._child is not None:
             self._terminate()
@@ -274,6 +328,7 @@ class Instance:
         Raises:
             TimeoutError, PeerGoneError, PeerError, ProtocolError: no valid answer.
         """
+        await self._connected()
         answer = await self._runtime.channel.request(
             self.token, request.METHOD, request.params(), deadline=request.deadline
         )
@@ -321,6 +376,9 @@ class Instance:
 
     def said_hello(self, hello: Hello) -> Mapping[str, Any]:
         self.hello = hello
+        self._awaited = False
+        self._remember()
+        self._wake_waiters()
         facts = self._runtime.root_facts(self.config.name)
         return {
             "name": self.config.name,
@@ -333,6 +391,7 @@ class Instance:
         if self.hello is not None and build is not None:
             self.hello = Hello(**{**self.hello.params(), "build": build})
         self.failure = None
+        self._remember()
         if self.config.readiness == "sdk":
             self._became_ready("said ready")
 
@@ -345,6 +404,7 @@ class Instance:
     def said_failed(self, reason: str) -> None:
         """A patch on probation is undone; at any other time this is for people."""
         self.failure = reason[:1000] or "without a reason"
+        self._remember()
         log.warning("%s says that it has failed: %s", self.name, self.failure)
         self._runtime.events.emit(
             "instance.failed", target=self.config.name, instance=self.name, reason=self.failure
@@ -358,6 +418,7 @@ class Instance:
         if self._timer is not None and self.state in {State.STARTING, State.STOPPING}:
             action = self._start_timed_out if self.state is State.STARTING else self._kill
             self._arm(seconds, action)
+            self._remember()
 
     def said_stopping(self) -> None:
         self.detail = "said that it is stopping"
@@ -399,6 +460,7 @@ class Instance:
         before, self.state = self.state, lifecycle.next_state(self.state, event)
         self._since = time.monotonic()
         self.detail = reason
+        self._remember()
         log.info("%s: %s -> %s (%s)", self.name, before.value, self.state.value, reason)
         self._runtime.events.emit(
             "instance.state",
@@ -419,17 +481,63 @@ class Instance:
             if not future.done():
                 future.set_result(None)
 
+    def _remember(self) -> None:
+        """Write down what the next supervisor must know, should this one die now."""
+        process = self._process
+        if process is not None:
+            hello = None if self.hello is None else self.hello.params()
+            process = replace(process, ready_at=self._ready_at, hello=hello)
+        self._runtime.journal.put(
+            f"instance {self.name}",
+            InstanceRecord(
+                state=self.state,
+                since=self._since,
+                wanted=self.wanted,
+                detail=self.detail,
+                status_text=self.status_text,
+                failure=self.failure,
+                restarts=self.restarts,
+                due=self._due,
+                doomed=self._doomed,
+                early_ends=self._history.early_ends,
+                recent_restarts=self._history.restarts,
+                last_exit=self.last_exit.to_json() if self.last_exit is not None else None,
+                process=process,
+            ),
+        )
+
+    def _start_over(self, event: Event, reason: str) -> None:
+        """Spawn a new process; the event leads to `STARTING`."""
+        self._child = self._process = self.hello = self._ready_at = self._doomed = self.failure = None
+        self.status_text = ""
+        if self._cleaning is None:
+            self._intend()
+        self._apply(event, reason)
+        self._spawn()
+
+    def _intend(self) -> None:
+        """Before there is a process: by its token it can be found, should nobody be left to write it down."""
+        self.token = secrets.token_hex(16)
+        self._process = ProcessRecord(
+            token=self.token, start_ticks=ticks_now(), hook=self.config.hooks.pre_start is not None
+        )
+
+    def _take_down(self, child: Child) -> None:
+        """There is a process now."""
+        assert self._process is not None
+        start_ticks, inode = child.identity
+        self._process = replace(
+            self._process, pid=child.pid, start_ticks=start_ticks, inode=inode, spawned=child.started
+        )
+
     def _spawn(self) -> None:
         """Start the program, after the hook before it and after the one behind its predecessor."""
         if self._cleaning is not None:
             self._cleaning.add_done_callback(lambda _: self._spawn() if self._may_spawn else None)
             return
-        self._ready_at = None
-        self._doomed = None
-        self.hello = None
-        self.status_text = ""
-        self.failure = None
-        self.token = secrets.token_hex(16)
+        if self._process is None:
+            self._intend()
+            self._remember()
         hooks = self.config.hooks
         if hooks.pre_start is None:
             self._spawn_program()
@@ -437,20 +545,28 @@ class Instance:
         try:
             self._child = self._spawn_command(hooks.pre_start, {ENV_HOOK: "pre_start"})
         except SpawnError as error:
+            self._process = None
             self._ended(f"pre_start: {error.message}")
             return
-        self._child.on_exit(self._pre_start_ended)
-        self._arm(hooks.timeout, lambda: self._end(f"pre_start did not end within {hooks.timeout:g} s"))
+        self._take_down(self._child)
+        self._child.on_exit(self._pre_start_ended, before_reaping=self._write_down_exit)
+        self._arm(hooks.timeout, self._pre_start_timed_out)
+        self._remember()
 
     @property
     def _may_spawn(self) -> bool:
         return self.state is State.STARTING and self._child is None
+
+    def _pre_start_timed_out(self) -> None:
+        self._end(f"pre_start did not end within {self.config.hooks.timeout:g} s")
 
     def _pre_start_ended(self, ended: Exit) -> None:
         if self.state is State.STARTING and self._doomed is None:
             if ended.status == 0:
                 self._child = None
                 self._cancel_timer()
+                self._process = ProcessRecord(token=self.token, start_ticks=ticks_now())
+                self._remember()
                 self._spawn_program()
                 return
             self._doomed = f"pre_start: {ended}"
@@ -460,12 +576,30 @@ class Instance:
         try:
             self._child, output, begin, descriptor = self._spawn_with_output()
         except SpawnError as error:
+            self._process = None
             self._ended(error.message)
             return
         self._program_runs = True
+        self._take_down(self._child)
+        assert self._process is not None
+        self._process = replace(self._process, output_from=(begin.inode, begin.offset))
         self._runtime.channel.admit(self.token, self)
-        self._child.on_exit(self._exited)
-        self._watch = Watch(
+        self._child.on_exit(self._exited, before_reaping=self._write_down_exit)
+        self._watch = self._new_watch()
+        if self.config.readiness == "uptime":
+            if self.config.min_uptime > 0:
+                self._arm(self.config.min_uptime, self._survived)
+                self._remember()
+            else:
+                self._survived()
+            return
+        if self.config.readiness != "exit":
+            self._arm(self.config.start_timeout, self._start_timed_out)
+        self._remember()
+        self._watch.await_ready(output, begin, descriptor)
+
+    def _new_watch(self) -> Watch:
+        return Watch(
             self.config,
             expand=self._expand,
             run_command=lambda command, deadline: self.run_command(command, {}, deadline),
@@ -474,16 +608,6 @@ class Instance:
             on_dead=self._end,
             on_old=self._too_old,
         )
-        readiness = self.config.readiness
-        if readiness == "uptime":
-            if self.config.min_uptime > 0:
-                self._arm(self.config.min_uptime, self._survived)
-            else:
-                self._survived()
-            return
-        if readiness != "exit":
-            self._arm(self.config.start_timeout, self._start_timed_out)
-        self._watch.await_ready(output, begin, descriptor)
 
     def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
         """Spawn the program; with its output, where that begins, and the descriptor on which it says that it
@@ -502,6 +626,8 @@ class Instance:
                     on_failure.callback(os.close, descriptor)
                     passed = {number: out_of_the_way(child_end)}
                     child_ends.callback(os.close, passed[number])
+                    self._runtime.keeper.hold(self._ready_name, descriptor)
+                    on_failure.callback(self._runtime.keeper.drop, self._ready_name)
             except OSError as error:
                 raise SpawnError(f"{self.config.command[0]}: cannot be started: {error.strerror}") from None
             child = self._spawn_command(self.config.command, {}, passed)
@@ -618,29 +744,55 @@ class Instance:
         paths = {"stdout": settings.stdout or logs / f"{self.config.name}.{self.index}.log"}
         if settings.stderr != "stdout":
             paths["stderr"] = settings.stderr or logs / f"{self.config.name}.{self.index}.err.log"
-        opened = {}
         with contextlib.ExitStack() as on_failure:
             for stream, path in paths.items():
-                file = self._runtime.log_file(
-                    Path(self._expand(str(path))), max_size=settings.max_size, max_files=settings.max_files
-                )
-                fifo = self._runtime.runtime_dir / "output" / f"{self.name}.{stream}"
-                opened[stream] = OutputStream(
-                    fifo, file, instance=self.name, stream=stream, format_=settings.format
-                )
-                on_failure.callback(opened[stream].close)
+                self._open_stream(stream, Path(self._expand(str(path))))
+                on_failure.callback(self._close_stream, stream, keep=self._process is not None)
             on_failure.pop_all()
-        self._streams = opened
+
+    def _open_stream(self, stream: str, path: Path) -> None:
+        settings, name = self.config.log, self._held_name(stream)
+        held = self._runtime.keeper.take(name)
+        self._streams[stream] = OutputStream(
+            self._fifo(stream),
+            self._runtime.log_file(path, max_size=settings.max_size, max_files=settings.max_files),
+            instance=self.name,
+            stream=stream,
+            format_=settings.format,
+            held=held,
+        )
+        if held is None:
+            self._runtime.keeper.hold(name, self._streams[stream].fileno())
+
+    def _close_stream(self, stream: str, *, keep: bool) -> None:
+        self._streams.pop(stream).close(keep=keep)
+        if not keep:
+            self._runtime.keeper.drop(self._held_name(stream))
+
+    def _held_name(self, stream: str) -> str:
+        """What the keeper knows a FIFO by."""
+        return f"output/{self.name}.{stream}"
+
+    @property
+    def _ready_name(self) -> str:
+        """What the keeper knows the descriptor by that the program announces its readiness on."""
+        return f"ready/{self.name}"
+
+    def _fifo(self, stream: str) -> Path:
+        if stream not in self._fifos:
+            self._fifos[stream] = Path(f"{self._runtime.runtime_dir}/output/{self.name}.{stream}")
+        return self._fifos[stream]
 
     def close(self) -> None:
-        """Let go of descriptors; the process, if there is one, is not touched."""
+        """Let go of descriptors; the process, if there is one, is not touched, and goes on writing."""
+        in_use = self._process is not None
         self._cancel_timer()
+        self._forget_lost()
         self._end_watch()
         for task in self._hooks:
             task.cancel()
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
+        for stream in list(self._streams):
+            self._close_stream(stream, keep=in_use)
 
     def _survived(self) -> None:
         self._became_ready(f"up for {self.config.min_uptime:g} s" if self.config.min_uptime else "spawned")
@@ -652,6 +804,7 @@ class Instance:
             self._apply(Event.READY, reason)
             assert self._watch is not None
             self._watch.became_ready()
+            self._drop_ready_descriptor()
             if self.config.hooks.post_start is not None:
                 self._in_background(self.run_hook("post_start", self.config.hooks.post_start, {}))
 
@@ -680,6 +833,11 @@ class Instance:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+        self._drop_ready_descriptor()
+
+    def _drop_ready_descriptor(self) -> None:
+        if self.config.ready.fd is not None:
+            self._runtime.keeper.drop(self._ready_name)
 
     def _terminate(self, number: int | None = None) -> None:
         """Ask the process group to end, and see to it that it does.
@@ -690,6 +848,7 @@ class Instance:
         assert self._child is not None
         self._end_watch()
         self._arm(self.config.stop_timeout, self._kill)
+        self._remember()
         if number is not None or not self._program_runs:
             self._send(number or signal.SIGTERM)
         elif self.config.hooks.pre_stop is not None:
@@ -738,6 +897,12 @@ class Instance:
         log.error("%s: %s", self.name, self.detail)
         self._timer = None
 
+    def _write_down_exit(self, ended: Exit) -> None:
+        """Whatever becomes of us: it is not the kernel alone any more that knows how the process ended."""
+        assert self._process is not None
+        self._process = replace(self._process, ended={"status": ended.status, "signal": ended.signal})
+        self._remember()
+
     def _exited(self, ended: Exit) -> None:
         assert self._child is not None
         self._end_watch()
@@ -745,17 +910,17 @@ class Instance:
             stream.drain()
         self._runtime.channel.dismiss(self.token)
         group = self._child.pid
-        if self.config.kill_mode != "group" or not self._child.signal_group(0):
+        if self.config.kill_mode != "group" or not signal_group(group, 0):
             self._gone(ended)
             return
         if self.state is not State.STOPPING and self._doomed is None:
             # Its leader is gone, so nobody minds them; they would hold the ports the next one needs.
-            self._child.signal_group(signal.SIGKILL)
+            signal_group(group, signal.SIGKILL)
         when_group_empty(group, lambda: self._gone(ended))
 
     def _gone(self, ended: Exit) -> None:
         """The process, and with `kill_mode = "group"` its whole group, has ended."""
-        self._child = None
+        self._child = self._process = None
         self._cancel_timer()
         for stream in self._streams.values():
             stream.drain()
@@ -799,33 +964,223 @@ class Instance:
         decision = decide(self._policy, self._history, ended=how, uptime=uptime, now=now)
         self._history = decision.history
         self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(how))
-        self._apply(decision.event, decision.reason)
+        if decision.event is Event.RESPAWN:
+            self.restarts += 1
+            self._start_over(decision.event, decision.reason)
+            return
         if decision.event is Event.CRASHED:
             self._arm(decision.delay, self._backoff_elapsed)
-        elif decision.event is Event.RESPAWN:
-            self.restarts += 1
-            self._spawn()
-        elif self.config.essential:
+        self._apply(decision.event, decision.reason)
+        if decision.event is not Event.CRASHED and self.config.essential:
             self._runtime.essential_ended(self)
 
     def _backoff_elapsed(self) -> None:
-        self._timer = None
+        self._cancel_timer()
         self.restarts += 1
-        self._apply(Event.BACKOFF_ELAPSED, f"try {self._history.early_ends + 1}")
-        self._spawn()
+        self._start_over(Event.BACKOFF_ELAPSED, f"try {self._history.early_ends + 1}")
+
+    # --- taking over from an earlier supervisor -------------------------------------------------------------
+
+    def restore(self, record: InstanceRecord) -> None:
+        """Be what an earlier supervisor has left behind, and look for the process. Nothing is started, ended
+        or sent yet; that is `carry_on`, when everybody is there.
+        """
+        self.state, self._since, self.wanted = record.state, record.since, record.wanted
+        self.detail, self.status_text, self.restarts = record.detail, record.status_text, record.restarts
+        self.failure = record.failure
+        self._due, self._doomed = record.due, record.doomed
+        self._history = RestartHistory(early_ends=record.early_ends, restarts=record.recent_restarts)
+        if record.last_exit is not None:
+            self.last_exit = LastExit.from_json(record.last_exit)
+        if record.process is not None:
+            self._find_process(record.process)
+        if self._process is not None or self._held_streams():
+            self._reopen_streams()
+
+    def _find_process(self, record: ProcessRecord) -> None:
+        finding = adoption.find(record, self._fifo("stdout"))
+        process = self._process = finding.record
+        self.token, self._ready_at = process.token, process.ready_at
+        if process.hello is not None:
+            self.hello = Hello.from_params(process.hello)
+        if finding.verdict is adoption.Verdict.DOUBTFUL:
+            self._doubt, self._lost_pidfd = finding.why, finding.pidfd
+        elif finding.verdict is adoption.Verdict.OURS:
+            self._child = AdoptedChild(process, finding.pidfd, self._runtime.keeper)
+            self._runtime.channel.admit(self.token, self)
+            self._awaited = self.hello is not None
+            if record.pid is None:
+                self._remember()
+            if self.state is State.LOST:
+                self.state = State.RUNNING
+        elif process.pid is None:
+            self.state = State.STARTING  # which is as far as it has come
+        else:
+            self._missed = self._unseen_exit(process, process.pid)
+
+    def _unseen_exit(self, process: ProcessRecord, pid: int) -> Exit:
+        """How a process ended that is gone: the earlier supervisor wrote it down, or the keeper knows."""
+        status = self._runtime.keeper.exit_of(pid, process.start_ticks)
+        if process.ended is not None:
+            ended = Exit(status=process.ended.get("status"), signal=process.ended.get("signal"))
+        else:
+            ended = Exit() if status is None else Exit.from_wait_status(status)
+        self._write_down_exit(ended)
+        self._runtime.keeper.forget(pid, process.start_ticks)
+        return ended
+
+    def _held_streams(self) -> bool:
+        return any(self._held_name(stream) in self._runtime.keeper.held for stream in ("stdout", "stderr"))
+
+    def _reopen_streams(self) -> None:
+        """Where the process writes to, or has written to, wherever that is still to be had."""
+        held, child = self._runtime.keeper.held, self._child
+        for number, stream in ((1, "stdout"), (2, "stderr")):
+            name, fifo = self._held_name(stream), self._fifo(stream)
+            expected = stream == "stdout" or self.config.log.stderr != "stdout"
+            if child is None or not expected or name in held or fifo.exists():
+                continue
+            # Somebody has tidied up: the process itself has it, if it is the one we gave it.
+            with contextlib.suppress(OSError):
+                link = Path(f"/proc/{child.pid}/fd/{number}")
+                if str(link.readlink()) == f"{fifo} (deleted)" and stat.S_ISFIFO(link.stat().st_mode):
+                    held[name] = os.open(link, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                    self._runtime.keeper.hold(name, held[name])
+        self._open_streams()
+        if "stderr" not in self._streams and (
+            self._held_name("stderr") in held or self._fifo("stderr").exists()
+        ):
+            # It was configured to have one of its own when the process was started.
+            self._open_stream("stderr", self._streams["stdout"].file.path)
+
+    def carry_on(self) -> None:
+        """Go on with what was under way when the earlier supervisor died."""
+        process = self._process
+        if self._child is not None and process is not None:
+            log.info("%s: taken back, pid %d, %s", self.name, self._child.pid, self.state.value)
+            self._runtime.events.emit(
+                "instance.adopted",
+                target=self.config.name,
+                instance=self.name,
+                pid=self._child.pid,
+                state=self.state.value,
+            )
+            self._child.on_exit(
+                self._pre_start_ended if process.hook else self._exited,
+                before_reaping=self._write_down_exit,
+            )
+            self._resume(self._child, process)
+        elif self._missed is not None and process is not None:
+            self._catch_up(self._missed, process)
+        elif self._doubt:
+            self._lose(self._doubt)
+        elif self.state is State.STARTING:
+            self._spawn()
+        elif self.state is State.BACKOFF:
+            self._arm(self._remaining(), self._backoff_elapsed)
+        elif self.state is State.STOPPED and self.wanted:
+            self.start("it was down only for a moment")
+
+    def _lose(self, why: str) -> None:
+        """There is a process that may be ours: it is not touched, and none is started beside it."""
+        if lifecycle.accepts(self.state, Event.LOST):
+            self._apply(
+                Event.LOST, f"{why}; left alone: `start` starts another one, `stop` forgets about this one"
+            )
+        if self._lost_pidfd >= 0:
+            asyncio.get_running_loop().add_reader(self._lost_pidfd, self._lost_ended)
+
+    def _resume(self, child: Child, process: ProcessRecord) -> None:
+        """There is a process, and neither a watch over it nor a timer."""
+        left = self._remaining()
+        self._program_runs = not process.hook
+        if self.state is State.STOPPING or self._doomed is not None:
+            self._terminate()  # again: perhaps it was never asked
+            self._arm(left, self._kill)
+            return
+        if process.hook:
+            self._arm(left, self._pre_start_timed_out)
+            return
+        if self.state is State.RELOADING:
+            self._apply(Event.RELOADED, "the supervisor that asked for it is gone")
+        self._watch = self._new_watch()
+        descriptor = self._runtime.keeper.take(self._ready_name)
+        if self.state is not State.STARTING:
+            if descriptor is not None:
+                os.close(descriptor)
+            self._watch.became_ready(since=self._ready_at)
+        elif self.config.readiness == "uptime":
+            self._arm(left, self._survived)
+        else:
+            if self.config.readiness != "exit":
+                self._arm(left, self._start_timed_out)
+            inode, offset = process.output_from or (0, 0)
+            begin = Cursor(instance=self.name, stream="stdout", inode=inode, offset=offset)
+            self._watch.await_ready(self.streams["stdout"], begin, descriptor, since=child.started)
+
+    def _remaining(self) -> float:
+        return max(0.0, self._due - time.monotonic()) if self._due is not None else 0.0
+
+    def _catch_up(self, ended: Exit, process: ProcessRecord) -> None:
+        """The process ended while nobody was there; some of its group may be left."""
+        self._missed = None
+        assert process.pid is not None
+        log.warning("%s: pid %d ended while no supervisor was there: %s", self.name, process.pid, ended)
+        self._program_runs = not process.hook
+        if self.config.kill_mode == "group" and signal_group(process.pid, 0):
+            members = group_members(process.pid)
+            if members and not adoption.is_group_of(process, members, self._fifo("stdout")):
+                log.warning("%s: group %d is somebody else's by now, left alone", self.name, process.pid)
+                self._gone(ended)
+                return
+        self._child = Child(process.pid, pidfd=-1, started=process.spawned)
+        if self.state is State.STOPPING or self._doomed is not None:
+            self._arm(self._remaining(), self._kill)
+        if process.hook:
+            self._pre_start_ended(ended)
+        else:
+            self._exited(ended)
+
+    def _lost_ended(self) -> None:
+        """The process that may have been this instance has ended: what follows is the same either way."""
+        process, pidfd = self._process, self._lost_pidfd
+        assert process is not None
+        assert process.pid is not None
+        status = adoption.exit_status(pidfd, process.pid, process.start_ticks)
+        self._forget_lost()
+        self._ended(Exit() if status is None else Exit.from_wait_status(status))
+
+    def _forget_lost(self) -> None:
+        if self.state is State.LOST:
+            self._process = None
+            self._doubt = ""
+        if self._lost_pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._lost_pidfd)
+            os.close(self._lost_pidfd)
+            self._lost_pidfd = -1
 
     def _arm(self, seconds: float, action: Callable[[], None]) -> None:
         self._cancel_timer()
+        self._due = time.monotonic() + seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, action)
 
     def _cancel_timer(self) -> None:
+        self._due = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     # --- the three ways to reload: each returns why it failed, or None --------------------------------------
 
+    async def _connected(self) -> None:
+        """Give a program that was taken back the time to connect again; answers are waited for after that."""
+        if self._awaited:
+            with anyio.move_on_after(RECONNECT_SECONDS):
+                await self.wait_until(lambda i: not i._awaited)
+            self._awaited = False
+
     async def _reload_by_sdk(self, request: protocol.Reload, deadline: float) -> str | None:
+        await self._connected()
         try:
             value = await self._runtime.channel.request(
                 self.token, request.METHOD, request.params(), deadline=deadline

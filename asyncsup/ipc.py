@@ -153,9 +153,10 @@ class Router:
             self._kick()
         return True
 
-    def close(self) -> None:
+    def close(self, *, linger: float = 0.0) -> None:
+        """Close the socket; what is queued has ``linger`` seconds to leave."""
         self._loop.remove_reader(self._fd)
-        self._socket.close()
+        self._socket.close(int(linger * 1000))
         _remove(self._endpoint)
 
     def _kick(self) -> None:

@@ -33,6 +33,9 @@ class State(StrEnum):
     """Ended as expected; not to be started again by itself."""
     FAILED = "failed"
     """Ended badly and given up; only an operator starts it again."""
+    LOST = "lost"
+    """An earlier supervisor started it, and there is a process that may be it, or may not: it is left alone
+    until it ends or an operator decides."""
 
 
 class Event(StrEnum):
@@ -53,6 +56,8 @@ class Event(StrEnum):
     GAVE_UP = "gave_up"
     """The program ended and its policy or start limit forbids another try."""
     BACKOFF_ELAPSED = "backoff_elapsed"
+    LOST = "lost"
+    """A process that an earlier supervisor had started cannot be told from another."""
 
 
 S, E = State, Event
@@ -68,13 +73,14 @@ _DOWN: Final[Mapping[Event, State]] = {E.START: S.STARTING, E.WAIT: S.WAITING, E
 TRANSITIONS: Final[Mapping[State, Mapping[Event, State]]] = {
     S.STOPPED: {E.START: S.STARTING, E.WAIT: S.WAITING},
     S.WAITING: {E.START: S.STARTING, E.STOP: S.STOPPED},
-    S.STARTING: {E.READY: S.RUNNING, E.STOP: S.STOPPING, **_CHILD_ENDED},
-    S.RUNNING: {E.RELOAD: S.RELOADING, E.STOP: S.STOPPING, **_CHILD_ENDED},
-    S.RELOADING: {E.RELOADED: S.RUNNING, E.STOP: S.STOPPING, **_CHILD_ENDED},
-    S.STOPPING: {E.GONE: S.STOPPED},
+    S.STARTING: {E.READY: S.RUNNING, E.STOP: S.STOPPING, E.LOST: S.LOST, **_CHILD_ENDED},
+    S.RUNNING: {E.RELOAD: S.RELOADING, E.STOP: S.STOPPING, E.LOST: S.LOST, **_CHILD_ENDED},
+    S.RELOADING: {E.RELOADED: S.RUNNING, E.STOP: S.STOPPING, E.LOST: S.LOST, **_CHILD_ENDED},
+    S.STOPPING: {E.GONE: S.STOPPED, E.LOST: S.LOST},
     S.BACKOFF: {E.BACKOFF_ELAPSED: S.STARTING, **_DOWN},
     S.EXITED: _DOWN,
     S.FAILED: _DOWN,
+    S.LOST: {**_DOWN, **_CHILD_ENDED},
 }
 
 ALIVE: Final = frozenset({S.STARTING, S.RUNNING, S.RELOADING, S.STOPPING})

@@ -2,14 +2,16 @@
 
 A stream is a named FIFO that the instance holds open read-write, so it never gets SIGPIPE, whatever becomes
 of the supervisor. In format ``raw`` the bytes go from the FIFO to the file by `splice` and never enter
-Python: they leave the FIFO only when they are in the page cache. ``timestamp`` and ``json`` go line by line.
+Python: they leave the FIFO only when they are in the page cache. Where a file is about to be full, it is
+looked for the end of a line first, without taking anything out. ``timestamp`` and ``json`` go line by line,
+through a spool. So a supervisor may be killed at any instant: nothing is lost, and nothing is written twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import functools
 import logging
 import os
 import stat
@@ -22,16 +24,20 @@ import orjson
 
 from asyncsup.errors import RequestError
 from asyncsup.events import timestamp
+from asyncsup.pipes import PIPE_BYTES, Peephole, enlarge
+from asyncsup.spool import Spool
 
 log = logging.getLogger("asyncsup.logs")
 
 Format = Literal["raw", "timestamp", "json"]
 
-PIPE_BYTES: Final = 1 << 20
 COALESCE_SECONDS: Final = 0.004
 """A chatty instance is read at most this often: each wake-up costs more than the bytes it moves."""
+LINES_BYTES: Final = 128 << 10
+"""So much is put into lines before others have their turn: it takes some milliseconds."""
 LINE_MARGIN: Final = 64 << 10
-"""Below this room in a file the end is cut at a line, by reading instead of splicing."""
+"""Below this room in a file it is looked where a line ends before bytes are moved."""
+MOST_LINE_ROOM: Final = 4 << 10
 LONGEST_LINE: Final = 256 << 10
 """A longer line is written in pieces, so that a program without newlines cannot fill the memory."""
 READ_BYTES: Final = 256 << 10
@@ -64,6 +70,23 @@ class RotatingFile:
         self._open()
         return self._regular
 
+    @property
+    def line_room(self) -> int:
+        """How much room there should be at least for what is still to come of a line."""
+        return min(MOST_LINE_ROOM, self._max_size // 16)
+
+    @property
+    def empty(self) -> bool:
+        self._open()
+        return self._size == 0
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where the next write goes: device, inode and size; zeros for a device or pipe."""
+        self._open()
+        status = os.fstat(self._fd)
+        return (status.st_dev, status.st_ino, self._size) if self._regular else (0, 0, 0)
+
     def splice_from(self, pipe: int, limit: int) -> int:
         """Move up to ``limit`` bytes from a pipe; raises BlockingIOError when it is empty."""
         self._open()
@@ -71,34 +94,51 @@ class RotatingFile:
         self._size += moved
         return moved
 
-    def write(self, data: bytes) -> None:
+    def write_some(self, data: bytes | memoryview) -> int:
+        """Write what can be written at once; returns how many bytes that were."""
         self._open()
-        view = memoryview(data)
-        while view:
-            written = os.write(self._fd, view)
-            self._size += written
-            view = view[written:]
+        written = os.write(self._fd, data)
+        self._size += written
+        return written
 
-    def write_lines(self, data: bytes) -> None:
-        """Write, rotating where the file is full: between lines wherever a line ends in time."""
-        while len(data) > self.room:
-            cut = data.rfind(b"\n", 0, max(self.room, 0)) + 1
-            if cut == 0 and self._size == 0:
-                cut = self._max_size
-            self.write(data[:cut])
-            self.rotate()
-            data = data[cut:]
-        self.write(data)
+    def write(self, data: bytes) -> None:
+        """Write all of it. When that fails, nothing of it is left in a regular file."""
+        self._open()
+        before, view = self._size, memoryview(data)
+        try:
+            while view:
+                view = view[self.write_some(view) :]
+        except OSError:
+            if self._regular:
+                self._cut(before)
+            raise
+
+    def undo(self, device: int, inode: int, size: int) -> None:
+        """Cut off what a write that began at ``size`` has left in a file, if this is that file."""
+        self._open()
+        status = os.fstat(self._fd)
+        if self._regular and (status.st_dev, status.st_ino) == (device, inode) and self._size > size:
+            self._cut(size)
+
+    def _cut(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+        os.lseek(self._fd, size, os.SEEK_SET)
+        self._size = size
 
     def rotate(self) -> None:
         self.close()
-        for number in range(self._max_files - 1, 0, -1):
-            older = self.path.with_name(f"{self.path.name}.{number}")
-            newer = self.path if number == 1 else self.path.with_name(f"{self.path.name}.{number - 1}")
-            with contextlib.suppress(FileNotFoundError):
-                newer.replace(older)
         if self._max_files == 1:
             self.path.unlink(missing_ok=True)
+            return
+        path = str(self.path)
+        free = 1
+        while free < self._max_files - 1 and os.path.lexists(f"{path}.{free}"):
+            free += 1
+        # What is older than a gap stays where it is; `max_files` may be large, and says nothing of how many
+        # there are.
+        for number in range(free, 0, -1):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}.{number - 1}" if number > 1 else path, f"{path}.{number}")  # noqa: PTH105
 
     def reopen(self) -> None:
         """Open the path anew at the next write: somebody else has moved the file away."""
@@ -160,14 +200,22 @@ class OutputStream:
     """One stream of one instance: its FIFO, its file, and whoever waits for more of it.
 
     Args:
-        fifo: path of the FIFO; made here, removed by `close`.
+        fifo: path of the FIFO; made here unless it is there.
+        held: a descriptor of the FIFO that outlived an earlier supervisor; ours from here on.
         instance: name in JSON lines.
         stream: ``stdout`` or ``stderr``.
         file: shared when two streams go to one path.
     """
 
     def __init__(
-        self, fifo: Path, file: RotatingFile, *, instance: str, stream: str, format_: Format
+        self,
+        fifo: Path,
+        file: RotatingFile,
+        *,
+        instance: str,
+        stream: str,
+        format_: Format,
+        held: int | None = None,
     ) -> None:
         self.file = file
         self.instance = instance
@@ -177,24 +225,26 @@ class OutputStream:
         self._format = format_
         self._fifo = fifo
         self._loop = asyncio.get_running_loop()
-        self._partial = b""
         self._followers: list[asyncio.Future[None]] = []
         self._pause: asyncio.TimerHandle | None = None
-        fifo.parent.mkdir(parents=True, exist_ok=True)
-        _make_fifo(fifo)
+        is_new = _make_fifo(fifo)
         # Read-write: with a writer of our own the FIFO never comes to its end, which would be "readable" for
         # ever once the last instance has gone.
-        self._reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if held is None else held
+        self._spool = self._open_spool(Path(f"{fifo}.spool"), is_new=is_new)
         self._loop.add_reader(self._reader, self._readable)
+
+    def fileno(self) -> int:
+        """The supervisor's own descriptor of the FIFO: whoever holds it keeps what is in it."""
+        return self._reader
 
     def open_child_end(self) -> int:
         """A descriptor for the instance's end; an open file description of its own, because O_NONBLOCK
         belongs to the description and the program must not see it. The caller closes it after the spawn.
         """
-        fd = os.open(self._fifo, os.O_RDWR | os.O_CLOEXEC)
-        # Past the user's pipe quota the kernel says EPERM: the default size does as well.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        # Not by its path, from which something that tidies up may have removed it.
+        fd = os.open(f"/proc/self/fd/{self._reader}", os.O_RDWR | os.O_CLOEXEC)
+        enlarge(fd)
         return fd
 
     def drain(self) -> None:
@@ -204,19 +254,29 @@ class OutputStream:
         taken = 0
         while taken < 2 * PIPE_BYTES and (moved := self._move()) > 0:
             taken += moved
-        if self._partial:
-            self._write_lines([self._partial])
-            self._partial = b""
+        if self._spool is not None:
+            self._write_out(self._spool, all_of_it=True)
         self._wake()
 
-    def close(self) -> None:
-        self.drain()
+    def close(self, *, keep: bool = False) -> None:
+        """Let go of the FIFO.
+
+        Args:
+            keep: an instance goes on writing to it; it stays where it is for the next supervisor.
+        """
+        if keep:
+            self._wake()
+        else:
+            self.drain()
         if self._pause is not None:
             self._pause.cancel()
         else:
             self._loop.remove_reader(self._reader)
         os.close(self._reader)
-        self._fifo.unlink(missing_ok=True)
+        if self._spool is not None:
+            self._spool.close(remove=not keep)
+        if not keep:
+            self._fifo.unlink(missing_ok=True)
 
     def growth(self) -> asyncio.Future[None]:
         """A future that is done when there is more to read. Ask for it before reading: what comes between
@@ -234,7 +294,7 @@ class OutputStream:
     def _readable(self) -> None:
         moved = self._move()
         self._wake()
-        if moved < PIPE_BYTES // 2:
+        if moved < (PIPE_BYTES if self._spool is None else LINES_BYTES) // 2:
             # Few bytes per wake-up: let some gather. A flooding instance is not slowed down.
             self._loop.remove_reader(self._reader)
             self._pause = self._loop.call_later(COALESCE_SECONDS, self._resume)
@@ -250,9 +310,9 @@ class OutputStream:
                 future.set_result(None)
 
     def _move(self) -> int:
-        """Take what is there, up to one pipe-full; 0 when there was nothing."""
+        """Take what is there, up to one pipe-full (of lines, to `LINES_BYTES`); 0 when there was nothing."""
         try:
-            return self._move_raw() if self._format == "raw" else self._move_lines()
+            return self._move_raw() if self._spool is None else self._move_lines(self._spool)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -260,53 +320,114 @@ class OutputStream:
             self._count_loss(error, dropped)
             return dropped
 
-    def _move_raw(self) -> int:
-        room = self.file.room
-        if room > LINE_MARGIN and self.file.spliceable:
-            return self.file.splice_from(self._reader, min(room - LINE_MARGIN, PIPE_BYTES))
-        data = os.read(self._reader, LINE_MARGIN)
-        self._write(data)
-        return len(data)
-
-    def _move_lines(self) -> int:
-        data = os.read(self._reader, PIPE_BYTES)
-        if not data:
-            return 0
-        lines = (self._partial + data).split(b"\n")
-        self._partial = lines.pop()
-        if len(self._partial) > LONGEST_LINE:
-            lines.append(self._partial)
-            self._partial = b""
-        self._write_lines(lines)
-        return len(data)
-
-    def _write_lines(self, lines: list[bytes]) -> None:
-        now = timestamp()
-        if self._format == "json":
-            records = (
-                orjson.dumps(
-                    {
-                        "at": now,
-                        "instance": self.instance,
-                        "stream": self.stream,
-                        "line": line.decode("utf-8", "replace"),
-                    }
-                )
-                for line in lines
-            )
-            text = b"\n".join([*records, b""])
-        elif self._format == "timestamp":
-            prefix = now.encode() + b" "
-            text = b"".join(prefix + line + b"\n" for line in lines)
-        else:
-            text = b"".join(lines)
-        self._write(text)
-
-    def _write(self, text: bytes) -> None:
+    def _open_spool(self, path: Path, *, is_new: bool) -> Spool | None:
+        """The spool, where the format needs one; what an earlier supervisor has left in it is written."""
+        if self._format == "raw" and (is_new or not path.exists()):
+            return None
+        spool = Spool(path)
         try:
-            self.file.write_lines(text)
+            if spool.begun is not None:
+                self.file.undo(*spool.begun)
         except OSError as error:
-            self._count_loss(error, len(text))
+            log.warning("%s: %s: %s", self.instance, self.file.path, error.strerror)
+        if self._format != "raw":
+            self._write_out(spool)
+            return spool
+        with contextlib.suppress(OSError):
+            self.file.write(spool.waiting(spool.pending))
+        spool.close(remove=True)
+        return None
+
+    def _move_raw(self) -> int:
+        file = self.file
+        if not file.spliceable:
+            return self._copy_raw()
+        room = file.room
+        if room > LINE_MARGIN:
+            return file.splice_from(self._reader, min(room - LINE_MARGIN, PIPE_BYTES))
+        ahead = _peephole().peek(self._reader, LINE_MARGIN)
+        is_full = len(ahead) > room
+        cut = ahead.rfind(b"\n", 0, max(room, 0)) + 1
+        if cut == 0 and len(ahead) + file.line_room <= room:
+            cut = len(ahead)  # a line that is not complete, and has room to become so
+        elif cut == 0:
+            cut = min(len(ahead), room) if file.empty else 0
+            is_full = cut in {0, room}
+        moved = 0
+        while moved < cut:
+            moved += file.splice_from(self._reader, cut - moved)
+        if is_full:
+            file.rotate()
+        return moved or self._move_raw()
+
+    def _copy_raw(self) -> int:
+        """To a terminal or a pipe: written first, and taken out of the FIFO afterwards."""
+        ahead = _peephole().peek(self._reader, LINE_MARGIN)
+        try:
+            written = self.file.write_some(ahead)
+        except OSError as error:
+            written = len(ahead)
+            self._count_loss(error, written)
+        return len(os.read(self._reader, written))
+
+    def _move_lines(self, spool: Spool) -> int:
+        moved = spool.take(self._reader, LINES_BYTES)
+        self._write_out(spool)
+        return moved
+
+    def _write_out(self, spool: Spool, *, all_of_it: bool = False) -> None:
+        """Write the lines that are complete; with ``all_of_it`` also what is not."""
+        while waiting := spool.waiting(PIPE_BYTES):
+            end = waiting.rfind(b"\n") + 1
+            if end == 0 and (all_of_it or len(waiting) > LONGEST_LINE):
+                end = min(len(waiting), LONGEST_LINE)
+            if end == 0:
+                return
+            after = spool.pending - end
+            try:
+                self._write_lines(spool, waiting[:end])
+            except OSError as error:
+                self._count_loss(error, spool.pending - after)
+                spool.done(spool.pending - after)
+
+    def _write_lines(self, spool: Spool, data: bytes) -> None:
+        """Format and write lines, rotating between two of them; they are the next bytes of the spool."""
+        lines = data.removesuffix(b"\n").split(b"\n")
+        formatted = self._formatted(lines)
+        if sum(map(len, formatted)) <= self.file.room:
+            self._write_batch(spool, b"".join(formatted), len(data))
+            return
+        left = len(data)
+        for line, text in zip(lines, formatted, strict=True):
+            if len(text) > self.file.room and not self.file.empty:
+                self.file.rotate()
+            size = min(len(line) + 1, left)
+            self._write_batch(spool, text, size)
+            left -= size
+
+    def _write_batch(self, spool: Spool, text: bytes, size: int) -> None:
+        """Write what stands for the next ``size`` bytes of the spool."""
+        spool.begin(*self.file.place)
+        self.file.write(text)
+        spool.done(size)
+
+    def _formatted(self, lines: list[bytes]) -> list[bytes]:
+        now = timestamp()
+        if self._format == "timestamp":
+            prefix = now.encode() + b" "
+            return [prefix + line + b"\n" for line in lines]
+        return [
+            orjson.dumps(
+                {
+                    "at": now,
+                    "instance": self.instance,
+                    "stream": self.stream,
+                    "line": line.decode("utf-8", "replace"),
+                },
+                option=orjson.OPT_APPEND_NEWLINE,
+            )
+            for line in lines
+        ]
 
     def _count_loss(self, error: OSError, size: int) -> None:
         """The file cannot be written (disk full, no permission): the program must go on, so its output is
@@ -316,11 +437,9 @@ class OutputStream:
         self.lost_bytes += size
 
     def _discard(self) -> int:
-        dropped = len(self._partial)
-        self._partial = b""
         with contextlib.suppress(BlockingIOError):
-            dropped += len(os.read(self._reader, PIPE_BYTES))
-        return dropped
+            return len(os.read(self._reader, PIPE_BYTES))
+        return 0
 
     # --- reading back ---------------------------------------------------------------------------------------
 
@@ -368,14 +487,25 @@ class OutputStream:
         return Cursor(instance=self.instance, stream=self.stream, inode=status.st_ino, offset=status.st_size)
 
 
-def _make_fifo(path: Path) -> None:
+@functools.cache
+def _peephole() -> Peephole:
+    """One for all streams: it is empty between two looks."""
+    return Peephole()
+
+
+def _make_fifo(path: Path) -> bool:
+    """Make a FIFO unless there is one; whether it was made."""
     try:
+        os.mkfifo(path, 0o600)
+    except FileExistsError:
         if stat.S_ISFIFO(path.lstat().st_mode):
-            return
+            return False
         path.unlink()
+        os.mkfifo(path, 0o600)
     except FileNotFoundError:
-        pass
-    os.mkfifo(path, 0o600)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path, 0o600)
+    return True
 
 
 def _last_lines(path: Path, end: int, lines: int) -> bytes:

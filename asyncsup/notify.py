@@ -26,22 +26,22 @@ class NotifySocket:
     Args:
         on_notify: called with the group id of the sender and the fields of the datagram; False when no
             instance leads that group.
+        held: a descriptor of the socket that outlived an earlier supervisor, and what was sent meanwhile is
+            in it; ours from here on.
     """
 
-    def __init__(self, path: Path, on_notify: Callable[[int, Mapping[str, str]], bool]) -> None:
+    def __init__(
+        self, path: Path, on_notify: Callable[[int, Mapping[str, str]], bool], held: int | None = None
+    ) -> None:
         self.path = path
         self.counters: Counter[str] = Counter()
         self._on_notify = on_notify
         self._loop = asyncio.get_running_loop()
-        self._socket = socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        )
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        path.unlink(missing_ok=True)
-        self._socket.bind(str(path))
-        # Programs that run as another user must reach it; the folder above is searchable only for ours.
-        path.chmod(0o666)
+        self._socket = _resumed(path, held) or _bound(path)
         self._loop.add_reader(self._socket.fileno(), self._readable)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
@@ -67,6 +67,27 @@ class NotifySocket:
             )
             if group is None or not fields or not self._on_notify(group, fields):
                 self.counters["notify.stranger"] += 1
+
+
+def _bound(path: Path) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    path.unlink(missing_ok=True)
+    made.bind(str(path))
+    # Programs that run as another user must reach it; the folder above is searchable only for ours.
+    path.chmod(0o666)
+    return made
+
+
+def _resumed(path: Path, held: int | None) -> socket.socket | None:
+    """The socket an earlier supervisor was listening to, if it can still be reached."""
+    if held is None:
+        return None
+    resumed = socket.socket(fileno=held)
+    if resumed.getsockname() == str(path) and path.is_socket():
+        return resumed
+    resumed.close()
+    return None
 
 
 def _sender(ancillary: list[tuple[int, int, bytes]]) -> int | None:

@@ -94,6 +94,8 @@ METHODS: Final[Sequence[Schema]] = (
             version=STRING,
             protocol=NATURAL,
             pid=NATURAL,
+            keeper={"type": ["integer", "null"]},
+            adopted=NATURAL,
             region=STRING,
             config=STRING,
             state_dir=STRING,
@@ -182,6 +184,13 @@ METHODS: Final[Sequence[Schema]] = (
         timeout=SECONDS,
     ),
     _method("shutdown", "Stop all targets and the supervisor.", _object(stopping=NATURAL)),
+    _method(
+        "supervisor.reexec",
+        "Replace the supervisor's program; everything that runs runs on.",
+        _object(version=STRING, command=STRINGS),
+        optional=["program"],
+        program=STRING,
+    ),
     _method(
         "cancel", "Give up a request of the same connection.", OBJECT, id={"type": ["integer", "string"]}
     ),

@@ -383,6 +383,7 @@ def info_lines(info: Value, *, ink: Ink = PLAIN) -> list[str]:
     return _pairs(
         [
             ("supervisor", f"asyncsup {clean(info.get('version', '?'))}, pid {_number(info.get('pid'))}"),
+            ("keeper", "none" if info.get("keeper") is None else f"pid {_number(info['keeper'])}"),
             ("region", clean(info.get("region", ""))),
             ("up for", duration(info.get("uptime"))),
             ("config", clean(info.get("config") or "")),

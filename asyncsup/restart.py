@@ -19,12 +19,20 @@ RestartMode = Literal["always", "on-failure", "unless-stopped", "never"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit:
-    """How a process ended: an exit status, or the signal that killed it."""
+    """How a process ended: an exit status, or the signal that killed it; neither, when nobody has seen it."""
 
     status: int | None = None
     signal: int | None = None
 
+    @classmethod
+    def from_wait_status(cls, status: int) -> Exit:
+        """From the status as wait(2) has it."""
+        number = status & 0x7F
+        return cls(signal=number) if number else cls(status=status >> 8 & 0xFF)
+
     def __str__(self) -> str:
+        if self.status is None and self.signal is None:
+            return "ended unseen (exit status unknown)"
         if self.signal is None:
             return f"exit status {self.status}"
         try:

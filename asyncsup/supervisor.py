@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -41,8 +40,11 @@ from asyncsup.errors import (
     TimeoutExpiredError,
 )
 from asyncsup.events import EventStream, timestamp
+from asyncsup.inheritance import HANDED_OVER, Inheritance
 from asyncsup.instance import Instance, RootFacts, Runtime
 from asyncsup.ipc import Publisher, Router, private_directory
+from asyncsup.journal import Journal
+from asyncsup.keeper_link import KeeperLink
 from asyncsup.keys import KeyStore
 from asyncsup.lifecycle import State
 from asyncsup.logs import OutputStream
@@ -53,6 +55,7 @@ from asyncsup.patch.overseer import PatchOverseer
 from asyncsup.patch.store import Layout, Store, TargetRoot
 from asyncsup.remote import RemoteAccess
 from asyncsup.schedule import keep
+from asyncsup.successor import Successor, examine
 from asyncsup.target import Dependency, Target
 from asyncsup.together import together
 from target_sdk.protocol import PROTOCOL_VERSION
@@ -60,6 +63,18 @@ from target_sdk.protocol import PROTOCOL_VERSION
 log = logging.getLogger("asyncsup")
 
 MOST_INSTANCES: Final = 10_000
+SIGNALS: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+LAST_WORDS_SECONDS: Final = 1.0
+"""How long the answer to `reexec` may take to leave."""
+LOCK_SECONDS: Final = 5.0
+LOCK_LOOK_SECONDS: Final = 0.02
 SPAWNS_AT_ONCE: Final = 1
 """A spawn blocks the event loop for a third of a millisecond; between two of them it serves others."""
 
@@ -73,17 +88,27 @@ class Selection:
 
 
 class Supervisor:
-    """Everything one `asyncsup serve` runs. Use as an async context manager around `run`."""
+    """Everything one `asyncsup serve` runs.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        keeper: the link to the keeper, or one to nobody.
+    """
+
+    def __init__(self, config: Config, keeper: KeeperLink) -> None:
         self.config = config
+        self.keeper = keeper
         self.started_at = timestamp()
         self.counters: Counter[str] = Counter()
         self.targets: dict[str, Target] = {}
         self._started = time.monotonic()
         self._stopping = asyncio.Event()
+        self._asked_to_end: Counter[str] = Counter()
+        """How often, by whom the signals came from: one that reaches us and our keeper is one."""
         self._impatient = False
         self._exit_status = 0
+        self.successor: Successor | None = None
+        """What goes on in our place, when we end without stopping anything."""
+        self._ended_in_order = False
         self._cleanup = contextlib.ExitStack()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -128,8 +153,8 @@ class Supervisor:
                 if target.root is not None
             ]
         )
-        for recovered in self.store.recover():
-            log.warning("recovered: %s", recovered)
+        self.journal = Journal(settings.state_dir / "journal")
+        self._cleanup.callback(self._close_journal)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # Instances, clients and the fan-out of a thousand targets share one context.
         context.set(zmq.MAX_SOCKETS, 65_000)
@@ -149,12 +174,15 @@ class Supervisor:
         target_mode = 0o666 if self._strangers else 0o600
         self.channel = TargetChannel(partial(Router, context, f"ipc://{run}/target.sock", mode=target_mode))
         self._cleanup.callback(self.channel.close)
-        self.notify = NotifySocket(run / "notify.sock", self._on_notify)
+        self.notify = NotifySocket(run / "notify.sock", self._on_notify, self.keeper.take("notify"))
+        self.keeper.hold("notify", self.notify.fileno())
         self._cleanup.callback(self.notify.close)
         self._context = context
         self._runtime = Runtime(
             events=self.events,
             channel=self.channel,
+            keeper=self.keeper,
+            journal=self.journal,
             target_endpoint=f"ipc://{run}/target.sock",
             notify_path=self.notify.path,
             runtime_dir=run,
@@ -181,6 +209,20 @@ class Supervisor:
             self._scale_as_remembered(target)
             target.held_down = target.config.schedule is not None and not self.store.wanted(target.name)
         self._cleanup.callback(self._close_instances)
+        self._inheritance = Inheritance(
+            self.journal.left_behind, self.targets, self._runtime, orphans=settings.orphans
+        )
+        self._recovered = self.store.recover(keep=self._inheritance.on_probation())
+        for recovered in self._recovered:
+            log.warning("recovered: %s", recovered)
+        self._inheritance.find()
+        self.channel.open()
+
+    def _close_journal(self) -> None:
+        self.journal.close(
+            empty=self._ended_in_order
+            and all(i.pid is None for target in self.targets.values() for i in target.instances)
+        )
 
     def _publish(self, topic: bytes, frame: bytes) -> None:
         for publish in self._publishers:
@@ -205,19 +247,31 @@ class Supervisor:
 
     def _lock_runtime_dir(self, runtime_dir: Path) -> None:
         """A second bind on an ipc path succeeds silently and steals it, hence a lock."""
-        fd = os.open(runtime_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = runtime_dir / "lock"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        held = self.keeper.take("lock")
+        if held is not None and os.path.sameopenfile(held, fd):
+            # Nobody could take it while there was no supervisor.
+            fd, held = held, fd
+        if held is not None:
+            os.close(held)
         self._cleanup.callback(os.close, fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _lock(fd):
             written = os.pread(fd, 32, 0).strip()
             pid = written.decode() if written.isdigit() else "unknown"
+            dying = written.isdigit() and not Path(f"/proc/{pid}").exists()
+            if dying and time.monotonic() < deadline:
+                # Its keeper was killed, and so is it, in this very moment.
+                time.sleep(LOCK_LOOK_SECONDS)
+                continue
             raise StateLockedError(
                 f"another supervisor (pid {pid}) runs with runtime_dir {runtime_dir}; "
                 "stop it with `asyncsup shutdown`, or give this one a runtime_dir of its own"
-            ) from None
+            )
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, f"{self.keeper.pid or os.getpid()}\n".encode(), 0)
+        self.keeper.hold("lock", fd)
 
     async def _serve(self) -> int:
         from asyncsup.control import ControlServer  # noqa: PLC0415 - control knows the supervisor's type
@@ -230,12 +284,18 @@ class Supervisor:
             self.overseer = PatchOverseer(self, tasks)
             settings = self.config.supervisor
             make_router = partial(Router, self._context, settings.endpoint, mode=settings.socket_mode)
-            control = ControlServer(self, tasks, make_router, self._remote)
+            control = None
             try:
-                self._give_to_group(Path(settings.endpoint.removeprefix("ipc://")))
                 with self._signals():
-                    await tasks.start(self.inbox.watch)
                     self.events.emit("supervisor.started", pid=os.getpid(), version=asyncsup.__version__)
+                    # Before the loop gets its turn, and with it a program that has something to say.
+                    self._go_on_with_patches()
+                    self._inheritance.carry_on(tasks)
+                    self.keeper.drop_the_rest()
+                    await tasks.start(self.inbox.watch)
+                    control = ControlServer(self, tasks, make_router, self._remote)
+                    self._give_to_group(Path(settings.endpoint.removeprefix("ipc://")))
+                    self.keeper.serve(lambda number: self._on_signal(number, "keeper"))
                     log.info("ready at %s, pid %d", settings.endpoint, os.getpid())
                     if settings.listen is not None:
                         log.info("allowed keys may connect at %s", settings.listen)
@@ -247,35 +307,58 @@ class Supervisor:
                     if self.config.patch.auto:
                         tasks.start_soon(self.overseer.apply_arrivals)
                     await self._stopping.wait()
-                    await self._stop_all()
+                    if self.successor is None:
+                        await self._stop_all()
+                        self._ended_in_order = True
             finally:
-                control.close()
+                if control is not None:
+                    control.close(linger=0.0 if self.successor is None else LAST_WORDS_SECONDS)
                 tasks.cancel_scope.cancel()
         return self._exit_status
+
+    def _go_on_with_patches(self) -> None:
+        """See to the processes of patches that were under way; their files recovery has seen to."""
+        recovered = {each.txn: each for each in self._recovered if each.txn is not None}
+        for txn, record in self._inheritance.patches.items():
+            found = recovered.pop(txn, None)
+            if found is not None and found.action == "kept":
+                self.overseer.go_on(record)
+            elif record.switched and self.store.is_undone(txn):
+                names = [part.target for part in record.parts]
+                self.overseer.bring_back(txn, names, record.patch, record)
+            else:
+                self.journal.drop(f"transaction {txn}")
+        for txn, found in recovered.items():
+            if found.action == "switched_back":
+                self.overseer.bring_back(txn, found.targets, found.patch, None)
 
     @contextlib.contextmanager
     def _signals(self) -> Any:
         loop = asyncio.get_running_loop()
-        handlers: Mapping[signal.Signals, Callable[[], None]] = {
-            signal.SIGTERM: partial(self._on_signal, "SIGTERM"),
-            signal.SIGINT: partial(self._on_signal, "SIGINT"),
-            signal.SIGQUIT: partial(self._on_signal, "SIGQUIT"),
-            signal.SIGHUP: lambda: log.warning("SIGHUP: ignored; `asyncsup restart` takes up changes"),
-            signal.SIGUSR1: lambda: log.warning("SIGUSR1: ignored; SIGUSR2 reopens log files"),
-            signal.SIGUSR2: self._reopen_logs,
-        }
-        for number, handler in handlers.items():
-            loop.add_signal_handler(number, handler)
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number, "direct")
         try:
             yield
         finally:
-            for number in handlers:
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
 
-    def _on_signal(self, name: str) -> None:
+    def _on_signal(self, number: int, way: str) -> None:
+        """A signal, sent to us or to the keeper; Ctrl-C, for one, goes to both."""
+        name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            log.warning("SIGHUP: ignored; `asyncsup restart` takes up changes")
+            return
+        if number == signal.SIGUSR1:
+            log.warning("SIGUSR1: ignored; SIGUSR2 reopens log files")
+            return
+        if number == signal.SIGUSR2:
+            self._reopen_logs()
+            return
+        self._asked_to_end[way] += 1
         if not self._stopping.is_set():
             self.shutdown(name)
-        elif not self._impatient:
+        elif self._asked_to_end[way] > 1 and not self._impatient:
             self._impatient = True
             log.warning("%s again: killing what is left", name)
             for target in self.targets.values():
@@ -296,6 +379,25 @@ class Supervisor:
             self.store.note("supervisor.stopping", reason=reason)
             self._stopping.set()
         return alive
+
+    async def reexec(self, program: str | None) -> Successor:
+        """End in favour of another program, soon after this has returned; everything else stays.
+
+        Raises:
+            ReexecError: it would not start.
+            TargetBusyError: a patch is under way.
+        """
+        self.refuse_while_stopping()
+        self.overseer.refuse_while_patching()
+        successor = await examine(program)
+        self.refuse_while_stopping()
+        self.overseer.refuse_while_patching()
+        log.info("handing over to asyncsup %s", successor.version)
+        self.events.emit("supervisor.replaced", version=successor.version)
+        self.successor = successor
+        self.journal.put(HANDED_OVER, True)
+        asyncio.get_running_loop().call_soon(self._stopping.set)
+        return successor
 
     async def _stop_all(self) -> None:
         """Stop every target, each only after the targets that depend on it."""
@@ -340,7 +442,8 @@ class Supervisor:
             for target in self.targets.values():
                 remembers = target.config.restart == "unless-stopped" or target.config.schedule is not None
                 stays_down = remembers and not self.store.wanted(target.name)
-                if target.config.autostart and not stays_down:
+                known = self._inheritance.knows(target)
+                if target.config.autostart and not stays_down and not known:
                     starts.start_soon(start, target)
 
     def _due(self, name: str) -> None:
@@ -394,6 +497,7 @@ class Supervisor:
         return wanted
 
     def _remember_wanted(self, name: str, wanted: bool) -> None:
+        self.journal.put(f"target {name}", {"wanted": wanted})
         config = self.config.targets[name]
         if config.restart == "unless-stopped" or config.schedule is not None:
             self.store.set_wanted(name, wanted)
@@ -406,7 +510,7 @@ class Supervisor:
 
     def _essential_ended(self, instance: Instance) -> None:
         """An `essential` target has ended: the supervisor ends with its exit status."""
-        if self.targets[instance.config.name].busy in {"patch", "rollback"}:
+        if self.targets[instance.config.name].busy in {"patch", "rollback", "recovery"}:
             return  # the transaction sees it, and brings it up again on the old files
         status = instance.last_exit.exit_status if instance.last_exit is not None else 1
         self._exit_status = status
@@ -438,6 +542,8 @@ class Supervisor:
             "version": asyncsup.__version__,
             "protocol": PROTOCOL_VERSION,
             "pid": os.getpid(),
+            "keeper": self.keeper.pid,
+            "adopted": self._inheritance.adopted,
             "region": settings.region,
             "config": str(self.config.path),
             "state_dir": str(settings.state_dir),
@@ -556,6 +662,14 @@ class Supervisor:
             raise ShuttingDownError("the supervisor is stopping and takes no new work")
 
 
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _closure(target: Target) -> list[tuple[Target, bool]]:
     """What a target depends on, directly or not, nearest last; and whether all is well with it."""
     found: dict[str, tuple[Target, bool]] = {}
@@ -582,13 +696,3 @@ def _guarded(config: Config) -> Guarded:
     if patch.allowed_signers is not None:
         places[patch.allowed_signers] = "the list of who may sign patches"
     return Guarded(places=places, patterns=config.include)
-
-
-def serve(config: Config) -> int:
-    """Run the supervisor in this process until it is told to stop; returns the exit status."""
-    logging.basicConfig(
-        level=config.supervisor.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        stream=sys.stderr,
-    )
-    return anyio.run(Supervisor(config).run, backend="asyncio")

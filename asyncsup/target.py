@@ -146,7 +146,7 @@ class Target:
     def state(self) -> str:
         """The worst state of the instances, so that one line says whether there is something to look at."""
         order = (
-            State.FAILED, State.BACKOFF, State.STOPPING, State.STARTING, State.WAITING,
+            State.FAILED, State.LOST, State.BACKOFF, State.STOPPING, State.STARTING, State.WAITING,
             State.RELOADING, State.STOPPED, State.EXITED, State.RUNNING,
         )  # fmt: skip
         states = {instance.state for instance in self.instances}
@@ -181,7 +181,9 @@ class Target:
     def resize(self, number: int) -> None:
         """Have so many slots. Those that go must have no process any more."""
         while len(self.instances) > number:
-            self.instances.pop().close()
+            gone = self.instances.pop()
+            gone.close()
+            self._runtime.journal.drop(f"instance {gone.name}")
         for index in range(len(self.instances), number):
             self.instances.append(Instance(self.config, index, self._runtime, self._changed, self._too_old))
 
@@ -315,7 +317,8 @@ class Target:
         if len(chosen) == len(self.instances):
             self._want(False)
         self._preempt(f"{asked_by} asked to stop {self.name}")
-        await self._perform("stop", asked_by, lambda: self.stop_instances(chosen, f"stop by {asked_by}"))
+        reason = f"stop by {asked_by}"
+        await self._perform("stop", asked_by, lambda: self.stop_instances(chosen, reason, for_good=True))
 
     async def shut_down(self) -> None:
         """Stop everything because the supervisor ends; what the operator wants stays as it is.
@@ -371,6 +374,16 @@ class Target:
         await self._perform("scale", asked_by, work)
         if wait and self.wanted:
             await self.wait_settled(started)
+
+    async def replace(self, chosen: Sequence[Instance], *, asked_by: str) -> None:
+        """Stop instances, and start anew those that are wanted."""
+        reason = f"stopped because of {asked_by}"
+
+        async def work() -> None:
+            await self.stop_instances(chosen, reason)
+            await self.spawn_instances([i for i in chosen if i.wanted], reason)
+
+        await self._perform("replace", asked_by, work)
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.
@@ -428,6 +441,8 @@ class Target:
         """
         blocked = [str(dependency) for dependency in self.dependencies if not dependency.satisfied]
         for instance in chosen:
+            instance.want()
+        for instance in chosen:
             # A stop that was given up still has its process; the next one comes after it.
             await instance.wait_until(lambda i: i.state is not State.STOPPING)
             if blocked and not whatever_it_depends_on:
@@ -437,9 +452,12 @@ class Target:
                 instance.start(reason)
                 await anyio.lowlevel.checkpoint()
 
-    async def stop_instances(self, chosen: Sequence[Instance], reason: str) -> None:
+    async def stop_instances(
+        self, chosen: Sequence[Instance], reason: str, *, for_good: bool = False
+    ) -> None:
+        """Stop instances; unless ``for_good`` they are to be started again, also if we die before that."""
         for instance in chosen:
-            instance.stop(reason)
+            instance.stop(reason, for_good=for_good)
         hooks = self.config.hooks
         limit = self.config.stop_timeout + STOP_GRACE_SECONDS
         limit += hooks.timeout if hooks.post_stop is not None else 0.0

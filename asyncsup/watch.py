@@ -64,16 +64,19 @@ class Watch:
 
     # --- before it is ready ---------------------------------------------------------------------------------
 
-    def await_ready(self, output: OutputStream, begin: Cursor, descriptor: int | None) -> None:
+    def await_ready(
+        self, output: OutputStream, begin: Cursor, descriptor: int | None, *, since: float | None = None
+    ) -> None:
         """Begin to look for readiness, where it shows from outside.
 
         Args:
             begin: where in the output the process began.
             descriptor: what its `ready.fd` leads to; closed here.
+            since: monotonic time of the spawn, if that was not a moment ago.
         """
         config, ready = self._config, self._config.ready
         if config.oneshot and config.max_age is not None:
-            self._timers.append(self._loop.call_later(config.max_age, self._on_old))
+            self._grow_old(config.max_age, since)
         if descriptor is not None:
             os.set_blocking(descriptor, False)
             self._descriptor = descriptor
@@ -114,8 +117,12 @@ class Watch:
 
     # --- from then on ---------------------------------------------------------------------------------------
 
-    def became_ready(self) -> None:
-        """Stop asking whether it is ready, and begin to ask whether it still is alive."""
+    def became_ready(self, *, since: float | None = None) -> None:
+        """Stop asking whether it is ready, and begin to ask whether it still is alive.
+
+        Args:
+            since: monotonic time at which it became ready, if that was not a moment ago.
+        """
         config = self._config
         self._close_descriptor()
         if self._readiness is not None and self._readiness is not asyncio.current_task():
@@ -127,8 +134,11 @@ class Watch:
         else:
             self.is_alive()
         if config.max_age is not None and not config.oneshot:
-            age = config.max_age * (1 + AGE_SPREAD * random.random())
-            self._timers.append(self._loop.call_later(age, self._on_old))
+            self._grow_old(config.max_age * (1 + AGE_SPREAD * random.random()), since)
+
+    def _grow_old(self, age: float, since: float | None) -> None:
+        passed = 0.0 if since is None else self._loop.time() - since
+        self._timers.append(self._loop.call_later(max(0.0, age - passed), self._on_old))
 
     async def _await_death(self, probe: Probe) -> None:
         self._on_dead(await until_dead(probe, self._config.liveness), None)

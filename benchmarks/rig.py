@@ -35,8 +35,8 @@ def compile_floor(into: Path) -> Path:
 
 
 @contextlib.contextmanager
-def supervisor(home: Path, text: str) -> Iterator[tuple[ControlClient, int]]:
-    """A running supervisor: its client and its pid."""
+def supervisor(home: Path, text: str) -> Iterator[tuple[ControlClient, list[int]]]:
+    """A running supervisor: its client, its pid and its keeper's."""
     config = home / "asyncsup.toml"
     config.write_text(text, encoding="utf-8")
     with (home / "serve.err").open("wb") as errors:
@@ -48,7 +48,7 @@ def supervisor(home: Path, text: str) -> Iterator[tuple[ControlClient, int]]:
             client = ControlClient(f"ipc://{home}/.asyncsup/run/control.sock")
             until(lambda: answers(client), process)
             with client:
-                yield client, process.pid
+                yield client, [client.call("supervisor.info")["pid"], process.pid]
         finally:
             process.terminate()
             process.wait(120)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 import zmq
-from rig import compile_floor, folder, median, row, supervisor, until
+from rig import answers, compile_floor, folder, median, row, supervisor, until
 
 from asyncsup.client import ControlClient
 
@@ -107,21 +107,40 @@ def raw_rounds_per_second(endpoint: str, reply: bytes, seconds: float) -> float:
 
 def memory_and_idle(home: Path, count: int, seconds: float) -> None:
     text = f'[target.t]\ncommand = "sleep 3600"\ninstances = {count}\n' if count else ""
-    with supervisor(home, text) as (client, pid):
+    with supervisor(home, text) as (client, pids):
         if count:
             client.call("wait", {"names": ["all"], "for": "ready", "timeout": 300})
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        row(f"memory (PSS), {count} instances", int(re.findall(r"Pss:\s+(\d+)", rollup)[0]) / 1024, "MiB")
-        before = switches(pid)
+        row(f"memory (PSS), {count} instances", sum(map(proportional_set, pids)), "MiB")
+        row(f"memory (PSS), {count} instances, the keeper's", proportional_set(pids[-1]), "MiB")
+        before = switches(pids)
         time.sleep(seconds)
-        row(f"idle context switches, {count} instances", (switches(pid) - before) / seconds, "1/s")
+        row(f"idle context switches, {count} instances", (switches(pids) - before) / seconds, "1/s")
 
 
-def switches(pid: int) -> int:
+def proportional_set(pid: int) -> float:
+    """In MiB."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"Pss:\s+(\d+)", rollup)[0]) / 1024
+
+
+def switches(pids: list[int]) -> int:
     total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
+    for task in (task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()):
         total += int(re.findall(r"voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text())[0])
     return total
+
+
+def survival(home: Path, count: int) -> None:
+    """SIGKILL to the supervisor, until another one answers and has everything back."""
+    text = f'[target.t]\ncommand = "sleep 3600"\ninstances = {count}\nmin_uptime = 0\n'
+    with supervisor(home, text) as (client, pids):
+        client.call("wait", {"names": ["all"], "for": "ready", "timeout": 300})
+        killed = time.monotonic()
+        os.kill(pids[0], signal.SIGKILL)
+        until(lambda: answers(client) and client.call("supervisor.info")["adopted"] == count)
+        row(f"kill -9 to the next answer, {count} instances", time.monotonic() - killed, "s")
+        found = re.findall(r"taken back in (\d+) ms", (home / "serve.err").read_text())
+        row(f"kill -9: taken back, {count} instances", float(found[-1]), "ms")
 
 
 def command_line(home: Path, rounds: int = 20) -> None:
@@ -157,6 +176,8 @@ def main() -> None:
         for count in sorted({0, args.instances}):
             with folder() as home:
                 memory_and_idle(home, count, args.idle)
+        with folder() as home:
+            survival(home, args.instances)
         with folder() as home:
             command_line(home)
 

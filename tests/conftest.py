@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 
 from asyncsup.client import ControlClient
-from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError
+from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError, TimeoutExpiredError
 
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
@@ -53,11 +55,27 @@ def wait_for(condition: Condition, what: str, timeout: float = 20.0, *, every: f
     raise AssertionError(f"waited {timeout:g} s in vain for {what}")
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def end_process(pid: int) -> None:
+    """SIGKILL to a process, and wait until it is dead (somebody else reaps it)."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 20)[0], f"process {pid} survives SIGKILL"
+    finally:
+        os.close(pidfd)
+
+
 class Serve:
     """A real `asyncsup serve` in a folder of its own.
 
     Attributes:
         process: what was started: ``asyncsup serve``.
+        alone: nobody starts it again when it is killed; for tests that want to see one death, at a failpoint
+            for example. Otherwise it has a keeper, as it has for users.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,10 +84,12 @@ class Serve:
         self.stderr = folder / "serve.err"
         self.process: subprocess.Popen[bytes] | None = None
         self.environ: dict[str, str] = {}
+        self.alone = False
 
     def command(self, *arguments: str) -> list[str]:
         """The command line; whoever starts `serve` without `start` takes it from here."""
-        return [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve", *arguments]
+        alone = ["--no-keeper"] if self.alone else []
+        return [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve", *alone, *arguments]
 
     @property
     def endpoint(self) -> str:
@@ -103,22 +123,49 @@ class Serve:
             client = ControlClient(self.endpoint)
             try:
                 client.call("supervisor.info", timeout=5)
-            except SupervisorUnreachableError:
+            except (SupervisorUnreachableError, TimeoutExpiredError):
+                # Not there yet, or killed before it had answered.
                 client.close()
                 return None
             return client
 
-        client: ControlClient = wait_for(answers, "the supervisor to answer")
+        client: ControlClient = wait_for(answers, "the supervisor to answer", 60.0)
         return client
 
     def errors(self) -> str:
         return self.stderr.read_text(errors="replace") if self.stderr.exists() else ""
 
-    def kill(self) -> None:
-        """End it as a crash or the OOM killer would. Its targets run on."""
+    @property
+    def supervisor(self) -> int:
+        """The pid of the supervisor proper; 0 while the keeper has none."""
         assert self.process is not None
-        self.process.kill()
-        self.process.wait()
+        if self.alone:
+            return self.process.pid
+        for pid in children_of(self.process.pid):
+            with contextlib.suppress(OSError):
+                if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    return pid
+        return 0
+
+    def kill_supervisor(self) -> int:
+        """SIGKILL to the supervisor; its keeper will start another one. Returns the pid it had."""
+        pid: int = wait_for(lambda: self.supervisor, "a supervisor to kill")
+        end_process(pid)
+        return pid
+
+    def kill(self) -> None:
+        """End it as a crash or the OOM killer would, with its keeper, so that nobody starts it again. Its
+        targets run on."""
+        assert self.process is not None
+        supervisor = self.supervisor
+        with contextlib.ExitStack() as stack:
+            if supervisor and not self.alone:
+                # It ends with its keeper, a moment later.
+                pidfd = os.pidfd_open(supervisor)
+                stack.callback(os.close, pidfd)
+                stack.callback(select.select, [pidfd], [], [], 20)
+            self.process.kill()
+            self.process.wait()
 
     def stop(self, *, timeout: float = 30.0) -> int:
         assert self.process is not None

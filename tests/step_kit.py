@@ -121,6 +121,7 @@ class Scene:
         self.names = [f"t{n}" for n in range(variant.count)]
         self.state_dir = state_dir
         self.serve = Serve(folder)
+        self.serve.alone = True
         self.now = Standing(OLD_BUILD, OLD)
         """What the targets have, as far as a patch or a rollback has been seen through."""
         self.before: Standing | None = None

@@ -48,6 +48,7 @@ class Ground:
 
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
+        serve.alone = True
         self.folder = serve.folder
         (self.folder / "web").mkdir()
         (self.folder / "web/a.txt").write_text("200")

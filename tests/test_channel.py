@@ -56,6 +56,7 @@ class Wire:
         self._server: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._clients = zmq.asyncio.Context()
         self.channel = TargetChannel(partial(Router, self._server, self.endpoint))
+        self.channel.open()
         self._peers: list[zmq.asyncio.Socket] = []
         self.listener = Listener()
         self.channel.admit("secret", self.listener)

@@ -982,6 +982,7 @@ def test_a_patch_that_failed_is_held_though_the_supervisor_is_killed_while_it_is
     field.client.close()
     field.serve.stop()
     field.fail_at("store.abort.recorded:kill")
+    field.serve.alone = True
     field.client = field.serve.start()
     field.said("web", "old-a")
     field.behave("web", reload="fail")

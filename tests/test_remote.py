@@ -118,6 +118,19 @@ def test_a_role_may_do_what_the_ones_before_it_may(site: Site) -> None:
     local.close()
 
 
+def test_no_role_may_name_the_program_that_replaces_the_supervisor(site: Site) -> None:
+    local = site.start()
+    site.allow("anna", "patch")
+    pid = local.call("supervisor.info")["pid"]
+    with site.client("anna") as client:
+        call = partial(client.call, "supervisor.reexec", {"program": "/bin/true"}, timeout=20)
+        assert code_of(call) == "not_allowed"
+    info = local.call("supervisor.info")
+    assert info["pid"] == pid
+    assert info["counters"]["control.not_allowed"] == 1
+    local.close()
+
+
 def test_every_method_says_who_may_call_it() -> None:
     """Whoever adds one has to think of it: what changes nothing is for everybody, patches are for few."""
     for name, method in control.METHODS.items():

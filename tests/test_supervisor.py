@@ -332,7 +332,7 @@ def test_a_second_supervisor_is_refused_and_told_who_is_there(serve: Serve) -> N
     assert serve.process is not None
     assert f"pid {serve.process.pid}" in second.stderr
     assert "Traceback" not in second.stderr
-    assert client.call("supervisor.info")["pid"] == serve.process.pid
+    assert client.call("supervisor.info")["keeper"] == serve.process.pid
     client.close()
 
 

@@ -46,6 +46,7 @@ Text = Annotated[str, values.TEXT]
 Command = Annotated[tuple[str, ...], values.COMMAND]
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+Orphans = Literal["adopt", "kill"]
 Trust = Literal["digest", "none", "required"]
 Layout = Literal["overlay", "tree"]
 Protocol = Literal["sdk", "notify", "none"]
@@ -88,6 +89,8 @@ class SupervisorConfig:
     """Where clients with an allowed key connect to; events are at the next port."""
     log_level: Annotated[LogLevel, choice(LogLevel)] = "info"
     """Of the supervisor's own log, on its standard error."""
+    orphans: Annotated[Orphans, choice(Orphans)] = "adopt"
+    """What becomes of instances that a supervisor which did not end in good order has left behind."""
     include: Annotated[tuple[str, ...], values.STRINGS] = ()
     """Patterns of files with more targets, relative to this file."""
 

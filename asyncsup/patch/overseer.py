@@ -44,6 +44,7 @@ from asyncsup.errors import (
 )
 from asyncsup.failpoints import step_failpoint
 from asyncsup.patch import delta, fs
+from asyncsup.patch.aftermath import bring_back
 from asyncsup.patch.audit import Head
 from asyncsup.patch.checksum import has_checksum, read_checksum
 from asyncsup.patch.clock import SeenClock
@@ -65,10 +66,11 @@ from asyncsup.patch.report import (
 )
 from asyncsup.patch.space import Need
 from asyncsup.patch.store import INTERRUPTED, MIN_PREFIX, PatchInfo, StagedTarget, Undecided
-from asyncsup.patch.transaction import Change, Participant, Progress, Transaction, io_failed
+from asyncsup.patch.transaction import Change, Participant, Progress, Standing, Transaction, io_failed
 from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
 from asyncsup.patch.way_back import Extent, Stacks, goals_of_patch, goals_of_target
+from asyncsup.record import PartRecord, PatchRecord
 from asyncsup.target import Target, hold_all
 
 if TYPE_CHECKING:
@@ -182,6 +184,8 @@ class _Job:
     because: str = "cancelled"
     held: bool = False
     """Its patch is on hold already, since before it was undone."""
+    inbox_name: str | None = None
+    """The package's, if it lies in the inbox."""
 
     def cancel(self, because: str) -> None:
         log.info("%s %s: to be ended, %s", self.report.action, self.report.txn or "(not begun)", because)
@@ -231,6 +235,12 @@ class PatchOverseer:
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""
         self._refusing = True
+
+    def refuse_while_patching(self) -> None:
+        """Raises TargetBusyError when a patch is under way."""
+        for job in self._jobs:
+            which = job.report.file or job.report.patch or "a patch"
+            raise TargetBusyError(f"{which} is under way (transaction {job.report.txn}); nothing has changed")
 
     async def finished(self) -> None:
         """Wait until every job has ended and been written down."""
@@ -404,6 +414,7 @@ class PatchOverseer:
         job = self._new_job("apply", wish)
         job.report.file = None if self.uploads.has(source.path) else source.path.name
         job.request["package"] = {"file": job.report.file}
+        job.inbox_name = source.path.name if source.in_inbox else None
         self._tasks.start_soon(self._apply_job, job, source, wish)
         return await self._answer(job)
 
@@ -666,6 +677,104 @@ class PatchOverseer:
             log.warning("%s waits in the inbox for %s.sha256", name, name)
             return
         await self.apply(source, Wish(actor=Actor.of_file(source.path)))
+
+    # --- after a crash --------------------------------------------------------------------------------------
+
+    def go_on(self, record: PatchRecord) -> None:
+        """Go on with a patch that an earlier supervisor had brought as far as its probation."""
+        wish = Wish(actor=Actor(**record.by))
+        job = self._new_job(record.action, wish)
+        job.report.file = job.inbox_name = record.file
+        targets = [self._supervisor.targets[part.target] for part in record.parts]
+        work = self._carry_out(job, targets, partial(self._go_on, record), wish)
+        self._tasks.start_soon(self._finish_job, job, work, partial(self._settle_by_name, record.file))
+
+    async def _go_on(self, record: PatchRecord, job: _Job, targets: Sequence[Target]) -> Verdict:
+        known = await anyio.to_thread.run_sync(self._store.transaction, record.txn)
+        report, kind = job.report, Kind(record.kind)
+        report.patch, report.build, report.kind = record.patch or None, known["build"], record.kind
+        for target, part in zip(targets, record.parts, strict=True):
+            participant = Participant(
+                target=target,
+                build_before=part.build_before,
+                build_after=part.build_after,
+                changed=part.changed,
+                stage=lambda txn, _: None,  # it is staged
+            )
+            report.parts.append(
+                Part(
+                    target=target,
+                    package=None,
+                    assessment=Assessment(target=target.name, gates=(), already=False),
+                    files=tuple(
+                        FilePlan(path=entry["path"], op=entry["op"], note=entry["note"])
+                        for entry in known["files"]
+                        if entry["target"] == target.name
+                    ),
+                    build_before=part.build_before,
+                    kind=kind,
+                    participant=participant,
+                )
+            )
+        change = Change(
+            action="rollback" if record.action == "rollback" else "apply",
+            kind=kind,
+            patch=record.patch,
+            probation=max(0.0, record.probation_until - time.monotonic()),
+            manual_commit=record.manual_commit,
+            manual_rollback=record.manual_rollback,
+            total_bytes=0,
+            participants=[part.participant for part in report.parts if part.participant is not None],
+        )
+        info = None
+        if change.action == "apply":
+            facts = {name: known[name] for name in ("name", "version", "build", "kind")}
+            info = PatchInfo(id=record.patch, **facts)
+        standing = [(self._supervisor.instance(name), pid) for name, pid in record.standing or ()]
+        await self._see_through(job, record.txn, change, info, lambda t: t.go_on(standing))
+        return "committed"
+
+    async def _settle_by_name(self, name: str | None, outcome: dict[str, Any] | AsyncsupError) -> None:
+        """As `_settle`, for a package of which only the name is known any more."""
+        if name is None:
+            return
+        try:
+            source = self.source(path=None, upload=None, name=name, sha256=None, crc32=None)
+            self._settle(source, outcome)
+        except (AsyncsupError, OSError) as error:
+            log.warning("%s stays where it is: %s", name, error)
+
+    def bring_back(
+        self, txn: int, names: Sequence[str], patch: str | None, record: PatchRecord | None
+    ) -> None:
+        """Recovery has taken back the files of a patch: so must whoever may have taken them up."""
+        changed: dict[str, tuple[str, ...]]
+        if record is not None:
+            kind, changed = record.kind, {part.target: part.changed for part in record.parts}
+        else:
+            # One that somebody was about to take back.
+            known = self._store.transaction(txn)
+            kind, files = known["kind"], known["files"]
+            changed = {name: tuple(f["path"] for f in files if f["target"] == name) for name in names}
+        cold = kind != Kind.WARM.value
+        targets = [self._supervisor.targets[name] for name in names if name in self._supervisor.targets]
+
+        async def all_of_them() -> None:
+            async with anyio.create_task_group() as tasks:
+                for target in targets:
+                    work = partial(
+                        bring_back,
+                        target,
+                        store=self._store,
+                        txn=txn,
+                        patch=patch,
+                        cold=cold,
+                        changed=changed[target.name],
+                    )
+                    tasks.start_soon(work)
+            self._supervisor.journal.drop(f"transaction {txn}")
+
+        self._tasks.start_soon(all_of_them)
 
     # --- jobs -----------------------------------------------------------------------------------------------
 
@@ -1013,13 +1122,26 @@ class PatchOverseer:
         )
         with anyio.CancelScope(shield=True):
             txn = await anyio.to_thread.run_sync(begin)
+        await self._see_through(job, txn, change, info, Transaction.run)
+
+    async def _see_through(
+        self,
+        job: _Job,
+        txn: int,
+        change: Change,
+        info: PatchInfo | None,
+        way: Callable[[Transaction], Awaitable[None]],
+    ) -> None:
         transaction = self._transaction(txn, change, job)
         transaction.on_uncommitted = partial(self._uncommitted, job)
         if info is not None:
             transaction.before_undo = partial(self._hold_first, job, info.id)
+        record = self._record_of(job, txn, change)
+        self._supervisor.journal.put(f"transaction {txn}", record)
+        transaction.on_standing = partial(self._keep_record, record, change)
         error: AsyncsupError | None = None
         try:
-            await transaction.run()
+            await way(transaction)
         except AsyncsupError as failure:
             error = failure
             raise
@@ -1030,7 +1152,40 @@ class PatchOverseer:
                 failures, head = await anyio.to_thread.run_sync(write_down)
             transaction.note_failures("write down", failures)
             job.report.audit = None if head is None else head.to_json()
+            self._supervisor.journal.drop(f"transaction {txn}")
             transaction.publish("patch.ended", verdict=verdict, audit=job.report.audit)
+
+    def _record_of(self, job: _Job, txn: int, change: Change) -> PatchRecord:
+        """What the next supervisor must know of a transaction that has begun."""
+        return PatchRecord(
+            txn=txn,
+            action=change.action,
+            kind=change.kind.value,
+            patch=change.patch,
+            by=job.request["by"],
+            file=job.inbox_name,
+            manual_commit=change.manual_commit,
+            manual_rollback=change.manual_rollback,
+            parts=tuple(
+                PartRecord(
+                    target=participant.target.name,
+                    build_before=participant.build_before,
+                    build_after=participant.build_after,
+                    changed=tuple(participant.changed),
+                    instances=tuple(instance.name for instance in participant.instances),
+                )
+                for participant in change.participants
+            ),
+        )
+
+    def _keep_record(self, record: PatchRecord, change: Change, standing: Standing | None) -> None:
+        """The files are about to be switched, or somebody is on probation from now on, or nobody any more."""
+        names = None
+        if standing is not None:
+            names = tuple((instance.name, pid) for instance, pid in standing if pid is not None)
+        until = time.monotonic() + change.probation
+        record = replace(record, switched=True, standing=names, probation_until=until)
+        self._supervisor.journal.put(f"transaction {record.txn}", record)
 
     def _uncommitted(self, job: _Job) -> None:
         if not job.answer.done():

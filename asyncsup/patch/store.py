@@ -22,7 +22,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -196,13 +196,14 @@ class Recovered:
 
     Attributes:
         action: ``dropped`` (it had not switched), ``switched_back``, ``undecided`` (it had switched, and only
-            an operator may decide about it), ``completed`` (it was confirmed; only
-            tidying was left), ``lost`` (confirmed, yet the pointer says otherwise: the disk lied; the files
-            are wholly those of the generation before), ``released`` (a release, finished).
+            an operator may decide about it), ``kept`` (nothing: it is on probation, and somebody goes on with
+            it), ``completed`` (it was confirmed; only tidying was left), ``lost`` (confirmed, yet the
+            pointer says otherwise: the disk lied; the files are wholly those of the generation before),
+            ``released`` (a release, finished).
     """
 
     txn: int | None
-    action: Literal["dropped", "switched_back", "undecided", "completed", "lost", "released"]
+    action: Literal["dropped", "switched_back", "undecided", "completed", "lost", "released", "kept"]
     targets: tuple[str, ...]
     patch: str | None
 
@@ -1133,18 +1134,31 @@ class Store:
 
     # --- recovery -------------------------------------------------------------------------------------------
 
-    def recover(self) -> list[Recovered]:
+    def recover(self, keep: Collection[int] = ()) -> list[Recovered]:
         """After a crash, before any target is started: make every transaction either done or undone.
 
         The pointer is the truth. What had not switched is dropped, what had switched without being confirmed
         is switched back. May itself be killed at any point and run again.
+
+        Args:
+            keep: transactions that stay open, because whoever began them had come as far as the probation and
+                somebody goes on with it. Those that had not even switched are recovered all the same.
         """
         recovered = []
+        kept: set[str] = set()
         for row in self._database.unfinished_transactions():
+            if row.txn in keep and row.phase is Phase.SWITCHED:
+                parts = [part.target for part in self._database.parts(row.txn)]
+                kept.update(parts)
+                self._live.add(row.txn)
+                recovered.append(Recovered(txn=row.txn, action="kept", targets=tuple(parts), patch=row.patch))
+                continue
             with _state_errors():
                 recovered.append(self._recover(row))
                 failpoint("store.recover.one")
         for target in self._database.targets():
+            if target.name in kept:
+                continue
             try:
                 if target.releasing:
                     self.release(target.name)
@@ -1420,6 +1434,13 @@ class Store:
             "files": files,
             "audit": _span([found for found, _ in records]),
         }
+
+    def is_undone(self, txn: int) -> bool:
+        """Whether a transaction was taken back; not so if it is not known."""
+        try:
+            return self._database.transaction(txn).phase is Phase.ABORTED
+        except PatchNotFoundError:
+            return False
 
     def find_transaction(self, reference: str) -> dict[str, Any]:
         """A transaction by its number, or the newest of a patch by the beginning of its id.

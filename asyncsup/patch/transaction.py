@@ -47,6 +47,8 @@ DEFAULT_RETRY_SECONDS: Final = 1.0
 """When a target says `wait` without saying how long."""
 
 Progress = Callable[[int], None]
+Standing = Sequence[tuple[Instance, int | None]]
+"""Instances that have taken a change up, and with which process."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -168,6 +170,8 @@ class Transaction:
         self.on_uncommitted: Callable[[], None] = lambda: None
         self.before_undo: Callable[[AsyncsupError], None] = lambda _: None
         """Told in a worker thread, before what was changed is undone, why."""
+        self.on_standing: Callable[[Standing | None], None] = lambda _: None
+        """Told who must not fall from now on; None right before the switch, and when everything is undone."""
         self._store = store
         self._events = events
         self._asked_by = asked_by
@@ -219,10 +223,7 @@ class Transaction:
             else:
                 await self._reload()
             await self._run_hooks("post_patch", "patch.hook_failed")
-            await self._probation()
-            if self.change.manual_commit:
-                await self._await_commit()
-            await self._commit()
+            await self._prove_itself()
         # Leaving the block without an error is the commit.
 
     async def keep(self) -> None:
@@ -255,6 +256,34 @@ class Transaction:
         self._take_down_pids()
         if failures:
             raise RollbackFailedError(f"going back failed: {'; '.join(failures)}")
+
+    async def go_on(self, standing: Standing) -> None:
+        """Go on with a change that an earlier supervisor had brought as far as its probation.
+
+        Args:
+            standing: who has taken it up, and with which process.
+        Raises:
+            PatchRolledBackError, RollbackFailedError: as `run` does.
+        """
+        self._standing, self._switched, self._in_force = list(standing), True, True
+        if self.change.kind is Kind.WARM:
+            self._up = {i: (i.state, i.restarts) for i in self._concerned if i.state in ALIVE}
+        async with self._rollback_on_error() as undo:
+            undo.push("staging", self._discard)
+            cold = self.change.kind is Kind.COLD
+            undo.push("stopping" if cold else "reloading", self._start_again if cold else self._reload_back)
+            undo.push("switching", self._switch_back)
+            undo.touched = True
+            if cold:
+                undo.push("starting", self._stop_new)
+            await self._prove_itself()
+
+    async def _prove_itself(self) -> None:
+        self.on_standing(self._standing)
+        await self._probation()
+        if self.change.manual_commit:
+            await self._await_commit()
+        await self._commit()
 
     # --- the way there --------------------------------------------------------------------------------------
 
@@ -390,6 +419,7 @@ class Transaction:
             self._switched = True
             if self.change.kind is Kind.WARM:
                 self._up = {i: (i.state, i.restarts) for i in self._concerned if i.state in ALIVE}
+            self.on_standing(None)
             await anyio.to_thread.run_sync(self._store.switch, self.txn)
             names = ", ".join(participant.target.name for participant in self.change.participants)
             step["detail"] = f"one rename for {names}"
@@ -515,6 +545,8 @@ class Transaction:
             yield undo
         except BaseException as error:
             cause = self._cause(error)
+            if self._switched:
+                self.on_standing(None)
             cancelled = isinstance(error, asyncio.CancelledError)
             if self._in_force and self.change.manual_rollback and not cancelled:
                 self._note("undecided", None, None, cause.message)

@@ -1,0 +1,188 @@
+"""What an earlier supervisor has left behind, and how this one goes on with it.
+
+The journal says what there was; `adoption` finds what is left of it. Whatever is found runs on as if nothing
+had happened: with its pid, its output, its restart counter and back-off, and with an operator's wish that it
+be up or down. Whatever ended meanwhile is treated as an exit at this moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+import anyio.abc
+
+from asyncsup import adoption
+from asyncsup.adoption import AdoptedChild
+from asyncsup.errors import AsyncsupError
+from asyncsup.instance import Instance, Runtime
+from asyncsup.lifecycle import READY, State
+from asyncsup.record import InstanceRecord, PatchRecord, ProcessRecord
+from asyncsup.restart import Exit
+from asyncsup.target import Target
+
+log = logging.getLogger("asyncsup")
+
+HANDED_OVER: Final = "handed over"
+"""The fact that a supervisor has ended because another one is to go on in its place."""
+LEFTOVER_GRACE_SECONDS: Final = 10.0
+"""How long an instance that is configured no more may take to end."""
+
+
+class Inheritance:
+    """Built from the facts of a journal; empty if the supervisor before has ended in good order.
+
+    Args:
+        orphans: ``kill`` for instances that are to be stopped, and started anew where they are wanted. Those
+            that were handed over on purpose are kept all the same.
+
+    Attributes:
+        adopted: how many processes were taken back.
+    """
+
+    def __init__(
+        self,
+        facts: Mapping[str, Any],
+        targets: Mapping[str, Target],
+        runtime: Runtime,
+        *,
+        orphans: Literal["adopt", "kill"],
+    ) -> None:
+        self.adopted = 0
+        self._replace_all = orphans == "kill" and not facts.get(HANDED_OVER)
+        self._targets = targets
+        self._runtime = runtime
+        runtime.journal.drop(HANDED_OVER)
+        self._wanted = {
+            name: bool(value["wanted"])
+            for name in targets
+            if isinstance(value := facts.get(f"target {name}"), Mapping) and "wanted" in value
+        }
+        self.patches: dict[int, PatchRecord] = {}
+        """What was written down of patches under way, by transaction."""
+        instances = {i.name: i for target in targets.values() for i in target.instances}
+        self._records: dict[Instance, InstanceRecord] = {}
+        self._leftovers: dict[str, ProcessRecord] = {}
+        for key, value in facts.items():
+            kind, _, name = key.partition(" ")
+            try:
+                if kind == "transaction":
+                    self.patches[int(name)] = PatchRecord.from_json(value)
+                if kind != "instance":
+                    continue
+                record = InstanceRecord.from_json(value)
+            except (ValueError, TypeError, KeyError) as error:
+                log.error("the journal's record of %s cannot be read (%s)", key, error)  # noqa: TRY400
+                continue
+            if name in instances:
+                self._records[instances[name]] = record
+            elif record.process is not None:
+                self._leftovers[name] = record.process
+
+    def knows(self, target: Target) -> bool:
+        """Whether the earlier supervisor had this target: then it is not started because it is new."""
+        return target.name in self._wanted
+
+    def on_probation(self) -> list[int]:
+        """The transactions whose patch everybody has taken up who was to, and still stands by it."""
+        return [txn for txn, patch in self.patches.items() if self._stands(patch)]
+
+    def _stands(self, patch: PatchRecord) -> bool:
+        if patch.standing is None or any(part.target not in self._targets for part in patch.parts):
+            return False
+        records = {instance.name: record for instance, record in self._records.items()}
+        return all(name in records and self._is_up(records[name], name, pid) for name, pid in patch.standing)
+
+    def _is_up(self, record: InstanceRecord, name: str, pid: int) -> bool:
+        process = record.process
+        if record.state not in READY or record.failure is not None:
+            return False
+        if process is None or process.pid != pid or process.ended is not None:
+            return False
+        finding = adoption.find(process, self._runtime.runtime_dir / "output" / f"{name}.stdout")
+        if finding.pidfd < 0:
+            return False
+        running = not select.select([finding.pidfd], [], [], 0)[0]
+        os.close(finding.pidfd)
+        return running and finding.verdict is adoption.Verdict.OURS
+
+    def find(self) -> None:
+        """Look for every process. Nothing is started, ended or sent."""
+        began = time.monotonic()
+        for target in self._targets.values():
+            if target.name in self._wanted:
+                target.wanted = self._wanted[target.name]
+                target.held_down = not target.wanted
+        for instance, record in self._records.items():
+            instance.restore(record)
+            self.adopted += instance.pid is not None
+        if self._records:
+            took = (time.monotonic() - began) * 1000
+            log.info("%d of %d instances taken back in %.0f ms", self.adopted, len(self._records), took)
+
+    def carry_on(self, tasks: anyio.abc.TaskGroup) -> None:
+        """Go on with everything."""
+        for instance in self._records:
+            instance.carry_on()
+        for target in self._targets.values():
+            target.start_waiting()
+            if self.knows(target):
+                tasks.start_soon(self._complete, target)
+        for name, record in self._leftovers.items():
+            self._end_leftover(name, record)
+
+    async def _complete(self, target: Target) -> None:
+        """What an operator had asked for, and had come only half the way."""
+        instances = target.instances
+        running = [instance for instance in instances if instance.pid is not None]
+        try:
+            if self._replace_all and running:
+                await target.replace(running, asked_by='orphans = "kill"')
+            if target.wanted:
+                missing = [instance for instance in instances if instance not in self._records]
+                missing += await self._stopped_for_a_while(instances)
+                if missing:
+                    await target.start(missing, asked_by="the supervisor before", wait=False)
+            elif any(instance.wanted for instance in instances):
+                await target.stop(instances, asked_by="the supervisor before")
+        except AsyncsupError as error:
+            log.warning("%s", error.message)
+
+    async def _stopped_for_a_while(self, instances: Sequence[Instance]) -> list[Instance]:
+        """Those that a patch or a restart was stopping in order to start them again, once they are down."""
+        records = self._records
+        stopping = [i for i in instances if i in records and records[i].state is State.STOPPING]
+        for instance in stopping:
+            await instance.wait_until(lambda i: i.state is not State.STOPPING)
+        return [i for i in stopping if i.wanted and i.state is State.STOPPED]
+
+    def _end_leftover(self, name: str, record: ProcessRecord) -> None:
+        """An instance that is not configured any more."""
+        fifo = self._runtime.runtime_dir / "output" / f"{name}.stdout"
+        finding = adoption.find(record, fifo)
+        if finding.verdict is not adoption.Verdict.OURS:
+            if finding.pidfd >= 0:
+                os.close(finding.pidfd)
+            log.warning("%s is not configured any more, and not ended: %s", name, finding.why)
+            self._runtime.journal.drop(f"instance {name}")
+            return
+        child = AdoptedChild(finding.record, finding.pidfd, self._runtime.keeper)
+        log.warning("%s (pid %d) is not configured any more: ending it", name, child.pid)
+
+        def ended(how: Exit) -> None:
+            child.signal_group(signal.SIGKILL)
+            timer.cancel()
+            log.info("%s (pid %d): %s", name, child.pid, how)
+            self._runtime.journal.drop(f"instance {name}")
+
+        timer = asyncio.get_running_loop().call_later(
+            LEFTOVER_GRACE_SECONDS, child.signal_group, signal.SIGKILL
+        )
+        child.on_exit(ended)
+        child.signal_group(signal.SIGTERM)

@@ -1,0 +1,82 @@
+"""After a crash in the middle of a patch: recovery has taken the files back, and now the processes.
+
+A process of an earlier supervisor has run on meanwhile. It may have been told of a patch that is no more, or
+may have been started on its files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+from asyncsup.errors import AsyncsupError
+from asyncsup.lifecycle import State
+from asyncsup.target import Target, hold_all
+
+if TYPE_CHECKING:
+    from asyncsup.patch.store import Store
+
+log = logging.getLogger("asyncsup.patch")
+
+ASKED_BY = "recovery"
+
+
+async def bring_back(
+    target: Target,
+    *,
+    store: Store,
+    txn: int | None,
+    patch: str | None,
+    cold: bool,
+    changed: Sequence[str],
+) -> None:
+    """Have a target's processes take up the files that are there again, before anything else is done to it.
+
+    Args:
+        cold: they were started on the files that were taken back, so they are started anew; otherwise they
+            are told.
+    """
+    with anyio.CancelScope() as scope:
+        try:
+            async with hold_all([target], "recovery", ASKED_BY, on_preempt=lambda _: scope.cancel()):
+                failure = await (_start_anew(target) if cold else _tell(target, store, patch, changed))
+        except AsyncsupError as error:
+            failure = error.message
+        if failure is not None:
+            log.error(
+                "%s has the files from before the patch again, but not everybody has taken them up (%s); "
+                "`asyncsup restart %s` would",
+                target.name,
+                failure,
+                target.name,
+            )
+        if txn is not None:
+            detail = failure or ("started anew" if cold else "told")
+            record = store.record
+            await anyio.to_thread.run_sync(
+                lambda: record(txn, "bring back", target=target.name, detail=detail)
+            )
+
+
+async def _start_anew(target: Target) -> str | None:
+    alive = [instance for instance in target.instances if instance.pid is not None]
+    await target.stop_instances(alive, "its files were taken back")
+    wanted = [instance for instance in alive if instance.wanted]
+    await target.spawn_instances(wanted, "its files were taken back", whatever_it_depends_on=True)
+    return None
+
+
+async def _tell(target: Target, store: Store, patch: str | None, changed: Sequence[str]) -> str | None:
+    for instance in target.instances:
+        # It may have read the files that were there before the recovery; it is told when it can listen.
+        await instance.wait_until(lambda i: i.state is not State.STARTING)
+    chosen = [instance for instance in target.instances if instance.ready]
+    outcomes = await target.reload_instances(
+        chosen, patch=patch, build=store.state(target.name).build, changed=changed, rollback=True
+    )
+    failed = [f"{name}: {outcome.reason}" for name, outcome in outcomes if not outcome.ok]
+    return "; ".join(failed) or None

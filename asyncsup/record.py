@@ -1,0 +1,149 @@
+"""What must be known of instances and patches when the supervisor that had them is gone. Pure.
+
+Times are those of CLOCK_MONOTONIC, which goes on counting whatever becomes of a process; they mean nothing
+after a reboot, and neither does the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from asyncsup.lifecycle import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessRecord:
+    """A process, and how to know it again.
+
+    Attributes:
+        token: the secret in its environment.
+        pid: None when it was about to be spawned: there may be a process nobody has written down.
+        start_ticks: when the kernel started it, in clock ticks since the boot. With ``pid`` None: it cannot
+            be older than this.
+        inode: that of its pidfd, which no other process has before the next boot; 0 on kernels before 6.9.
+        hello: what it last said of itself over the SDK.
+        ended: how it ended, when that was seen and has not been acted upon.
+        hook: it is the `pre_start` hook, before the program.
+        output_from: inode of the log file and offset at which its output begins.
+    """
+
+    token: str
+    pid: int | None = None
+    start_ticks: int = 0
+    inode: int = 0
+    spawned: float = 0.0
+    ready_at: float | None = None
+    hello: Mapping[str, Any] | None = None
+    ended: Mapping[str, int | None] | None = None
+    hook: bool = False
+    output_from: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceRecord:
+    """A slot, and the process in it.
+
+    Attributes:
+        wanted: it is to be up, also if it is down at this moment for a patch or a restart.
+        due: when its timer (start, stop or back-off) ends.
+        doomed: why the supervisor itself was ending the process.
+        early_ends, recent_restarts: what the restart policy remembers.
+    """
+
+    state: State
+    since: float
+    wanted: bool
+    detail: str = ""
+    status_text: str = ""
+    failure: str | None = None
+    restarts: int = 0
+    due: float | None = None
+    doomed: str | None = None
+    early_ends: int = 0
+    recent_restarts: tuple[float, ...] = ()
+    last_exit: Mapping[str, Any] | None = None
+    process: ProcessRecord | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Read a record back, also one of a somewhat older or newer asyncsup: what is unknown is left out.
+
+        Raises:
+            ValueError, TypeError: it is none.
+        """
+        known = _known(cls, value)
+        process = value.get("process")
+        if process is not None:
+            values = _known(ProcessRecord, process)
+            if values.get("output_from") is not None:
+                inode, offset = values["output_from"]
+                values["output_from"] = (int(inode), int(offset))
+            known["process"] = ProcessRecord(**values)
+        known["state"] = State(value["state"])
+        known["recent_restarts"] = tuple(value.get("recent_restarts", ()))
+        return cls(**known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartRecord:
+    """One target's part in a patch; ``instances`` are those concerned."""
+
+    target: str
+    build_before: int
+    build_after: int
+    changed: tuple[str, ...]
+    instances: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchRecord:
+    """A patch or rollback under way, as far as the store does not know of it.
+
+    Attributes:
+        by: who asked for it (`Actor`).
+        file: the package's name in the inbox, where it is to be moved away in the end.
+        switched: the files may be those of the patch, and whoever has taken them up must be told if they are
+            taken back.
+        standing: instances and their pids that have taken it up and must not fall; None before that, and from
+            the moment on in which it is undone.
+        probation_until: as `InstanceRecord.due`.
+    """
+
+    txn: int
+    action: str
+    kind: str
+    patch: str
+    by: Mapping[str, Any]
+    file: str | None
+    manual_commit: bool
+    manual_rollback: bool
+    parts: tuple[PartRecord, ...]
+    switched: bool = False
+    standing: tuple[tuple[str, int], ...] | None = None
+    probation_until: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """As `InstanceRecord.from_json`."""
+        known = _known(cls, value)
+        known["parts"] = tuple(
+            PartRecord(
+                **{
+                    **_known(PartRecord, part),
+                    "changed": tuple(part["changed"]),
+                    "instances": tuple(part["instances"]),
+                }
+            )
+            for part in value["parts"]
+        )
+        if value.get("standing") is not None:
+            known["standing"] = tuple((str(name), int(pid)) for name, pid in value["standing"])
+        return cls(**known)
+
+
+def _known(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"not an object: {value!r:.80}")
+    return {item.name: value[item.name] for item in fields(kind) if item.name in value}
