@@ -166,6 +166,7 @@ class _Link:
         self, context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str, keys: ClientKeys | None
     ) -> None:
         self._endpoint = endpoint
+        self._has_keys = keys is not None
         self.socket = context.socket(kind)
         self.monitor = context.socket(zmq.PAIR)
         # A `cancel` sent on the way out may leave within this time; without a supervisor nothing waits.
@@ -208,10 +209,13 @@ class _Link:
                 break
             seen |= struct.unpack_from("=H", frames[0])[0]
         joined = bool(seen & zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        refused = None
+        lost, refused = bool(seen & zmq.EVENT_DISCONNECTED), None
         if seen & REFUSED and not joined:
-            refused = not_taken(self._endpoint, unknown=bool(seen & zmq.EVENT_HANDSHAKE_FAILED_AUTH))
-        return _News(bool(seen & zmq.EVENT_DISCONNECTED), joined, refused)
+            if self._has_keys:
+                refused = not_taken(self._endpoint, unknown=bool(seen & zmq.EVENT_HANDSHAKE_FAILED_AUTH))
+            else:
+                lost = True  # without keys there is nothing to refuse: the supervisor has ended in the middle
+        return _News(lost, joined, refused)
 
     def lost(self) -> bool:
         """Raises NotAllowedError: there is somebody, who does not take our key."""
