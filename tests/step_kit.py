@@ -146,7 +146,9 @@ class Scene:
             f'[patch]\ntrust = "none"\nprobation = "0s"\nack_timeout = "{PATIENCE:g}s"\nkeep = 1\n'
             f'wait_max = "{PATIENCE:g}s"\ncommit = "{commit}"\n{settings}',
             f'[defaults]\nprotocol = "sdk"\nbuild = {OLD_BUILD}\nrestart_delay = "50ms"\n'
-            f'start_timeout = "{PATIENCE:g}s"\nstop_timeout = "2s"\n',
+            f'start_timeout = "{PATIENCE:g}s"\nstop_timeout = "2s"\n'
+            # That they end together with their supervisor, again and again, is no fault of theirs.
+            'restart_max_delay = "50ms"\nstart_limit_interval = "0s"\n',
         ]
         for name, layout in zip(self.names, self.variant.layouts, strict=True):
             write_tree(self.root(name), OLD)
