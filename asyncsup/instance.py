@@ -744,16 +744,17 @@ class Instance:
         paths = {"stdout": settings.stdout or logs / f"{self.config.name}.{self.index}.log"}
         if settings.stderr != "stdout":
             paths["stderr"] = settings.stderr or logs / f"{self.config.name}.{self.index}.err.log"
+        has_writers = self._process is not None and self._process.pid is not None
         with contextlib.ExitStack() as on_failure:
             for stream, path in paths.items():
                 self._open_stream(stream, Path(self._expand(str(path))))
-                on_failure.callback(self._close_stream, stream, keep=self._process is not None)
+                on_failure.callback(self._close_stream, stream, keep=has_writers)
             on_failure.pop_all()
 
     def _open_stream(self, stream: str, path: Path) -> None:
         settings, name = self.config.log, self._held_name(stream)
         held = self._runtime.keeper.take(name)
-        self._streams[stream] = OutputStream(
+        opened = OutputStream(
             self._fifo(stream),
             self._runtime.log_file(path, max_size=settings.max_size, max_files=settings.max_files),
             instance=self.name,
@@ -761,8 +762,13 @@ class Instance:
             format_=settings.format,
             held=held,
         )
+        self._streams[stream] = opened
         if held is None:
-            self._runtime.keeper.hold(name, self._streams[stream].fileno())
+            try:
+                self._runtime.keeper.hold(name, opened.fileno())
+            except OSError:
+                self._streams.pop(stream).close()
+                raise
 
     def _close_stream(self, stream: str, *, keep: bool) -> None:
         self._streams.pop(stream).close(keep=keep)

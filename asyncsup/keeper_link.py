@@ -177,29 +177,36 @@ class KeeperLink:
     def _send(self, message: str, fd: int | None = None) -> None:
         if self._channel is None:
             return
-        # What is in the socket is the keeper's, whatever becomes of us. What has to wait needs a descriptor
-        # of its own: the caller may close his.
-        self._outgoing.append((message.encode(), fd if fd is None else os.dup(fd)))
+        data = message.encode()
+        if not self._outgoing and self._pass_on(data, fd):
+            return  # what is in the socket is the keeper's, whatever becomes of us
+        # What has to wait needs a descriptor of its own: the caller may close his.
+        self._outgoing.append((data, fd if fd is None else os.dup(fd)))
         self._flush()
 
     def _flush(self) -> None:
         while self._outgoing and self._channel is not None:
             message, fd = self._outgoing[0]
-            try:
-                socket.send_fds(self._channel, [message], [] if fd is None else [fd])
-            except BlockingIOError:
+            if not self._pass_on(message, fd):
                 if self._loop is not None:
                     self._loop.add_writer(self._channel, self._flush)
-                return
-            except BrokenPipeError:
-                log.error("the keeper is gone")  # noqa: TRY400 - foreseen; and so are we, in an instant
-                self._outgoing.clear()
                 return
             self._outgoing.popleft()
             if fd is not None:
                 os.close(fd)
         if self._loop is not None and self._channel is not None:
             self._loop.remove_writer(self._channel)
+
+    def _pass_on(self, message: bytes, fd: int | None) -> bool:
+        """Send it, unless it has to wait (False)."""
+        assert self._channel is not None
+        try:
+            socket.send_fds(self._channel, [message], [] if fd is None else [fd])
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            log.error("the keeper is gone")  # noqa: TRY400 - foreseen; and so are we, in an instant
+        return True
 
     def _receive(self) -> None:
         while self._channel is not None:

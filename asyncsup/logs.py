@@ -231,7 +231,11 @@ class OutputStream:
         # Read-write: with a writer of our own the FIFO never comes to its end, which would be "readable" for
         # ever once the last instance has gone.
         self._reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if held is None else held
-        self._spool = self._open_spool(Path(f"{fifo}.spool"), is_new=is_new)
+        try:
+            self._spool = self._open_spool(Path(f"{fifo}.spool"), is_new=is_new)
+        except OSError:
+            os.close(self._reader)
+            raise
         self._loop.add_reader(self._reader, self._readable)
 
     def fileno(self) -> int:
@@ -394,16 +398,21 @@ class OutputStream:
         """Format and write lines, rotating between two of them; they are the next bytes of the spool."""
         lines = data.removesuffix(b"\n").split(b"\n")
         formatted = self._formatted(lines)
-        if sum(map(len, formatted)) <= self.file.room:
-            self._write_batch(spool, b"".join(formatted), len(data))
-            return
-        left = len(data)
+        left, room = len(data), self.file.room
+        batch: list[bytes] = []
+        length = size = 0  # of the batch, and of what it stands for
         for line, text in zip(lines, formatted, strict=True):
-            if len(text) > self.file.room and not self.file.empty:
+            if length + len(text) > room and (batch or not self.file.empty):
+                if batch:
+                    self._write_batch(spool, b"".join(batch), size)
                 self.file.rotate()
-            size = min(len(line) + 1, left)
-            self._write_batch(spool, text, size)
-            left -= size
+                room = self.file.room
+                batch, length, size = [], 0, 0
+            taken = min(len(line) + 1, left)
+            left -= taken
+            batch.append(text)
+            length, size = length + len(text), size + taken
+        self._write_batch(spool, b"".join(batch), size)
 
     def _write_batch(self, spool: Spool, text: bytes, size: int) -> None:
         """Write what stands for the next ``size`` bytes of the spool."""

@@ -26,7 +26,7 @@ from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, alive, fails, instance
 from asyncsup.child import SpawnSpec, spawn
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError, SpawnError
-from asyncsup.logs import RotatingFile
+from asyncsup.logs import OutputStream, RotatingFile
 
 
 def supervisor_pid(client: ControlClient) -> int:
@@ -453,22 +453,32 @@ def test_shutdown_without_a_supervisor_says_that_there_is_none(serve: Serve) -> 
 # --- output -------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_full_at_its_size_and_missing_ones_are_tolerated(tmp_path: Path) -> None:
-    file = RotatingFile(tmp_path / "out.log", max_size=10, max_files=4)
+@pytest.mark.anyio
+async def test_a_file_is_full_at_its_size_and_missing_ones_are_tolerated(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    file = RotatingFile(logs / "out.log", max_size=10, max_files=4)
+    stream = OutputStream(tmp_path / "fifo", file, instance="a:0", stream="stdout", format_="raw")
+    output = stream.open_child_end()
+
+    def write(line: bytes) -> None:
+        os.write(output, line)
+        stream.drain()
 
     def found() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        return {path.name: path.read_bytes() for path in logs.iterdir()}
 
-    file.write_lines(b"123456789\n")
+    write(b"123456789\n")
     assert found() == {"out.log": b"123456789\n"}
-    file.write_lines(b"a\n")
+    write(b"a\n")
     assert found() == {"out.log": b"a\n", "out.log.1": b"123456789\n"}
-    file.write_lines(b"b\n")
-    (tmp_path / "out.log.1").unlink()
-    file.write_lines(b"1234567\n")
+    write(b"b\n")
+    (logs / "out.log.1").unlink()
+    write(b"1234567\n")
     assert found() == {"out.log": b"1234567\n", "out.log.1": b"a\nb\n"}
-    (tmp_path / "out.log").unlink()
-    file.write_lines(b"1234567\n")
+    (logs / "out.log").unlink()
+    write(b"1234567\n")
+    os.close(output)
+    stream.close()
     file.close()
     assert found() == {"out.log": b"1234567\n", "out.log.2": b"a\nb\n"}
 
