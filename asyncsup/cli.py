@@ -317,6 +317,23 @@ def _config_check(session: Session) -> int:
     return 0
 
 
+def _config_plan(session: Session) -> int:
+    value = session.client.call("config.plan", timeout=QUERY_SECONDS)
+    session.out.result(value, lambda: render.config_lines(value, ink=session.out.ink))
+    return 0
+
+
+def _config_apply(session: Session) -> int:
+    args = session.args
+    value = session.client.call("config.apply", wait=args.wait, timeout=args.timeout)
+    session.out.result(value, lambda: render.config_lines(value, ink=session.out.ink))
+    return 1 if value["failed"] else 0
+
+
+def _config_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    _wait_options(parser, "new and restarted targets")
+
+
 def _config_schema(session: Session) -> int:
     import json
 
@@ -1701,6 +1718,12 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "reexec": Verb("replace the supervisor's program and keep what runs", _reexec_arguments, _reexec),
     "config": {
         "check": Verb("check the configuration", _config_check_arguments, _config_check),
+        "plan": Verb("say what `config apply` would change", _none, _config_plan),
+        "apply": Verb(
+            "take up the configuration file; only what changed is touched",
+            _config_apply_arguments,
+            _config_apply,
+        ),
         "schema": Verb("print the JSON Schema of asyncsup.toml, for editors", _none, _config_schema),
     },
     "patch": {

@@ -396,6 +396,17 @@ class ControlServer:
         # An answer is one message: whoever is far behind asks again from the last number it got.
         return {"events": events[:2000], "oldest": oldest, "seq": self.supervisor.events.seq}
 
+    @method("config.plan", "operate")
+    async def config_plan(self, call: Call) -> Any:
+        call.finish()
+        return await self.supervisor.reconfigurer.plan()
+
+    @method("config.apply", "operate")
+    async def config_apply(self, call: Call) -> Any:
+        wait = call.boolean("wait", True)
+        call.finish()
+        return await self.supervisor.reconfigurer.apply(asked_by=call.asked_by, wait=wait)
+
     # --- targets --------------------------------------------------------------------------------------------
 
     @method("start", "operate")

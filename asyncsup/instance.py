@@ -99,6 +99,11 @@ class Runtime:
             self.log_files[path] = RotatingFile(path, max_size=max_size, max_files=max_files)
         return self.log_files[path]
 
+    def close_log_file(self, path: Path) -> None:
+        """Whoever wrote to it does so no more."""
+        if (file := self.log_files.pop(path, None)) is not None:
+            file.close()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadOutcome:
@@ -137,6 +142,18 @@ class LastExit:
         return cls(ended=Exit(**how) if how else reason, at=str(value["at"]), reason=reason)
 
 
+def _policy_of(config: TargetConfig) -> RestartPolicy:
+    return RestartPolicy(
+        mode=config.restart,
+        delay=config.restart_delay,
+        max_delay=config.restart_max_delay,
+        burst=config.start_limit_burst,
+        interval=config.start_limit_interval,
+        min_uptime=config.min_uptime,
+        success_exit_codes=config.success_exit_codes,
+    )
+
+
 class Instance:
     """A slot for one process, ``NAME:INDEX``. The slot lives as long as its target; processes come and go."""
 
@@ -165,15 +182,6 @@ class Instance:
         self._runtime = runtime
         self._on_change = on_change
         self._on_old = on_old
-        self._policy = RestartPolicy(
-            mode=config.restart,
-            delay=config.restart_delay,
-            max_delay=config.restart_max_delay,
-            burst=config.start_limit_burst,
-            interval=config.start_limit_interval,
-            min_uptime=config.min_uptime,
-            success_exit_codes=config.success_exit_codes,
-        )
         self._history = RestartHistory()
         self._child: Child | None = None
         """The program; before it, the `pre_start` hook."""
@@ -789,16 +797,35 @@ class Instance:
             self._fifos[stream] = Path(f"{self._runtime.runtime_dir}/output/{self.name}.{stream}")
         return self._fifos[stream]
 
+    def configure(self, config: TargetConfig) -> None:
+        """Take other settings. What a process has from its start is that of the next one; until then there
+        must be none, if any of that is different.
+        """
+        before, self.config = self.config, config
+        for stream in self._streams.values():
+            stream.file.limit(max_size=config.log.max_size, max_files=config.log.max_files)
+        outputs = [(log.stdout, log.stderr, log.format) for log in (before.log, config.log)]
+        if outputs[0] != outputs[1]:
+            self._close_streams()
+        if self.ready and self._watch is not None and before != config:
+            self._watch.close()
+            self._watch = self._new_watch()
+            self._watch.became_ready(since=self._ready_at)
+
     def close(self) -> None:
         """Let go of descriptors; the process, if there is one, is not touched, and goes on writing."""
-        in_use = self._process is not None
         self._cancel_timer()
         self._forget_lost()
         self._end_watch()
         for task in self._hooks:
             task.cancel()
+        self._close_streams()
+
+    def _close_streams(self) -> None:
         for stream in list(self._streams):
-            self._close_stream(stream, keep=in_use)
+            path = self._streams[stream].file.path
+            self._close_stream(stream, keep=self._process is not None)
+            self._runtime.close_log_file(path)
 
     def _survived(self) -> None:
         self._became_ready(f"up for {self.config.min_uptime:g} s" if self.config.min_uptime else "spawned")
@@ -809,7 +836,7 @@ class Instance:
             self._ready_at = time.monotonic()
             self._apply(Event.READY, reason)
             assert self._watch is not None
-            self._watch.became_ready()
+            self._watch.became_ready(since=self._ready_at)
             self._drop_ready_descriptor()
             if self.config.hooks.post_start is not None:
                 self._in_background(self.run_hook("post_start", self.config.hooks.post_start, {}))
@@ -960,14 +987,11 @@ class Instance:
     def _ended(self, ended: Exit | str) -> None:
         now = time.monotonic()
         uptime = now - self._ready_at if self._ready_at is not None else None
+        policy = _policy_of(self.config)
         how: Exit | str = ended
-        if (
-            self._never_said_ready
-            and isinstance(ended, Exit)
-            and ended.status in self._policy.success_exit_codes
-        ):
+        if self._never_said_ready and isinstance(ended, Exit) and ended.status in policy.success_exit_codes:
             how = f"ended before it was ready ({ended})"
-        decision = decide(self._policy, self._history, ended=how, uptime=uptime, now=now)
+        decision = decide(policy, self._history, ended=how, uptime=uptime, now=now)
         self._history = decision.history
         self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(how))
         if decision.event is Event.RESPAWN:

@@ -59,6 +59,13 @@ class RotatingFile:
         self._size = 0
         self._regular = True
 
+    def limit(self, *, max_size: int, max_files: int) -> None:
+        """Other limits from here on; files that are too many then are removed."""
+        surplus = range(max_files, self._max_files)
+        self._max_size, self._max_files = max_size, max_files
+        for number in surplus:
+            self.path.with_name(f"{self.path.name}.{number}").unlink(missing_ok=True)
+
     @property
     def room(self) -> int:
         """Bytes until the file is full; a device or pipe (``/dev/stdout``) never is."""

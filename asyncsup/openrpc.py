@@ -70,6 +70,10 @@ _RESULTS: Final = _object(
         target=STRING, ok=BOOLEAN, detail=STRING, state=STRING, took=SECONDS, instances=_or_null(ARRAY)
     )
 )
+_CHANGES: Final = _object(
+    added=STRINGS, removed=STRINGS, restarted=OBJECT, in_place=OBJECT, immediate=STRINGS, postponed=STRINGS,
+    warnings=STRINGS,
+)  # fmt: skip
 _CHUNKS: Final = _object(chunks=_array(instance=STRING, stream=STRING, text=STRING, cursor=OBJECT))
 _REPORT: Final = _object(
     verdict=STRING, reason=_or_null(STRING), code=_or_null(STRING), txn=_or_null(NATURAL),
@@ -140,6 +144,8 @@ METHODS: Final[Sequence[Schema]] = (
             ("reload", "Have targets read their resources again."),
         )
     ),
+    _method("config.plan", "What applying the configuration file as it is now would change.", _CHANGES),
+    _method("config.apply", "Apply it.", _CHANGES, optional=["wait"], wait=BOOLEAN),
     _method(
         "scale",
         "Have so many instances of a target, or `by` so many more or fewer.",

@@ -508,6 +508,31 @@ def results_lines(value: Value, verb: str, *, ink: Ink = PLAIN) -> list[str]:
     return lines or [f"no targets to {verb}"]
 
 
+def config_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
+    """What `config plan` would change, or `config apply` has changed, one line for each target."""
+    failed: Value = value.get("failed") or {}
+    rows = [(ink("green", "+"), name, "new") for name in value["added"]]
+    rows += [(ink("red", "-"), name, "stopped, configured no more") for name in value["removed"]]
+    rows += [
+        (ink("yellow", "~"), name, f"restarted: {', '.join(keys)}")
+        for name, keys in value["restarted"].items()
+    ]
+    rows += [("=", name, f"in place: {', '.join(keys)}") for name, keys in value["in_place"].items()]
+    column = max((width_of(clean(name)) for _, name, _ in rows), default=0)
+    lines = []
+    for mark, name, text in rows:
+        padded = clean(name) + " " * (column - width_of(clean(name)))
+        lines.append(f"{mark} {padded}  {clean(text)}")
+        if name in failed:
+            lines.append(f"  {ink('red', 'failed')}: {clean(failed[name]['message'])}")
+    lines += [f"= {clean(key)}" for key in value["immediate"]]
+    if value["postponed"]:
+        keys = ", ".join(clean(key) for key in value["postponed"])
+        lines.append(f"! only a new `asyncsup serve` takes up {keys}")
+    lines += [f"{ink('yellow', 'warning')}: {clean(warning)}" for warning in value.get("warnings") or ()]
+    return lines or ["nothing has changed"]
+
+
 # --- events -------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.overseer import PatchOverseer
 from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.reconfigure import Reconfigurer
 from asyncsup.remote import RemoteAccess
 from asyncsup.schedule import keep
 from asyncsup.successor import Successor, examine
@@ -109,6 +110,7 @@ class Supervisor:
         self.successor: Successor | None = None
         """What goes on in our place, when we end without stopping anything."""
         self._ended_in_order = False
+        self._schedules_changed = asyncio.Event()
         self._cleanup = contextlib.ExitStack()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -140,19 +142,7 @@ class Supervisor:
         )
         raise_descriptor_limit()
         seal_descriptors()
-        self.store.register(
-            [
-                TargetRoot(
-                    name=target.name,
-                    root=target.root,
-                    layout=Layout(target.layout),
-                    persist=target.persist,
-                    build=target.build,
-                )
-                for target in self.config.targets.values()
-                if target.root is not None
-            ]
-        )
+        self.register_roots(self.config)
         self.journal = Journal(settings.state_dir / "journal")
         self._cleanup.callback(self._close_journal)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -191,23 +181,10 @@ class Supervisor:
             root_facts=self.root_facts,
             essential_ended=self._essential_ended,
         )
-        gate = anyio.Semaphore(SPAWNS_AT_ONCE)
-        for name, config in self.config.targets.items():
-            self.targets[name] = Target(
-                config, self._runtime, spawn_gate=gate, on_wanted=self._remember_wanted
-            )
-        for target in self.targets.values():
-            target.dependencies = [
-                Dependency(target=self.targets[name], condition=condition)
-                for name, condition in target.config.depends_on.items()
-            ]
-        for target in self.targets.values():
-            target.dependents = [
-                other for other in self.targets.values() if target.name in other.config.depends_on
-            ]
-        for target in self.targets.values():
-            self._scale_as_remembered(target)
-            target.held_down = target.config.schedule is not None and not self.store.wanted(target.name)
+        self._spawn_gate = anyio.Semaphore(SPAWNS_AT_ONCE)
+        for name in self.config.targets:
+            self._make_target(name)
+        self.connect_targets()
         self._cleanup.callback(self._close_instances)
         self._inheritance = Inheritance(
             self.journal.left_behind, self.targets, self._runtime, orphans=settings.orphans
@@ -217,6 +194,37 @@ class Supervisor:
             log.warning("recovered: %s", recovered)
         self._inheritance.find()
         self.channel.open()
+
+    def register_roots(self, config: Config) -> None:
+        """Make the roots of all targets known to the store.
+
+        Raises:
+            StateError: one is not what patches have made it.
+        """
+        self.store.register(
+            [
+                TargetRoot(
+                    name=target.name,
+                    root=target.root,
+                    layout=Layout(target.layout),
+                    persist=target.persist,
+                    build=target.build,
+                )
+                for target in config.targets.values()
+                if target.root is not None
+            ]
+        )
+
+    def _make_target(self, name: str) -> Target:
+        target = self.targets[name] = Target(
+            self.config.targets[name],
+            self._runtime,
+            spawn_gate=self._spawn_gate,
+            on_wanted=self._remember_wanted,
+        )
+        self._scale_as_remembered(target)
+        target.held_down = target.config.schedule is not None and not self.store.wanted(name)
+        return target
 
     def _close_journal(self) -> None:
         self.journal.close(
@@ -280,6 +288,7 @@ class Supervisor:
             self._tasks = tasks
             for target in self.targets.values():
                 tasks.start_soon(target.run, name=f"target {target.name}")
+            self.reconfigurer = Reconfigurer(self)
             self.inbox = Inbox(self.config.patch.inbox, self.events)
             self.overseer = PatchOverseer(self, tasks)
             settings = self.config.supervisor
@@ -300,10 +309,7 @@ class Supervisor:
                     if settings.listen is not None:
                         log.info("allowed keys may connect at %s", settings.listen)
                     tasks.start_soon(self._autostart)
-                    if schedules := {
-                        t.name: t.config.schedule for t in self.targets.values() if t.config.schedule
-                    }:
-                        tasks.start_soon(keep, schedules, self._due)
+                    tasks.start_soon(self._keep_schedules)
                     if self.config.patch.auto:
                         tasks.start_soon(self.overseer.apply_arrivals)
                     await self._stopping.wait()
@@ -347,7 +353,8 @@ class Supervisor:
         """A signal, sent to us or to the keeper; Ctrl-C, for one, goes to both."""
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            log.warning("SIGHUP: ignored; `asyncsup restart` takes up changes")
+            if not self._stopping.is_set():
+                self._tasks.start_soon(self._reconfigure_on_signal)
             return
         if number == signal.SIGUSR1:
             log.warning("SIGUSR1: ignored; SIGUSR2 reopens log files")
@@ -364,6 +371,12 @@ class Supervisor:
             for target in self.targets.values():
                 for instance in target.instances:
                     instance.kill()
+
+    async def _reconfigure_on_signal(self) -> None:
+        try:
+            await self.reconfigurer.apply(asked_by="SIGHUP", wait=False)
+        except AsyncsupError as error:
+            log.error("SIGHUP: nothing was changed: %s", error.message)  # noqa: TRY400 - foreseen
 
     def _reopen_logs(self) -> None:
         log.info("SIGUSR2: reopening log files")
@@ -515,6 +528,63 @@ class Supervisor:
         status = instance.last_exit.exit_status if instance.last_exit is not None else 1
         self._exit_status = status
         self.shutdown(f"essential {instance.name} has ended")
+
+    # --- another configuration --------------------------------------------------------------------------
+
+    def add_targets(self, names: Iterable[str]) -> list[Target]:
+        """Targets that the configuration has and we have not yet; not started."""
+        added = [self._make_target(name) for name in names]
+        for target in added:
+            self._tasks.start_soon(target.run, name=f"target {target.name}")
+        return added
+
+    async def remove_targets(
+        self,
+        names: Iterable[str],
+        *,
+        asked_by: str,
+        attempt: Callable[[str, Callable[[], Awaitable[None]]], Awaitable[None]],
+    ) -> None:
+        """Stop targets that are configured no more, dependents first, and forget them; their files stay."""
+        going = [self.targets[name] for name in names]
+
+        async def remove(target: Target) -> None:
+            await target.stop(target.instances, asked_by=asked_by)
+            target.retire()
+            del self.targets[target.name]
+
+        while going:
+            first = [t for t in going if not any(other in going for other in t.dependents)] or going
+            await together(partial(attempt, target.name, partial(remove, target)) for target in first)
+            going = [target for target in going if target not in first]
+
+    def connect_targets(self) -> None:
+        """Let every target know whom it depends on, and who on it."""
+        for target in self.targets.values():
+            target.dependencies = [
+                Dependency(target=self.targets[name], condition=condition)
+                for name, condition in self.config.targets[target.name].depends_on.items()
+            ]
+            target.dependents = [
+                self.targets[name]
+                for name, config in self.config.targets.items()
+                if target.name in config.depends_on
+            ]
+
+    def take_up_settings(self) -> None:
+        """What is asked for when it is needed is in force already; this is the rest."""
+        logging.getLogger().setLevel(self.config.supervisor.log_level.upper())
+        self._schedules_changed.set()
+
+    async def _keep_schedules(self) -> None:
+        while True:
+            schedules = {t.name: t.config.schedule for t in self.targets.values() if t.config.schedule}
+            self._schedules_changed.clear()
+            async with anyio.create_task_group() as tasks:
+                if schedules:
+                    tasks.start_soon(keep, schedules, self._due)
+                await self._schedules_changed.wait()
+                tasks.cancel_scope.cancel()
 
     # --- facts ----------------------------------------------------------------------------------------------
 

@@ -134,6 +134,7 @@ class Target:
         self._queue: deque[_Operation] = deque()
         self._current: _Operation | None = None
         self._wake = asyncio.Event()
+        self._life = anyio.CancelScope()
         self.resize(config.instances)
 
     # --- looking --------------------------------------------------------------------------------------------
@@ -190,14 +191,22 @@ class Target:
     # --- the queue ------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Carry out operations until cancelled."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while (operation := self._next()) is not None:
-                self._queue.remove(operation)
-                await self._carry_out(operation)
-                self._free_again()
+        """Carry out operations until cancelled, or retired."""
+        with self._life:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while (operation := self._next()) is not None:
+                    self._queue.remove(operation)
+                    await self._carry_out(operation)
+                    self._free_again()
+
+    def retire(self) -> None:
+        """The target is no more: let go of everything. Its processes must have ended."""
+        self._preempt(f"{self.name} is configured no more")
+        self._life.cancel()
+        self.resize(0)
+        self._runtime.journal.drop(f"target {self.name}")
 
     def _next(self) -> _Operation | None:
         """The next one to carry out. One that waits for other targets as well lets those behind it pass."""
@@ -384,6 +393,42 @@ class Target:
             await self.spawn_instances([i for i in chosen if i.wanted], reason)
 
         await self._perform("replace", asked_by, work)
+
+    async def reconfigure(
+        self, config: TargetConfig, *, restart: bool, resize: bool, asked_by: str, wait: bool
+    ) -> None:
+        """Take up other settings.
+
+        Args:
+            restart: a running process cannot take them up.
+            resize: the number of instances is another one.
+
+        Raises:
+            StartFailedError: with ``wait``, an instance did not become ready.
+            StopFailedError: a process survives SIGKILL; nothing was changed.
+        """
+        started: list[Instance] = []
+
+        async def work() -> None:
+            number = config.instances if resize else len(self.instances)
+            reason = f"configuration changed by {asked_by}"
+            # One that has failed is tried again: what was wrong with it may be what was changed.
+            up = [i for i in self.instances if restart and i.state not in {State.STOPPED, State.EXITED}]
+            await self.stop_instances([i for i in self.instances if i in up or i.index >= number], reason)
+            self.resize(min(number, len(self.instances)))
+            self.config = config
+            for instance in self.instances:
+                instance.configure(config)
+            before = len(self.instances)
+            self.resize(number)
+            if self.wanted:
+                started.extend(i for i in self.instances if i in up or i.index >= before)
+                await self.spawn_instances(started, reason)
+            self.start_waiting()
+
+        await self._perform("reconfigure", asked_by, work)
+        if wait and self.wanted:
+            await self.wait_settled(started)
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.

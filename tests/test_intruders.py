@@ -425,7 +425,7 @@ def test_no_patch_decides_about_the_next_one(serve: Serve) -> None:
 
 
 def test_uploads_are_few_small_and_forgotten_when_given_up(tmp_path: Path) -> None:
-    taken = Uploads(tmp_path / "uploads", PatchLimits(package_size=1000))
+    taken = Uploads(tmp_path / "uploads", lambda: PatchLimits(package_size=1000))
     assert stat.S_IMODE((tmp_path / "uploads").stat().st_mode) == 0o700
     first = taken.take(None, 0, bytes(1000), last=False)["upload"]
     assert taken.take(first, 0, bytes(1000), last=True)["size"] == 1000
@@ -457,7 +457,7 @@ def test_uploads_are_few_small_and_forgotten_when_given_up(tmp_path: Path) -> No
 )
 def test_what_is_no_upload_is_none(tmp_path: Path, upload: str) -> None:
     with pytest.raises(RequestError):
-        Uploads(tmp_path / "uploads", PatchLimits(package_size=1000)).path(upload)
+        Uploads(tmp_path / "uploads", lambda: PatchLimits(package_size=1000)).path(upload)
 
 
 # --- the state directory ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ There is no ``from __future__ import annotations`` here because the annotations 
 import signal
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +34,13 @@ class Default(NamedTuple):
     words: str = ""
 
 
+class Takes(Enum):
+    """When a changed value takes effect; without this, at once."""
+
+    AT_START = auto()
+    """When the process it is about is started: an instance, or for `[supervisor]` and `[patch]` ourselves."""
+
+
 class Entries(NamedTuple):
     """A table whose keys are the user's own (``known`` None) or the names of ``known``."""
 
@@ -43,7 +51,6 @@ class Entries(NamedTuple):
 Duration = Annotated[float, values.DURATION]
 Timeout = Annotated[float, values.TIMEOUT]
 Text = Annotated[str, values.TEXT]
-Command = Annotated[tuple[str, ...], values.COMMAND]
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 Orphans = Literal["adopt", "kill"]
@@ -75,17 +82,19 @@ class SupervisorConfig:
 
     region: Text = "local"
     """Where the targets run; a patch names the regions it is meant for."""
-    state_dir: Annotated[Path, values.PATH, Default(".asyncsup")]
+    state_dir: Annotated[Path, values.PATH, Default(".asyncsup"), Takes.AT_START]
     """Generations, the database, logs: what must survive a restart of the machine."""
-    runtime_dir: Annotated[Path, values.PATH, Default(words="`STATE_DIR/run`")]
+    runtime_dir: Annotated[Path, values.PATH, Default(words="`STATE_DIR/run`"), Takes.AT_START]
     """Sockets: what need not."""
-    endpoint: Annotated[str, values.ENDPOINT, Default(words="`ipc://RUNTIME_DIR/control.sock`")]
+    endpoint: Annotated[
+        str, values.ENDPOINT, Default(words="`ipc://RUNTIME_DIR/control.sock`"), Takes.AT_START
+    ]
     """Where local clients connect to."""
-    socket_mode: Annotated[int, values.SOCKET_MODE] = 0o600
+    socket_mode: Annotated[int, values.SOCKET_MODE, Takes.AT_START] = 0o600
     """Permissions of the control socket and of the events: who may write may do everything."""
-    socket_group: Annotated[str | None, values.TEXT] = None
+    socket_group: Annotated[str | None, values.TEXT, Takes.AT_START] = None
     """Whose group the two sockets are."""
-    listen: Annotated[str | None, values.LISTEN] = None
+    listen: Annotated[str | None, values.LISTEN, Takes.AT_START] = None
     """Where clients with an allowed key connect to; events are at the next port."""
     log_level: Annotated[LogLevel, choice(LogLevel)] = "info"
     """Of the supervisor's own log, on its standard error."""
@@ -154,7 +163,7 @@ class PatchLimits:
 class PatchConfig(PatchConduct):
     """`[patch]`: where patches come from, and what is asked of them."""
 
-    inbox: Annotated[Path, values.PATH, Default("inbox")]
+    inbox: Annotated[Path, values.PATH, Default("inbox"), Takes.AT_START]
     """The folder patches are dropped into."""
     trust: Annotated[Trust, choice(Trust)] = "digest"
     """What must be right besides the content: a digest, nothing, or signatures."""
@@ -164,7 +173,7 @@ class PatchConfig(PatchConduct):
     """By how many different keys a patch has to be signed."""
     keep: Annotated[int, integer(1, 10_000)] = 3
     """How many old generations of each target stay, to go back to."""
-    auto: Annotated[bool, values.BOOLEAN] = False
+    auto: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
     """Apply what arrives in the inbox without being told to."""
     limits: PatchLimits = PatchLimits()
 
@@ -181,10 +190,12 @@ class TargetPatchConfig(PatchConduct):
 class LogConfig:
     """`[target.NAME.log]`: where the output of the instances goes."""
 
-    stdout: Annotated[Path | None, values.LOG_PATH, Default(words="`STATE_DIR/logs/NAME.INDEX.log`")] = None
-    stderr: Annotated[Path | Literal["stdout"] | None, values.LOG_STDERR] = "stdout"
+    stdout: Annotated[
+        Path | None, values.LOG_PATH, Default(words="`STATE_DIR/logs/NAME.INDEX.log`"), Takes.AT_START
+    ] = None
+    stderr: Annotated[Path | Literal["stdout"] | None, values.LOG_STDERR, Takes.AT_START] = "stdout"
     """``"stdout"``: into the same file. None (``"separate"``): ``STATE_DIR/logs/NAME.INDEX.err.log``."""
-    format: Annotated[LogFormat, choice(LogFormat)] = "raw"
+    format: Annotated[LogFormat, choice(LogFormat), Takes.AT_START] = "raw"
     max_size: Annotated[int, values.SIZE] = 50 * 10**6
     """A full file becomes ``FILE.1``, that ``FILE.2``, and so on."""
     max_files: Annotated[int, integer(1, 10_000)] = 10
@@ -214,9 +225,9 @@ class ReadyConfig(ProbeConfig):
     interval: Timeout = 0.2
     log: Annotated[str | None, values.PATTERN] = None
     """A line of its output matches."""
-    fd: Annotated[int | None, integer(3, 255)] = None
+    fd: Annotated[int | None, integer(3, 255), Takes.AT_START] = None
     """It writes a newline to this descriptor (s6)."""
-    notify: Annotated[bool, values.BOOLEAN] = False
+    notify: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
     """It says READY=1 to NOTIFY_SOCKET (sd_notify), whatever its protocol."""
 
 
@@ -257,39 +268,41 @@ class TargetConfig:
     """
 
     name: str
-    command: Command
-    directory: Annotated[Path, values.PATH, Default(".")]
+    command: Annotated[tuple[str, ...], values.COMMAND, Takes.AT_START]
+    directory: Annotated[Path, values.PATH, Default("."), Takes.AT_START]
     """The working directory of the instances."""
-    env: Annotated[Mapping[str, str], Entries(values.ENV_VALUE)] = field(default_factory=_empty, repr=False)
-    env_files: Annotated[tuple[Path, ...], values.PATHS] = ()
+    env: Annotated[Mapping[str, str], Entries(values.ENV_VALUE), Takes.AT_START] = field(
+        default_factory=_empty, repr=False
+    )
+    env_files: Annotated[tuple[Path, ...], values.PATHS, Takes.AT_START] = ()
     """Files of NAME=VALUE lines, read at each start; ``env`` wins over them."""
-    inherit_env: Annotated[bool | tuple[str, ...], values.INHERIT] = True
+    inherit_env: Annotated[bool | tuple[str, ...], values.INHERIT, Takes.AT_START] = True
     """The supervisor's own environment: all of it, nothing but PATH, or these variables."""
-    user: Annotated[str | None, values.TEXT] = None
-    group: Annotated[str | None, values.TEXT] = None
-    umask: Annotated[int | None, values.UMASK] = None
+    user: Annotated[str | None, values.TEXT, Takes.AT_START] = None
+    group: Annotated[str | None, values.TEXT, Takes.AT_START] = None
+    umask: Annotated[int | None, values.UMASK, Takes.AT_START] = None
     instances: Annotated[int, integer(0, 10_000)] = 1
     autostart: Annotated[bool, values.BOOLEAN] = True
     """Start with the supervisor."""
     depends_on: Annotated[Mapping[str, Condition], values.DEPENDS] = field(default_factory=_empty)
     """What must have become of which targets before this one is started."""
-    oneshot: Annotated[bool, values.BOOLEAN] = False
+    oneshot: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
     """Its instances are meant to end: it is ready when they have, with success."""
     schedule: Annotated[str | None, values.SCHEDULE] = None
     """When it is started (oneshot) or restarted: a cron expression, in local time."""
     max_age: Annotated[float | None, values.TIMEOUT] = None
     """How long an instance may be up: it is then restarted, or, if it is a oneshot, ended."""
 
-    root: Annotated[Path | None, values.PATH] = None
+    root: Annotated[Path | None, values.PATH, Takes.AT_START] = None
     """The resources: what patches change. A target without one cannot be patched."""
-    layout: Annotated[Layout, choice(Layout)] = "overlay"
-    persist: Annotated[tuple[str, ...], values.PERSIST] = ()
+    layout: Annotated[Layout, choice(Layout), Takes.AT_START] = "overlay"
+    persist: Annotated[tuple[str, ...], values.PERSIST, Takes.AT_START] = ()
     """Paths below root that are not part of any generation."""
-    region: Annotated[str, values.TEXT, Default(words="`region` of `[supervisor]`")] = "local"
+    region: Annotated[str, values.TEXT, Default(words="`region` of `[supervisor]`"), Takes.AT_START] = "local"
     build: Annotated[int, integer(0)] = 0
     """The build of root before the first patch."""
 
-    protocol: Annotated[Protocol, choice(Protocol)] = "none"
+    protocol: Annotated[Protocol, choice(Protocol), Takes.AT_START] = "none"
     """How an instance says that it is ready: by the SDK, by sd_notify, or by staying up for min_uptime."""
     restart: Annotated[Restart, choice(Restart)] = "on-failure"
     restart_delay: Duration = 1.0
@@ -310,18 +323,18 @@ class TargetConfig:
     stop_timeout: Duration = 10.0
     """After it, SIGKILL."""
     stop_command: Annotated[tuple[str, ...] | None, values.COMMAND] = None
-    kill_mode: Annotated[KillMode, choice(KillMode)] = "group"
+    kill_mode: Annotated[KillMode, choice(KillMode), Takes.AT_START] = "group"
     reload_signal: Annotated[signal.Signals | None, values.RELOAD_SIGNAL] = None
     reload_command: Annotated[tuple[str, ...] | None, values.COMMAND] = None
     reload_timeout: Timeout = 10.0
-    watchdog_timeout: Annotated[float | None, values.TIMEOUT] = None
+    watchdog_timeout: Annotated[float | None, values.TIMEOUT, Takes.AT_START] = None
     """How long an instance may be silent: no WATCHDOG=1 (sd_notify), no answer to a ping (SDK)."""
 
     ready: ReadyConfig = field(default_factory=ReadyConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    limits: Annotated[Mapping[str, int], Entries(values.LIMIT_COUNT, values.LIMITS)] = field(
+    limits: Annotated[Mapping[str, int], Entries(values.LIMIT_COUNT, values.LIMITS), Takes.AT_START] = field(
         default_factory=_empty
     )
     """rlimit name to value in the units of setrlimit(2); `UNLIMITED` for no limit."""
@@ -386,6 +399,8 @@ class Option(NamedTuple):
     default: Any
     """Or a function that makes it (`field`'s ``default_factory``); MISSING for a key that is required."""
     depends: Default | None
+    at_start: bool
+    """Whether a running process keeps the value it was started with."""
 
     @property
     def type_text(self) -> str:
@@ -417,7 +432,8 @@ def options(settings: type) -> Mapping[str, Option]:
         if kind is None and not is_dataclass(item.type):
             continue  # a target's name, which stands in the header
         default = item.default if item.default_factory is MISSING else item.default_factory
-        found[item.name] = Option(item.name, kind or cast(type, item.type), default, depends)
+        at_start = Takes.AT_START in metadata
+        found[item.name] = Option(item.name, kind or cast(type, item.type), default, depends, at_start)
     return MappingProxyType(found)
 
 

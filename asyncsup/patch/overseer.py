@@ -23,6 +23,7 @@ import anyio.abc
 import anyio.to_thread
 
 from asyncsup.actor import Actor
+from asyncsup.config import PatchLimits
 from asyncsup.errors import (
     AllowedSignersError,
     AsyncsupError,
@@ -229,8 +230,7 @@ class PatchOverseer:
         self._undecided = {each.txn: each for each in self._store.undecided()}
         self._refusing = False
         self._clock = SeenClock(self._store.last_seen())
-        self._limits = supervisor.config.patch.limits
-        self.uploads = Uploads(supervisor.config.supervisor.state_dir / "uploads", self._limits)
+        self.uploads = Uploads(supervisor.config.supervisor.state_dir / "uploads", lambda: self._limits)
 
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""
@@ -384,6 +384,10 @@ class PatchOverseer:
             if mine and job.transaction is not None and job.transaction.waits_for_commit:
                 entry["verdict"] = "uncommitted"
         return entry
+
+    @property
+    def _limits(self) -> PatchLimits:
+        return self._supervisor.config.patch.limits
 
     def uncommitted(self, target: str) -> int | None:
         """The number of the patch on a target that waits for `commit` or `abort`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ IDLE_SECONDS: Final = 3600.0
 class Uploads:
     """Files in a private folder, one for each upload; none outlives the supervisor that took it."""
 
-    def __init__(self, folder: Path, limits: PatchLimits) -> None:
+    def __init__(self, folder: Path, limits: Callable[[], PatchLimits]) -> None:
         self.folder: Final = folder
         self._limits = limits
         private_directory(folder)
@@ -50,10 +51,10 @@ class Uploads:
         size = path.stat().st_size
         if offset > size:
             raise RequestError(f"offset: {offset} leaves a gap, {size} bytes have arrived")
-        if offset + len(data) > self._limits.package_size:
+        if offset + len(data) > self._limits().package_size:
             path.unlink()
             raise PatchMalformedError(
-                f"the package is too large: {limit(self._limits, 'package_size')}", code="zip.package_size"
+                f"the package is too large: {limit(self._limits(), 'package_size')}", code="zip.package_size"
             )
         with path.open("r+b") as file:
             file.seek(offset)
@@ -69,7 +70,7 @@ class Uploads:
                 path.unlink()
                 continue
             count, taken = count + 1, taken + status.st_size
-        if (begins and count >= MOST) or taken + size > SHARES * self._limits.package_size:
+        if (begins and count >= MOST) or taken + size > SHARES * self._limits().package_size:
             raise PatchError(
                 f"{count} uploads of {taken} bytes wait to be applied, and no more are taken; apply them, or "
                 f"wait {IDLE_SECONDS:.0f} s for those that were given up to be forgotten",

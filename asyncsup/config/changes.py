@@ -1,0 +1,84 @@
+"""What another configuration changes: who is added, removed, restarted, or told nothing at all. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import MappingProxyType
+from typing import Any
+
+from asyncsup.config.settings import Config, options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetChange:
+    """What is different about a target that is in both.
+
+    Attributes:
+        keys: all of them, with dots: ``log.max_size``.
+        at_start: those among them that a running process keeps from its start; with any, it is restarted.
+    """
+
+    keys: tuple[str, ...]
+    at_start: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What lies between two configurations.
+
+    Attributes:
+        changed: by target; those that are not in here are the same, whatever else is.
+        immediate: keys of `[supervisor]`, `[patch]` and groups that take effect at once.
+        postponed: keys that only another supervisor process takes up.
+    """
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: Mapping[str, TargetChange]
+    immediate: tuple[str, ...]
+    postponed: tuple[str, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not any((self.added, self.removed, self.changed, self.immediate, self.postponed))
+
+
+def compare(before: Config, after: Config) -> Changes:
+    """What has to be done to get from one to the other."""
+    changed = {
+        name: TargetChange(
+            keys=tuple(differences), at_start=tuple(key for key, at_start in differences.items() if at_start)
+        )
+        for name, target in after.targets.items()
+        if name in before.targets and (differences := dict(_differences(before.targets[name], target)))
+    }
+    own = {
+        f"{table}.{key}": at_start
+        for table in ("supervisor", "patch")
+        for key, at_start in _differences(getattr(before, table), getattr(after, table))
+    }
+    groups = [
+        f"group.{name}"
+        for name in {**before.groups, **after.groups}
+        if before.groups.get(name) != after.groups.get(name)
+    ]
+    return Changes(
+        added=tuple(name for name in after.targets if name not in before.targets),
+        removed=tuple(name for name in before.targets if name not in after.targets),
+        changed=MappingProxyType(changed),
+        immediate=(*(key for key, at_start in own.items() if not at_start), *groups),
+        postponed=tuple(key for key, at_start in own.items() if at_start),
+    )
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The keys that differ, and whether each takes effect only at a start."""
+    settings: type = type(after)
+    known = options(settings)
+    for item in fields(after):
+        old, new = getattr(before, item.name), getattr(after, item.name)
+        if is_dataclass(new):
+            yield from _differences(old, new, f"{prefix}{item.name}.")
+        elif old != new:
+            yield f"{prefix}{item.name}", known[item.name].at_start

@@ -1,0 +1,153 @@
+"""`config plan` and `config apply`: from the configuration in force to the one in the file, and nothing else.
+
+Everything is read and checked before anything is touched. Then, in this order: targets that are gone are
+stopped, those that changed are restarted or told nothing, new ones are started. A target in which nothing
+changed is not looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+
+from asyncsup.config import Config, load_config
+from asyncsup.config.changes import Changes, compare
+from asyncsup.config.settings import options
+from asyncsup.errors import AsyncsupError, TargetBusyError
+from asyncsup.together import together
+
+if TYPE_CHECKING:
+    from asyncsup.supervisor import Supervisor
+
+log = logging.getLogger("asyncsup")
+
+
+class Reconfigurer:
+    """Changes the configuration of one supervisor, one change at a time."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._asked_by: str | None = None
+
+    async def plan(self) -> dict[str, Any]:
+        """What `apply` would do.
+
+        Raises:
+            ConfigError: the file is not right.
+        """
+        after = await self._read()
+        return {**_described(compare(self._supervisor.config, after)), "warnings": list(after.warnings)}
+
+    async def apply(self, *, asked_by: str, wait: bool) -> dict[str, Any]:
+        """Do it. What one target refuses keeps none of the others from being changed.
+
+        Args:
+            wait: for new and restarted targets to be ready.
+
+        Raises:
+            ConfigError, StateError: the file is not right, or does not fit what patches have made of a root;
+                nothing was touched.
+            TargetBusyError: somebody else is at it.
+        """
+        if self._asked_by is not None:
+            raise TargetBusyError(f"the configuration is being changed for {self._asked_by}")
+        self._asked_by = asked_by
+        try:
+            return await self._apply(asked_by, wait)
+        finally:
+            self._asked_by = None
+
+    async def _read(self) -> Config:
+        return await anyio.to_thread.run_sync(load_config, self._supervisor.config.path)
+
+    async def _apply(self, asked_by: str, wait: bool) -> dict[str, Any]:
+        supervisor = self._supervisor
+        supervisor.refuse_while_stopping()
+        before, read = supervisor.config, await self._read()
+        changes = compare(before, read)
+        after = replace(
+            read,
+            supervisor=_without_postponed(before.supervisor, read.supervisor),
+            patch=_without_postponed(before.patch, read.patch),
+        )
+        await anyio.to_thread.run_sync(supervisor.register_roots, after)
+        failures: dict[str, AsyncsupError] = {}
+
+        async def attempt(name: str, work: Any) -> None:
+            try:
+                await work()
+            except AsyncsupError as error:
+                log.warning("%s: %s", name, error.message)
+                failures[name] = error
+
+        await supervisor.remove_targets(changes.removed, asked_by=asked_by, attempt=attempt)
+        # A target that could not be stopped stays, with what it was configured as.
+        kept = {name: before.targets[name] for name in changes.removed if name in supervisor.targets}
+        supervisor.config = replace(after, targets={**after.targets, **kept})
+        added = supervisor.add_targets(changes.added)
+        supervisor.connect_targets()
+        await together(
+            partial(
+                attempt,
+                name,
+                partial(
+                    supervisor.targets[name].reconfigure,
+                    after.targets[name],
+                    restart=bool(change.at_start),
+                    resize="instances" in change.keys,
+                    asked_by=asked_by,
+                    wait=wait,
+                ),
+            )
+            for name, change in changes.changed.items()
+        )
+        await together(
+            partial(
+                attempt,
+                target.name,
+                partial(target.start, target.instances, asked_by=asked_by, wait=wait),
+            )
+            for target in added
+            if target.config.autostart
+        )
+        supervisor.take_up_settings()
+        supervisor.events.emit("config.applied", asked_by=asked_by, failed=sorted(failures))
+        log.info("configuration taken up for %s", asked_by)
+        return {
+            **_described(changes),
+            "warnings": list(read.warnings),
+            "failed": {
+                name: {"code": error.error_code, "message": error.message} for name, error in failures.items()
+            },
+        }
+
+
+def _without_postponed(before: Any, after: Any) -> Any:
+    """The settings as they are in force: what only another process takes up stays as it is."""
+    settings: type = type(after)
+    postponed = {name: getattr(before, name) for name, option in options(settings).items() if option.at_start}
+    return replace(after, **postponed)
+
+
+def _described(changes: Changes) -> dict[str, Any]:
+    def split(restarted: bool) -> Mapping[str, list[str]]:
+        return {
+            name: list(change.at_start or change.keys)
+            for name, change in changes.changed.items()
+            if bool(change.at_start) == restarted
+        }
+
+    return {
+        "added": list(changes.added),
+        "removed": list(changes.removed),
+        "restarted": split(True),
+        "in_place": split(False),
+        "immediate": list(changes.immediate),
+        "postponed": list(changes.postponed),
+    }

@@ -1,0 +1,179 @@
+"""`config plan` and `config apply` on what runs: what changed is touched, once all was checked, no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Serve, wait_for
+from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
+
+from asyncsup.client import ControlClient
+
+TWO = f"{QUICK}[target.web]\n{SLEEPER}[target.db]\n{SLEEPER}"
+
+
+class Scene:
+    def __init__(self, serve: Serve, client: ControlClient) -> None:
+        self.serve = serve
+        self.client = client
+
+    def pids(self) -> dict[str, Any]:
+        found = self.client.call("status")["targets"]
+        return {i["name"]: i["pid"] for t in found for i in t["instances"]}
+
+    def apply(self, text: str) -> Any:
+        self.serve.write(text)
+        planned = self.client.call("config.plan")
+        result = self.client.call("config.apply")
+        assert {key: result[key] for key in planned} == planned, "it did something else than it had said"
+        return result
+
+
+@pytest.fixture
+def scene(serve: Serve) -> Iterator[Scene]:
+    client = serve.start(TWO)
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    yield Scene(serve, client)
+    client.close()
+
+
+def test_a_target_that_did_not_change_keeps_its_pid(scene: Scene) -> None:
+    before = scene.pids()
+    result = scene.apply(TWO.replace("[target.db]", "[target.db]\nenv.A = 'b'"))
+    assert result["restarted"] == {"db": ["env"]}
+    after = scene.pids()
+    assert after["web:0"] == before["web:0"]
+    assert after["db:0"] not in {before["db:0"], None}
+    assert b"A=b" in Path(f"/proc/{after['db:0']}/environ").read_bytes().split(b"\0")
+
+
+def test_what_a_process_never_sees_is_taken_up_without_a_restart(scene: Scene) -> None:
+    before = scene.pids()
+    result = scene.apply(
+        TWO.replace(
+            "[target.web]", "[target.web]\nlog.max_size = '100B'\nlog.max_files = 2\nrestart = 'never'"
+        )
+    )
+    assert set(result["in_place"]["web"]) == {"log.max_size", "log.max_files", "restart"}
+    assert scene.pids() == before
+    os.kill(before["web:0"], signal.SIGKILL)
+    assert reached(scene.client, "web", "failed")["exit"]["signal"] == 9, "its new policy is: never again"
+
+
+def test_targets_come_and_go(scene: Scene) -> None:
+    before = scene.pids()
+    new = f"[target.cache]\n{SLEEPER}depends_on = ['web']\n"
+    result = scene.apply(f"{QUICK}[target.web]\n{SLEEPER}{new}")
+    assert (result["added"], result["removed"]) == (["cache"], ["db"])
+    after = scene.pids()
+    assert after["web:0"] == before["web:0"]
+    assert set(after) == {"web:0", "cache:0"}
+    assert instance(scene.client, "cache")["ready"]
+    wait_for(lambda: not Path(f"/proc/{before['db:0']}").exists(), "the end of db")
+    assert scene.client.call("config.apply")["added"] == []
+    assert fails(scene.client, "stop", names=["db"]).error_code == "target.not_found"
+
+
+def test_another_number_of_instances_leaves_the_others_alone(scene: Scene) -> None:
+    before = scene.pids()
+    scene.apply(TWO.replace("[target.web]", "[target.web]\ninstances = 3"))
+    grown = scene.pids()
+    assert grown["web:0"] == before["web:0"]
+    assert None not in grown.values()
+    scene.apply(TWO)
+    assert scene.pids() == before
+
+
+def test_a_mistake_changes_nothing_at_all(scene: Scene) -> None:
+    before = scene.pids()
+    scene.serve.write(TWO.replace("[target.web]", "[target.web]\ninstances = 3\nrestart = 'allways'"))
+    error = fails(scene.client, "config.apply")
+    assert (error.error_code, error.remote_exit_status) == ("config.invalid", 5)
+    assert "allways" in error.message
+    assert scene.pids() == before
+    assert fails(scene.client, "config.plan").error_code == "config.invalid"
+
+
+def test_a_target_that_was_stopped_by_hand_is_changed_and_stays_stopped(scene: Scene) -> None:
+    scene.client.call("stop", names=["db"])
+    scene.apply(TWO.replace("[target.db]", "[target.db]\nenv.A = 'b'\ninstances = 2"))
+    assert [i["state"] for i in target(scene.client, "db")["instances"]] == ["stopped", "stopped"]
+
+
+def test_a_failed_target_is_tried_again_with_what_was_mended(scene: Scene) -> None:
+    scene.apply(f"{TWO}[target.bad]\ncommand = 'no-such-program'\nstart_limit_burst = 1\n")
+    reached(scene.client, "bad", "failed")
+    result = scene.apply(f"{TWO}[target.bad]\n{SLEEPER}start_limit_burst = 1\n")
+    assert result["failed"] == {}
+    assert instance(scene.client, "bad")["ready"]
+
+
+def test_what_one_target_refuses_is_told_and_the_others_are_changed(scene: Scene) -> None:
+    scene.serve.write(
+        TWO.replace("[target.db]", "[target.db]\numask = '077'").replace(
+            f"[target.web]\n{SLEEPER}", "[target.web]\ncommand = 'false'\nrestart = 'never'\n"
+        )
+    )
+    result = scene.client.call("config.apply")
+    assert list(result["failed"]) == ["web"]
+    assert result["failed"]["web"]["code"] == "target.start_failed"
+    assert instance(scene.client, "db")["ready"]
+
+
+def test_output_goes_to_its_new_place(scene: Scene) -> None:
+    ticking = "command = ['sh', '-c', 'while true; do echo tick; sleep 0.05; done']\n"
+    scene.apply(TWO.replace(f"[target.db]\n{SLEEPER}", f"[target.db]\n{ticking}"))
+    scene.apply(TWO.replace(f"[target.db]\n{SLEEPER}", f"[target.db]\n{ticking}log.stdout = 'db.txt'\n"))
+    place = scene.serve.folder / "db.txt"
+    wait_for(lambda: place.exists() and "tick" in place.read_text(), "output in the new place")
+
+
+def test_groups_and_dependencies_follow(scene: Scene) -> None:
+    scene.apply(f"{TWO}depends_on = ['web']\n[group.both]\ntargets = ['*']\n")
+    scene.client.call("stop", names=["both"])
+    assert [t["state"] for t in scene.client.call("status")["targets"]] == ["stopped", "stopped"]
+    scene.client.call("start", names=["db"])
+    assert instance(scene.client, "web")["ready"], "it is started because db needs it now"
+
+
+def test_liveness_is_taken_up_by_what_runs_already(scene: Scene) -> None:
+    before = scene.pids()["web:0"]
+    scene.apply(TWO.replace("[target.db]", "liveness = { exec = 'false', interval = '50ms' }\n[target.db]"))
+    wait_for(lambda: scene.pids()["web:0"] not in {before, None}, "another process")
+    assert "liveness failed" in instance(scene.client, "web")["exit"]["reason"]
+
+
+def test_sighup_is_an_apply(scene: Scene) -> None:
+    before = scene.pids()
+    scene.serve.write(TWO.replace("[target.web]", "[target.web]\numask = '077'"))
+    assert scene.serve.process is not None
+    scene.serve.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: scene.pids()["web:0"] not in {before["web:0"], None}, "another process")
+    assert scene.pids()["db:0"] == before["db:0"]
+
+
+def test_the_command_says_what_it_would_do_and_then_does(scene: Scene) -> None:
+    def run(verb: str) -> str:
+        command = [sys.executable, "-m", "asyncsup", "-c", str(scene.serve.config), "config", verb]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert run("plan") == "nothing has changed\n"
+    scene.serve.write(
+        f"{QUICK}[target.web]\n{SLEEPER}umask = '077'\n[target.cache]\n{SLEEPER}"
+        "[supervisor]\nstate_dir = 'x'\nruntime_dir = '.asyncsup/run'\n"
+    )
+    said = [
+        "+ cache  new",
+        "- db     stopped, configured no more",
+        "~ web    restarted: umask",
+        "! only a new `asyncsup serve` takes up supervisor.state_dir",
+    ]
+    assert run("plan").splitlines() == said
+    assert run("apply").splitlines() == said
