@@ -148,7 +148,8 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, width=width - 2)
 
 
-def _parser(prog: str, description: str, epilog: str | None = None) -> _Parser:
+def new_parser(prog: str, description: str = "", epilog: str | None = None) -> _Parser:
+    """One with the options that every verb takes."""
     parser = _Parser(
         prog=prog,
         description=description,
@@ -169,7 +170,7 @@ def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     """
     args = argparse.Namespace(config=None, endpoint=None, json=False, no_color=False, quiet=False)
     at = _first_word(argv)
-    top = _parser(
+    top = new_parser(
         "asyncsup",
         "Keeps processes running, and patches them while they run.",
         f"{_overview(VERBS)}\n\n{EXIT_CODES}",
@@ -183,7 +184,7 @@ def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     table: Mapping[str, Verb | Mapping[str, Verb]] = VERBS
     while verb is None:
         if rest and rest[0] in {"-h", "--help"} and table is not VERBS:
-            _parser(name, f"The verbs of `{name}`.", _overview(table)).parse_args(rest)
+            new_parser(name, f"The verbs of `{name}`.", _overview(table)).parse_args(rest)
         if not rest or rest[0].startswith("-"):
             raise UsageError(f"a verb is missing; there are {', '.join(table)} (try `{name} --help`)")
         word = rest.pop(0)
@@ -195,7 +196,7 @@ def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
             verb = found
         else:
             table = found
-    parser = _parser(name, verb.summary[0].upper() + verb.summary[1:] + ".", EXIT_CODES)
+    parser = new_parser(name, verb.summary[0].upper() + verb.summary[1:] + ".", EXIT_CODES)
     verb.configure(parser)
     return verb, parser.parse_args(rest, args)
 
@@ -342,6 +343,27 @@ def _config_schema(session: Session) -> int:
     schema = config_schema()
     session.out.result(schema, json.dumps(schema, indent=2).splitlines)
     return 0
+
+
+def _completion(session: Session) -> int:
+    from asyncsup.completion import SCRIPTS
+
+    session.out.verbatim(SCRIPTS[session.args.shell])
+    return 0
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="which one")
+
+
+def _complete(session: Session) -> int:
+    from asyncsup.completion import run_complete
+
+    return run_complete(session)
+
+
+def _complete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="WORD", help="what was typed behind `asyncsup`, after --")
 
 
 def _openrpc(session: Session) -> int:
@@ -1763,6 +1785,8 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "console": Verb("open the Patch Overseer prompt", _none, _console),
     "init": Verb("write a commented asyncsup.toml", _init_arguments, _init),
     "demo": Verb("play the four patch cases on a real target", _demo_arguments, _demo),
+    "completion": Verb("print the script for completion in a shell", _completion_arguments, _completion),
+    "complete": Verb("say what can come next, for that script", _complete_arguments, _complete),
     "openrpc": Verb("print the OpenRPC description of the control API", _none, _openrpc),
     "version": VERSION,
 }

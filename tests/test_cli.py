@@ -190,7 +190,7 @@ def test_the_documentation_has_every_verb_and_every_option() -> None:
         verb: Any = cli.VERBS[words[0]]
         verb = verb if isinstance(verb, cli.Verb) else verb[words[1]]
         assert f"asyncsup {' '.join(words)}" in text
-        parser = cli._parser("x", "x")
+        parser = cli.new_parser("x", "x")
         verb.configure(parser)
         for action in parser._actions:
             for option in action.option_strings:

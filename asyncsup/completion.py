@@ -1,0 +1,126 @@
+"""Completion for shells: a script that asks `asyncsup complete` at each Tab.
+
+What can come next is known from the verbs themselves, and names of targets from the supervisor, if there is
+one; so nothing here has to be kept up with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from asyncsup.cli import VERBS, Session, Verb, new_parser, output_for
+from asyncsup.errors import AsyncsupError
+
+SCRIPTS: Final[Mapping[str, str]] = {
+    "bash": """\
+_asyncsup() {
+    local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    COMPREPLY=($(asyncsup complete -- "${words[@]}" 2>/dev/null))
+    [[ ${#COMPREPLY[@]} -eq 0 ]] && compopt -o default
+    # bash takes a colon, as in web:0, for the end of a word.
+    declare -F __ltrim_colon_completions >/dev/null && __ltrim_colon_completions "${words[-1]}"
+}
+complete -F _asyncsup asyncsup
+""",
+    "zsh": """\
+#compdef asyncsup
+_asyncsup() {
+    local -a found
+    found=("${(@f)$(asyncsup complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ -n "$found" ]]; then compadd -a found; else _files; fi
+}
+compdef _asyncsup asyncsup
+""",
+    "fish": """\
+function __asyncsup
+    set -l words (commandline -opc) (commandline -ct)
+    asyncsup complete -- $words[2..-1] 2>/dev/null
+end
+complete -c asyncsup -a '(__asyncsup)'
+""",
+}
+
+
+def candidates(words: Sequence[str], session: Session) -> list[str]:
+    """What the last word can become; none where that is a path, or something to make up."""
+    *before, last = words or [""]
+    table: Mapping[str, Verb | Mapping[str, Verb]] = VERBS
+    verb: Verb | None = None
+    name = "asyncsup"
+    rest: list[str] = []
+    value_of = {"-c", "--config", "--endpoint"}
+    skip = False
+    for word in before:
+        if skip:
+            skip = False
+        elif verb is not None:
+            rest.append(word)
+        elif word in value_of:
+            skip = True
+        elif not word.startswith("-"):
+            found = table.get(word)
+            if found is None:
+                return []
+            name += f" {word}"
+            if isinstance(found, Verb):
+                verb = found
+            else:
+                table = found
+    if skip:
+        return []
+    parser = new_parser(name)
+    if verb is None:
+        return _beginning(last, [*table, *_options(parser)] if last.startswith("-") else list(table))
+    verb.configure(parser)
+    return _beginning(last, _of_verb(parser, rest, last, session))
+
+
+def _of_verb(parser: argparse.ArgumentParser, rest: Sequence[str], last: str, session: Session) -> list[str]:
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    if rest and (waiting := actions.get(rest[-1])) is not None and waiting.nargs != 0:
+        return [str(choice) for choice in waiting.choices or ()]
+    if last.startswith("-"):
+        return _options(parser)
+    wanted = [action for action in parser._actions if not action.option_strings]
+    if not wanted:
+        return []
+    position = min(sum(not word.startswith("-") for word in rest), len(wanted) - 1)
+    action = wanted[position]
+    if action.choices:
+        return [str(choice) for choice in action.choices]
+    return _names(session) if action.dest in {"names", "name", "target"} else []
+
+
+def _names(session: Session) -> list[str]:
+    try:
+        targets = session.ask("status")["targets"]
+    except AsyncsupError:
+        return []
+    several = [
+        each["name"] for target in targets for each in target["instances"] if len(target["instances"]) > 1
+    ]
+    return ["all", *(target["name"] for target in targets), *several]
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return sorted(
+        option for action in parser._actions for option in action.option_strings if option.startswith("--")
+    )
+
+
+def _beginning(last: str, words: Sequence[str]) -> list[str]:
+    return [word for word in words if word.startswith(last)]
+
+
+def run_complete(session: Session) -> int:
+    """Print what the last word can become, one a line."""
+    args = session.args
+    typed = Session(argparse.Namespace(config=None, endpoint=None), output_for(args))
+    try:
+        for word in candidates(args.words, typed):
+            session.out.verbatim(f"{word}\n")
+    finally:
+        typed.close()
+    return 0
