@@ -304,12 +304,12 @@ def test_a_patch_behind_a_start_that_waits_for_what_the_patch_holds(field: Field
 
 @pytest.mark.parametrize("then", ["stop", "shutdown"])
 def test_a_stop_does_not_wait_for_a_patch_that_waits_for_another_target(field: Field, then: str) -> None:
-    """While a patch waits for its second target nothing pre-empts its hold of the first."""
+    """A patch over two targets waits in the queue of the one that is free as well."""
     field.start("a", "b", each={"a": 'depends_on = ["b"]'})
     with background(field.serve, "patch.apply", path=str(field.package("b", probation=20.0))):
         field.said("b", "build=300")
         with background(field.serve, "patch.apply", path=str(field.package("a", "b", build=400))):
-            wait_for(lambda: field.target("a")["busy"] == "patch", "the second patch to hold a")
+            wait_for(lambda: field.target("a")["waiting"], "the second patch to queue on a")
             if then == "stop":
                 answers(field.serve, "stop", names=["a"])
             else:
