@@ -31,6 +31,24 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 Condition = Callable[[], Any]
 
 
+LONG = (
+    "test_every_step",
+    "test_survival_under_load",
+    "test_power_syncs",
+    "test_every_syscall",
+    "test_power_loss",
+    "test_survival",
+    "test_many_targets",
+    "test_state_machine",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: on two cores the last one would otherwise run alone."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"

@@ -13,6 +13,8 @@ import pytest
 import zmq
 from conftest import Serve
 
+from asyncsup.client import ControlClient
+
 CONFIG = '[target.web]\ncommand = "sleep 3600"\n'
 
 
@@ -168,6 +170,8 @@ def test_noise_below_zeromq_is_survived(serve: Serve, peer: Peer) -> None:
 
 def test_one_connection_can_have_many_requests_under_way(peer: Peer) -> None:
     socket = peer.socket(zmq.DEALER)
+    with ControlClient(peer.endpoint) as client:
+        client.call("wait", {"names": ["web"], "for": "running", "timeout": 20})
     waiting = {**call("wait", names=["web"], **{"for": "stopped"}, timeout=30), "id": "slow"}
     socket.send(orjson.dumps(waiting))
     socket.send(orjson.dumps({**call("status"), "id": "quick"}))
