@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_kit import Bench, apply, benches, open_store, seen, staged
+from store_kit import Bench, apply, benches, open_store, roll_back, seen, staged
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import tree, tree_files
@@ -233,3 +233,16 @@ def test_what_cannot_be_carried_back_is_kept(
     apply(b.store, b.patch(3, modified={"app.json": b"3"}))
     b.store.prune("web", 0)
     assert (left / "orders/1").read_bytes() == b"precious"
+
+
+def test_a_release_leaves_the_program_the_file_it_has_open(bench: Callable[..., Bench]) -> None:
+    """What no patch has brought is, after a rollback and a release, the very file that it was before."""
+    b = bench(Layout.OVERLAY)
+    with (b.root / "app.json").open("ab") as program:
+        apply(b.store, b.patch(2, modified={"app.json": b"2"}))
+        roll_back(b.store)
+        b.store.release("web")
+        program.write(b", two")
+        program.flush()
+        assert os.path.samestat(os.fstat(program.fileno()), (b.root / "app.json").stat())
+    assert (b.root / "app.json").read_bytes() == b"one, two"
