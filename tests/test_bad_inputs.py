@@ -178,6 +178,9 @@ def test_a_package_is_refused_with_its_code_and_leaves_no_trace(
             read(inbox / "patch.zip")
 
 
+BOOKS: Final = (".asyncsup/state.db", ".asyncsup/journal")
+"""What is written to in order to say what was attempted, and what is under way."""
+
 IN_CONTENT: Final = {"zip-30", "zip-45", "zip-46", "zip-52"}
 
 
@@ -215,9 +218,9 @@ class Site:
             return self.client.call(method, path=str(path), **asked)
 
     def picture(self) -> dict[str, Any]:
-        """The whole site but for what is written down of every attempt: database and log."""
+        """The whole site but for what is written down of every attempt: database, journal and log."""
         whole = picture(self.folder, ".asyncsup/run", "serve.err")
-        return {path: what for path, what in whole.items() if not path.startswith(".asyncsup/state.db")}
+        return {path: what for path, what in whole.items() if not path.startswith(BOOKS)}
 
 
 def make_site(folder: Path, trust: str, patch: str) -> Serve:

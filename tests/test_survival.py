@@ -292,10 +292,13 @@ def test_without_its_keeper_the_supervisor_ends_and_the_next_serve_takes_everyth
 def test_an_exit_that_nobody_could_see_is_a_failure(serve: Serve) -> None:
     client = up(serve, f'{QUICK}[target.web]\n{ON_DEMAND}restart = "never"\n')
     pid = instance(client, "web")["pid"]
+    supervisor = client.call("supervisor.info")["pid"]
     client.close()
     serve.kill()
+    ends(supervisor)
     (serve.folder / "end").touch()
-    ends(pid)
+    # As long as init has not reaped it, its status is there to be read.
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the process to be reaped", 60)
     client = serve.start()
     assert "ended unseen" in reached(client, "web", "failed")["detail"]
     client.close()
