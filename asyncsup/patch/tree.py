@@ -98,23 +98,13 @@ class Tally:
 
 def tally(content: int) -> Tally:
     """Count what is below an open folder. A file with several names in it counts once for each."""
-    files = folders = size = 0
-    pending: list[Sequence[str]] = [()]
-    while pending:
-        parts = pending.pop()
-        here = _open_or_none(content, parts)
-        if here is None:
-            continue
-        folders += 1
-        try:
-            for name, is_folder in _entries(here):
-                if is_folder:
-                    pending.append((*parts, name))
-                elif (status := fs.lstat(name, here)) is not None:
-                    files += 1
-                    size += status.st_blocks * 512
-        finally:
-            os.close(here)
+    files, folders, size = 0, 1, 0
+    for _, status in _walk(content):
+        if status is None:
+            folders += 1
+        else:
+            files += 1
+            size += status.st_blocks * 512
     return Tally(files=files, folders=folders, size=size)
 
 
@@ -204,38 +194,27 @@ def bring(paths: Iterable[str], source: int, destination: int, durability: fs.Du
 
 def survey(content: int) -> dict[str, str]:
     """What is below an open folder: the identity of each file, "" for each folder."""
-    found: dict[str, str] = {}
-    pending: list[Sequence[str]] = [()]
-    while pending:
-        parts = pending.pop()
-        here = _open_or_none(content, parts)
-        if here is None:
-            continue
-        try:
-            for name, is_folder in _entries(here):
-                path = "/".join((*parts, name))
-                if is_folder:
-                    found[path] = ""
-                    pending.append((*parts, name))
-                elif (status := fs.lstat(name, here)) is not None:
-                    found[path] = identity(status)
-        finally:
-            os.close(here)
-    return found
+    return {path: "" if status is None else identity(status) for path, status in _walk(content)}
 
 
 def follow_up(
-    source: int, destination: int, before: Mapping[str, str], *, skip: Set[str], durability: fs.Durability
+    source: int,
+    destination: int,
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    *,
+    skip: Set[str],
+    durability: fs.Durability,
 ) -> list[str]:
-    """Bring what a program has created, saved or removed in `source` after `before` was taken there, to the
-    tree that has become its own since. Where it has saved a file in both, the later one counts.
+    """Bring what a program has created, saved or removed in `source` between two surveys of it, to the tree
+    that has become its own since. Where it has saved a file in both, the later one counts.
 
     Args:
-        before: what `survey` found in `source`, no later than `reconcile` looked there.
+        before: what `survey` found there, no later than `reconcile` looked.
+        now: what it finds there.
     Returns:
         The paths that were added, replaced or removed.
     """
-    now = survey(source)
     gone = sorted(before.keys() - now.keys() - skip, reverse=True)  # what is in a folder before the folder
     changed = [path for path in gone if _remove_if(path, before[path], destination, durability)]
     for path in sorted(now.keys() - skip):
@@ -324,6 +303,26 @@ def _looks_the_same(first: os.stat_result, second: os.stat_result) -> bool:
         and first.st_size == second.st_size
         and (first.st_mtime_ns == second.st_mtime_ns or not stat.S_ISREG(first.st_mode))
     )
+
+
+def _walk(content: int) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Everything below an open folder by its path: what it is, or None for a folder."""
+    pending: list[Sequence[str]] = [()]
+    while pending:
+        parts = pending.pop()
+        here = _open_or_none(content, parts)
+        if here is None:
+            continue
+        try:
+            for name, is_folder in _entries(here):
+                path = "/".join((*parts, name))
+                if is_folder:
+                    pending.append((*parts, name))
+                    yield path, None
+                elif (status := fs.lstat(name, here)) is not None:
+                    yield path, status
+        finally:
+            os.close(here)
 
 
 def _entries(folder: int) -> list[tuple[str, bool]]:

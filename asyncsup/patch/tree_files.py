@@ -322,7 +322,7 @@ class TreeFiles(TargetFiles):
         ):
             for _ in range(FOLLOW_UPS):
                 before, seen = seen, survey(here)
-                found = follow_up(here, there, before, skip=skip, durability=durability)
+                found = follow_up(here, there, before, seen, skip=skip, durability=durability)
                 followed.update(found)
                 if not found:
                     break
