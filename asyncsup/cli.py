@@ -47,6 +47,9 @@ RETRY_SECONDS: Final = 0.5
 CURRENT_GENERATION: Final = -1
 """What `--from-generation current` stands for."""
 
+TAKE_A_VALUE: Final = frozenset({"-c", "--config", "--endpoint"})
+"""Those of the options of every verb that another word belongs to."""
+
 EXIT_NOT_READY: Final = 3
 EXIT_INTERRUPTED: Final = 130
 EXIT_CODES: Final = """\
@@ -205,7 +208,7 @@ def _first_word(argv: Sequence[str]) -> int:
     """The position of the verb: the first argument that is no option, nor the value of one."""
     at = 0
     while at < len(argv) and argv[at].startswith("-") and argv[at] != "-":
-        at += 2 if argv[at] in {"-c", "--config", "--endpoint"} else 1
+        at += 2 if argv[at] in TAKE_A_VALUE else 1
     return min(at, len(argv))
 
 

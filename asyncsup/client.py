@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import zmq
 
 from asyncsup.client_keys import ClientKeys, keys_for, not_taken
-from asyncsup.endpoint import check_reachable, find_endpoint, unreachable
+from asyncsup.endpoint import check_reachable, events_port, find_endpoint, unreachable
 from asyncsup.errors import NotAllowedError, SupervisorUnreachableError
 from asyncsup.rpc import Params, decode, encode_request, exit_status_of, result_of, timed_out, went_away
 
@@ -478,8 +478,7 @@ def _chunks(read: Callable[[int], bytes], total: int) -> Iterator[Params]:
 
 def _events_endpoint(endpoint: str) -> str | None:
     if endpoint.startswith("tcp://"):
-        host, _, port = endpoint.rpartition(":")
-        return f"{host}:{int(port) + 1}"
+        return events_port(endpoint)
     folder, found, _ = endpoint.rpartition("/control.sock")
     return f"{folder}/events.sock" if found else None
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from asyncsup.cli import VERBS, Session, Verb, new_parser, output_for
+from asyncsup.cli import TAKE_A_VALUE, VERBS, Session, Verb, new_parser, output_for
 from asyncsup.errors import AsyncsupError
 
 SCRIPTS: Final[Mapping[str, str]] = {
@@ -50,14 +50,13 @@ def candidates(words: Sequence[str], session: Session) -> list[str]:
     verb: Verb | None = None
     name = "asyncsup"
     rest: list[str] = []
-    value_of = {"-c", "--config", "--endpoint"}
     skip = False
     for word in before:
         if skip:
             skip = False
         elif verb is not None:
             rest.append(word)
-        elif word in value_of:
+        elif word in TAKE_A_VALUE:
             skip = True
         elif not word.startswith("-"):
             found = table.get(word)

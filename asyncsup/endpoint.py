@@ -49,6 +49,12 @@ def find_endpoint(config: str | os.PathLike[str] | None = None) -> str:
     return str(settings.endpoint)
 
 
+def events_port(endpoint: str) -> str:
+    """Where the events of the supervisor at ``tcp://HOST:PORT`` are: one port further."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{int(port) + 1}"
+
+
 def _find_config() -> str | None:
     """The order of `asyncsup.config.find_config` without its import; a test holds the two together."""
     environ = os.environ

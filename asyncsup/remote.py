@@ -17,6 +17,7 @@ from typing import Final
 import zmq
 from zmq.utils import z85
 
+from asyncsup.endpoint import events_port
 from asyncsup.errors import KeysError, StateError
 from asyncsup.ipc import Curve, Origin, Publisher, Router
 from asyncsup.keys import AllowedKey, KeyStore
@@ -30,12 +31,6 @@ ZAP_FRAMES: Final = 9
 
 REBIND_SECONDS: Final = 0.05
 """libzmq closes a socket in a thread of its own; until it has, its port is taken."""
-
-
-def events_endpoint(endpoint: str) -> str:
-    """Where the events of the supervisor at ``tcp://HOST:PORT`` are: one port further."""
-    host, _, port = endpoint.rpartition(":")
-    return f"{host}:{int(port) + 1}"
 
 
 class RemoteAccess:
@@ -76,7 +71,7 @@ class RemoteAccess:
         self._zap = Router(context, ZAP_ENDPOINT, self._on_zap, most_frames=ZAP_FRAMES)
         self._publisher: Publisher | None = None
         try:
-            self._publisher = Publisher(context, events_endpoint(endpoint), curve=self._curve)
+            self._publisher = Publisher(context, events_port(endpoint), curve=self._curve)
         except StateError:
             self._zap.close()
             raise
@@ -140,7 +135,7 @@ class RemoteAccess:
 
     def _rebind(self) -> None:
         try:
-            self._publisher = Publisher(self._context, events_endpoint(self._endpoint), curve=self._curve)
+            self._publisher = Publisher(self._context, events_port(self._endpoint), curve=self._curve)
             self._rebinding = None
         except StateError:
             self._rebinding = self._loop.call_later(REBIND_SECONDS, self._rebind)
