@@ -60,17 +60,9 @@ def traced(action: Callable[[], None], *options: str, folder: Path) -> Run:
         _play(action, waiting, errors)
     os.close(waiting)
     try:
-        with subprocess.Popen(
-            ["strace", "-p", str(pid), "-o", str(trace), *options],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        ) as strace:
-            assert strace.stderr is not None
-            greeting = strace.stderr.readline()
-            assert b"attached" in greeting, (greeting + strace.stderr.read()).decode(errors="replace")
+        with _strace(pid, *options, trace=trace):
             os.write(go, b"g")
             pid, status = 0, os.waitpid(pid, 0)[1]
-            strace.stderr.read()
     finally:
         os.close(go)
         if pid:
@@ -92,6 +84,18 @@ def attached(pid: int, *options: str, trace: Path) -> Iterator[None]:
     Raises:
         AssertionError: strace could not attach.
     """
+    with _strace(pid, *options, trace=trace) as strace:
+        try:
+            yield
+        finally:
+            # Of a process with threads that was killed in a call strace may wait for the end for ever; of one
+            # that lives it lets go.
+            (strace.kill if has_ended(pid) else strace.terminate)()
+
+
+@contextlib.contextmanager
+def _strace(pid: int, *options: str, trace: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Strace, attached to a process; the block has to see to its end."""
     with subprocess.Popen(
         ["strace", "-p", str(pid), "-o", str(trace), *options],
         stdin=subprocess.DEVNULL,
@@ -99,14 +103,9 @@ def attached(pid: int, *options: str, trace: Path) -> Iterator[None]:
     ) as strace:
         assert strace.stderr is not None
         greeting = strace.stderr.readline()
-        try:
-            assert b"attached" in greeting, greeting.decode(errors="replace")
-            yield
-        finally:
-            # Of a process with threads that was killed in a call strace may wait for the end for ever; of one
-            # that lives it lets go.
-            (strace.kill if has_ended(pid) else strace.terminate)()
-            strace.stderr.read()
+        assert b"attached" in greeting, (greeting + strace.stderr.read()).decode(errors="replace")
+        yield strace
+        strace.stderr.read()
 
 
 def has_ended(pid: int) -> bool:
