@@ -21,6 +21,7 @@ import pytest
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError, TimeoutExpiredError
+from target_sdk.protocol import ENV_ENDPOINT
 
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
@@ -243,19 +244,40 @@ def serve(short_tmp: Path) -> Iterator[Serve]:
         assert "Traceback" not in server.errors(), server.errors()
 
 
-def processes_of_this_run() -> list[str]:
-    """Everything that was started, directly or not, by this run of the tests and still lives."""
-    found = []
+def environments() -> Iterator[tuple[Path, list[bytes]]]:
+    """Every other process of this run of the tests, started directly or not: its folder in /proc, and its
+    variables."""
     mark = f"{MARK}={RUN_ID}".encode()
-    for entry in os.scandir("/proc"):
+    for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            environ = Path(entry.path, "environ").read_bytes()
-            command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            variables = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if mark in environ.split(b"\0") and command:
+        if mark in variables:
+            yield entry, variables
+
+
+def targets_in(folder: Path) -> list[int]:
+    """The pids of the targets of the supervisor in a folder: they outlive it."""
+    endpoint = f"{ENV_ENDPOINT}=ipc://{folder}/".encode()
+    return sorted(
+        int(entry.name)
+        for entry, variables in environments()
+        if any(variable.startswith(endpoint) for variable in variables)
+    )
+
+
+def processes_of_this_run() -> list[str]:
+    """Everything that was started by this run of the tests and still lives."""
+    found = []
+    for entry, _ in environments():
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if command:
             found.append(f"{entry.name} {command}")
     return found
 

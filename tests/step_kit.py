@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from conftest import MARK, RUN_ID, Serve, wait_for
+from conftest import Serve, targets_in, wait_for
 from store_kit import Tree, leftovers, package, seen, write_tree
 
 from asyncsup import failpoints
@@ -31,7 +31,7 @@ from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.plan import Policy
-from target_sdk.protocol import ENV_ENDPOINT, ENV_TOKEN
+from target_sdk.protocol import ENV_TOKEN
 
 PROGRAM: Final = (Path(__file__).parent / "programs" / "patchable.py").read_bytes()
 NEW_PROGRAM: Final = PROGRAM.replace(b'VERSION = "one"', b'VERSION = "two"')
@@ -290,20 +290,8 @@ class Scene:
         return [instance["pid"] for target in self.status() for instance in target["instances"]]
 
     def orphans(self) -> list[int]:
-        """The processes of this scene's targets, as their environment tells: they outlive a supervisor."""
-        endpoint = f"{ENV_ENDPOINT}=ipc://{self.folder}/".encode()
-        mark = f"{MARK}={RUN_ID}".encode()
-        found = []
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit():
-                continue
-            try:
-                variables = Path(entry.path, "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if mark in variables and any(variable.startswith(endpoint) for variable in variables):
-                found.append(int(entry.name))
-        return sorted(found)
+        """The processes of this scene's targets."""
+        return targets_in(self.folder)
 
     def end_orphans(self) -> None:
         def left() -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from conftest import MARK, RUN_ID, Asked, Serve, wait_for
+from conftest import Asked, Serve, targets_in, wait_for
 from files_model import (
     Edit,
     FilesModel,
@@ -55,7 +55,6 @@ from asyncsup.errors import AsyncsupError, RemoteError
 from asyncsup.patch.build import build_prototype_patch
 from asyncsup.patch.doctor import diagnose
 from asyncsup.patch.manifest import Kind, Op
-from target_sdk.protocol import ENV_ENDPOINT
 
 EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 
@@ -220,6 +219,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         memory = MEMORY if os.access(MEMORY, os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="as-", dir=memory))
         self.serve = Serve(self.folder)
+        self.serve.alone = True  # the machine itself starts it again
         self.failpoint = self.folder / "failpoint"
         self.serve.environ[failpoints.VARIABLE] = f"@{self.failpoint}"
         self.targets: dict[str, Target] = {}
@@ -326,19 +326,8 @@ class SupervisorMachine(RuleBasedStateMachine):
             self.renewed(name)
 
     def orphans(self) -> list[int]:
-        """The processes of the targets, as their environment tells: they outlive a supervisor."""
-        found = []
-        endpoint = f"{ENV_ENDPOINT}=ipc://{self.folder}/".encode()
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit():
-                continue
-            try:
-                variables = Path(entry.path, "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"{MARK}={RUN_ID}".encode() in variables and any(v.startswith(endpoint) for v in variables):
-                found.append(int(entry.name))
-        return found
+        """The processes of the targets."""
+        return targets_in(self.folder)
 
     def end_orphans(self) -> None:
         def ended() -> bool:
