@@ -44,7 +44,7 @@ from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.lifecycle import Event, State
 from asyncsup.logs import Cursor, OutputStream, RotatingFile
-from asyncsup.patch.statedir import PYCACHE
+from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from asyncsup.watch import Watch
@@ -734,9 +734,10 @@ class Instance:
         if config.root is not None and facts.current is not None:
             own[protocol.ENV_ROOT] = str(config.root)
             own[protocol.ENV_CURRENT] = str(facts.current)
-            # Source of equal size and equal mtime second would run the bytecode of the build before.
-            cache = self._runtime.state_dir / PYCACHE / config.name / str(facts.generation)
-            own["PYTHONPYCACHEPREFIX"] = str(cache)
+            home, generation = self._runtime.state_dir, facts.generation or 0
+            if config.user is None:
+                bytecode.lay_out(home, config.name, generation, config.root)
+            own["PYTHONPYCACHEPREFIX"] = str(bytecode.prefix(home, config.name, generation))
         if config.speaks_notify:
             own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)
             if config.watchdog_timeout is not None:

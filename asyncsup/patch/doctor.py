@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 from asyncsup.errors import StateError
 from asyncsup.patch import fs
 from asyncsup.patch.audit import Head
+from asyncsup.patch.bytecode import PYCACHE, SHARED
 from asyncsup.patch.database import FileRow, GenerationRow, TargetRow, TransactionRow
 from asyncsup.patch.ledger import examine
 from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
@@ -26,7 +27,6 @@ from asyncsup.patch.pointer import CURRENT, NEXT, SETS
 from asyncsup.patch.statedir import (
     GENERATIONS,
     PERSIST,
-    PYCACHE,
     SAVED,
     STAGING,
     TREE,
@@ -304,7 +304,7 @@ class _Examination:
             found += sorted(path for path in (state.path / SETS).iterdir() if not path.name.isdecimal())
         for path in found:
             self._say("leftover.file", "was left behind, and is of no use", "warning", path=str(path))
-        known = {row.name for row in state.database.targets()}
+        known = {SHARED, *(row.name for row in state.database.targets())}
         for folder in (GENERATIONS, PERSIST, PYCACHE):
             with contextlib.suppress(FileNotFoundError):
                 for path in sorted((state.path / folder).iterdir()):

@@ -8,7 +8,7 @@
     sets/43/TARGET -> ../../generations/TARGET/17    or, of a tree that was never patched, -> its root
     generations/TARGET/17/
     persist/TARGET/          what a tree keeps outside of its generations
-    pycache/TARGET/17/       bytecode of the Python programs started on a generation
+    pycache/                 see bytecode.py
     saved/TARGET/7/          what a person wrote and transaction 7 has overwritten
     staging/                 not visible to anybody, not worth keeping
 """
@@ -21,12 +21,12 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
 from asyncsup.errors import StateError, StateLockedError, UsageError
-from asyncsup.patch import fs
+from asyncsup.patch import bytecode, fs
 from asyncsup.patch.database import Database, TargetRow
 from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.overlay import OverlayRoot
@@ -35,7 +35,6 @@ from asyncsup.patch.tree import TreeRoot
 
 GENERATIONS: Final = "generations"
 PERSIST: Final = "persist"
-PYCACHE: Final = "pycache"
 SAVED: Final = "saved"
 STAGING: Final = "staging"
 OVERLAY: Final = "overlay"
@@ -256,7 +255,7 @@ class StateDirectory:
         Returns:
             Whether it is gone.
         """
-        self.discard_bytecode(target, number)
+        bytecode.discard(self.path, target, number)
         try:
             fd = os.open(self.generation(target, number), fs.DIRECTORY_NOFOLLOW)
         except FileNotFoundError:
@@ -288,24 +287,12 @@ class StateDirectory:
     def move_to_saved(self, target: str, number: int, label: str) -> None:
         """Put a whole generation where copies are, in the place of the empty folder `label`. Harmless when it
         is there already."""
-        self.discard_bytecode(target, number)
+        bytecode.discard(self.path, target, number)
         with fs.opened(self.path / SAVED / target) as there, fs.opened(self.generations(target)) as home:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(str(number), label, src_dir_fd=home, dst_dir_fd=there)
             os.fsync(there)
             os.fsync(home)
-
-    def discard_bytecode(self, target: str, number: int) -> None:
-        """Remove what Python has compiled of a generation. A program that still runs on it compiles again."""
-        with contextlib.suppress(FileNotFoundError), fs.opened(self.path / PYCACHE / target) as folder:
-            fs.remove_tree(str(number), folder)
-
-    def sweep_bytecode(self, target: str, live: Set[int]) -> None:
-        """Remove bytecode of generations that are not there any more."""
-        with contextlib.suppress(FileNotFoundError), fs.opened(self.path / PYCACHE / target) as folder:
-            for name in fs.names(folder):
-                if name.isdecimal() and int(name) not in live:
-                    fs.remove_tree(name, folder)
 
     def sweep_staging(self) -> None:
         """Remove what a process that died has left in the staging area."""

@@ -39,7 +39,7 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.failpoints import failpoint
-from asyncsup.patch import audit, fs
+from asyncsup.patch import audit, bytecode, fs
 from asyncsup.patch.audit import Head, Row
 from asyncsup.patch.database import (
     OPEN_PHASES,
@@ -1240,7 +1240,7 @@ class Store:
             found = {int(name) for name in fs.names(folder) if name.isdecimal()}
         for number in found - live:
             self._state.discard(target, number)
-        self._state.sweep_bytecode(target, live)
+        bytecode.sweep(self._state.path, target, live)
 
     # --- patches on hold ------------------------------------------------------------------------------------
 
