@@ -7,8 +7,8 @@
 
 Bytecode counts as fresh while its source has the size and the mtime second that it was compiled from, and a
 patch may bring a source with both unchanged. So every generation has a prefix of its own. Python mirrors
-absolute paths below it and keeps the bytecode of its library there, too. Lest every generation of each
-target compile and store all that again, whatever does not lead to the target is a link into one shared folder.
+absolute paths below it and keeps the bytecode of its library there, too. Lest every generation of each target
+compile and store all that again, whatever does not lead to the target is a link into one shared folder.
 
 See `sys.pycache_prefix <https://docs.python.org/3/library/sys.html#sys.pycache_prefix>`_ and PEP 552.
 """
