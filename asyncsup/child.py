@@ -62,6 +62,8 @@ class SpawnSpec:
     umask: int | None = None
     user: str | None = None
     group: str | None = None
+    pid_variables: Sequence[str] = ()
+    """Variables of its environment that are to hold its pid."""
     limits: Mapping[str, int] = field(default_factory=dict)
     """rlimit name to value in the units of setrlimit(2); -1 is unlimited."""
 
@@ -88,7 +90,7 @@ def resolve_program(program: str, directory: Path, search_path: str | None) -> s
 
 
 def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
-    """The argument vector, with `sh` and `setpriv` in front where limits, umask or a user are asked for."""
+    """The argument vector, with `sh` and `setpriv` in front where limits, umask, a user or its pid are asked for."""
     argv = [program, *spec.command[1:]]
     if spec.user is not None or spec.group is not None:
         argv = [
@@ -97,7 +99,9 @@ def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
             "--",
             *argv,
         ]
-    settings = [] if spec.umask is None else [f"umask {spec.umask:03o}"]
+    settings = [f"export {name}=$$" for name in spec.pid_variables]
+    if spec.umask is not None:
+        settings.append(f"umask {spec.umask:03o}")
     for name, value in spec.limits.items():
         amount = "unlimited" if value < 0 else str(value // _ULIMIT_UNITS.get(name, 1))
         settings.append(f"ulimit {_ULIMIT_FLAGS[name]} {amount}")

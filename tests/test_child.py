@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from asyncsup.child import Child, SpawnSpec, group_members, seal_descriptors, spawn, when_group_empty
+from asyncsup.child import (
+    Child,
+    SpawnSpec,
+    group_members,
+    out_of_the_way,
+    seal_descriptors,
+    spawn,
+    when_group_empty,
+)
 from asyncsup.errors import SpawnError
 from asyncsup.restart import Exit
 
@@ -118,6 +126,20 @@ async def test_limits_umask_and_user_are_in_force_and_the_pid_is_the_programs(ou
     mask, nofile, core, uid, _, pid = output.text.split()
     assert (mask, nofile, core, pid) == ("0027", "99", "0", str(child.pid))
     assert int(uid) == 65534
+
+
+async def test_a_program_may_be_told_its_own_pid_and_is_given_descriptors(output: Output) -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    fd = out_of_the_way(reader)
+    os.write(writer, b"through the descriptor\n")
+    os.close(writer)
+    child = spawn(
+        spec(output, "sh", "-c", "echo $LISTEN_PID $$; cat <&3", user="nobody", umask=0o027,
+             pid_variables=["LISTEN_PID"], descriptors={3: fd})
+    )  # fmt: skip
+    os.close(fd)
+    await ended(child)
+    assert output.text == f"{child.pid} {child.pid}\nthrough the descriptor\n"
 
 
 @pytest.mark.parametrize(
