@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from asyncsup.errors import SpawnError
 from asyncsup.restart import Exit
@@ -234,10 +234,15 @@ class Child:
         started: monotonic time of the spawn.
     """
 
+    expected: ClassVar[set[int]] = set()
+    """The pids of those whose exit somebody waits for: whoever reaps strays leaves them alone."""
+
     def __init__(self, pid: int, *, pidfd: int | None = None, started: float | None = None) -> None:
         self.pid = pid
         self.started = time.monotonic() if started is None else started
         self._pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
+        if self._pidfd >= 0:
+            self.expected.add(pid)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -276,6 +281,7 @@ class Child:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
+        self.expected.discard(self.pid)
 
     @property
     def alive(self) -> bool:

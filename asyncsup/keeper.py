@@ -402,6 +402,7 @@ def main() -> None:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
+        status = 128 - status  # PID 1 does not die of what it sends itself
     sys.exit(status)
 
 

@@ -40,7 +40,7 @@ def launch(command: Sequence[str]) -> socket.socket:
     Returns:
         In the child: the channel to the keeper.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # is kept by execve(2)
+    become_subreaper()  # is kept by execve(2)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -239,6 +239,11 @@ class KeeperLink:
                 self._on_signal(int(number))
         for fd in fds:
             os.close(fd)
+
+
+def become_subreaper() -> None:
+    """Processes below us that lose their parent become our children, and not those of PID 1."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _prctl(option: int, value: int) -> None:

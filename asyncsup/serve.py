@@ -30,12 +30,17 @@ def serve(load: Callable[[], Config], *, channel: int | None, keeper_wanted: boo
         channel: the descriptor a keeper has given us; None if it was not a keeper that started us.
         keeper_wanted: without one, become one, and go on in a child.
     """
+    if os.getpid() == 1:
+        # The kernel drops what PID 1 has no handler for; blocked, it waits until there is one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, keeper.PASSED_ON)
     if channel is not None:
         link = KeeperLink(socket.socket(fileno=channel))
         # The keeper has had it as well, and passes it on when the instances can be stopped.
         _ignore(keeper.ENDING)
     else:
         link = KeeperLink(launch(own_command()) if keeper_wanted else None)
+        if os.getpid() != 1:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, keeper.PASSED_ON)
     try:
         status, successor = _run(load(), link)
     except AsyncsupError as error:

@@ -56,6 +56,7 @@ from asyncsup.patch.store import Layout, Store, TargetRoot
 from asyncsup.reconfigure import Reconfigurer
 from asyncsup.remote import RemoteAccess
 from asyncsup.schedule import keep
+from asyncsup.strays import StrayReaper
 from asyncsup.successor import Successor, examine
 from asyncsup.target import Dependency, Target
 from asyncsup.together import together
@@ -301,6 +302,10 @@ class Supervisor:
                     self._go_on_with_patches()
                     self._inheritance.carry_on(tasks)
                     self.keeper.drop_the_rest()
+                    if not self.keeper.reaps:
+                        reaper = StrayReaper()
+                        reaper.start()
+                        self._cleanup.callback(reaper.close)
                     await tasks.start(self.inbox.watch)
                     control = ControlServer(self, tasks, make_router, self._remote)
                     self._give_to_group(Path(settings.endpoint.removeprefix("ipc://")))
@@ -343,6 +348,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number, "direct")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield
         finally:

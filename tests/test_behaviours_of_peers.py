@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Serve, children_of, wait_for
 from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, alive, fails, instance, reached, target
 
 from asyncsup.child import SpawnSpec, spawn
@@ -510,4 +510,19 @@ def test_bytes_that_are_no_text_are_passed_on(serve: Serve) -> None:
     command: list[Any] = [sys.executable, "-m", "asyncsup", "-c", serve.config, "logs", "web"]
     shown = subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
     assert shown.decode() == "café \ufffd\ufffd\0\n"
+    client.close()
+
+
+def test_strays_are_reaped_without_a_keeper_as_well(serve: Serve) -> None:
+    serve.alone = True
+    program = 'command = ["sh", "-c", "(sleep 0.1 &) ; exec sleep 3600"]'
+    client = serve.start(f'[defaults]\nmin_uptime = "50ms"\n\n[target.web]\n{program}\ninstances = 5\n')
+
+    def instances() -> set[int]:
+        return {int(i["pid"]) for i in client.call("status")["targets"][0]["instances"] if i["ready"]}
+
+    running = wait_for(lambda: len(instances()) == 5 and instances(), "five instances")
+    wait_for(
+        lambda: set(children_of(serve.supervisor)) == running, "the supervisor to have no other children"
+    )
     client.close()
