@@ -1,7 +1,8 @@
-"""`asyncsup serve` as the first process of a container: it reaps, is told to end, ends with the right status."""
+"""`asyncsup serve` as PID 1 of a container: it reaps, hears signals, ends with the right status."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -54,7 +55,9 @@ class FirstProcess(Serve):
 
 
 def _is_serve(pid: int) -> bool:
-    return b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    with contextlib.suppress(OSError):  # it may be gone by now
+        return b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
 
 
 @pytest.fixture(params=["with a keeper", "without a keeper"])
