@@ -90,7 +90,7 @@ def resolve_program(program: str, directory: Path, search_path: str | None) -> s
 
 
 def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
-    """The argument vector, with `sh` and `setpriv` in front where limits, umask, a user or its pid are asked for."""
+    """The argument vector, with `sh` and `setpriv` in front where one of the settings needs them."""
     argv = [program, *spec.command[1:]]
     if spec.user is not None or spec.group is not None:
         argv = [
