@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import stat
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from typing import Any, Final, Literal
 
 import anyio
 
-from asyncsup import adoption, lifecycle
+from asyncsup import adoption, lifecycle, listen_fds
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
 from asyncsup.child import (
@@ -37,6 +38,7 @@ from asyncsup.child import (
     when_group_empty,
 )
 from asyncsup.config import TargetConfig
+from asyncsup.config.settings import SOCKET
 from asyncsup.environment import build_environment
 from asyncsup.errors import SpawnError, TargetNotRunningError
 from asyncsup.events import EventStream, timestamp
@@ -47,6 +49,7 @@ from asyncsup.logs import Cursor, OutputStream, RotatingFile
 from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
+from asyncsup.sockets import ManagedSockets
 from asyncsup.watch import Watch
 from target_sdk import protocol
 from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswer
@@ -84,6 +87,7 @@ class Runtime:
     channel: TargetChannel
     keeper: KeeperLink
     journal: Journal
+    sockets: ManagedSockets
     target_endpoint: str
     notify_path: Path
     runtime_dir: Path
@@ -624,7 +628,7 @@ class Instance:
         Raises:
             SpawnError: nothing was started, and nothing is left open.
         """
-        number, descriptor, passed = self.config.ready.fd, None, {}
+        number, descriptor, passed = self.config.ready.fd, None, self._sockets()
         with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as child_ends:
             try:
                 output = self.streams["stdout"]
@@ -632,18 +636,41 @@ class Instance:
                 if number is not None:
                     descriptor, child_end = os.pipe2(os.O_CLOEXEC)
                     on_failure.callback(os.close, descriptor)
-                    passed = {number: out_of_the_way(child_end)}
+                    passed[number] = out_of_the_way(child_end)
                     child_ends.callback(os.close, passed[number])
                     self._runtime.keeper.hold(self._ready_name, descriptor)
                     on_failure.callback(self._runtime.keeper.drop, self._ready_name)
             except OSError as error:
                 raise SpawnError(f"{self.config.command[0]}: cannot be started: {error.strerror}") from None
-            child = self._spawn_command(self.config.command, {}, passed)
+            names = self.config.sockets
+            child = self._spawn_command(
+                self.config.command,
+                listen_fds.environment(names),
+                passed,
+                pid_variables=[listen_fds.LISTEN_PID] if names else [],
+            )
             on_failure.pop_all()
         return child, output, begin, descriptor
 
+    def _sockets(self) -> dict[int, int]:
+        """The managed sockets: number in the program to number here.
+
+        Raises:
+            SpawnError: one cannot be bound.
+        """
+        sockets = self._runtime.sockets
+        return {
+            number: sockets.get(name).fileno()
+            for number, name in enumerate(self.config.sockets, listen_fds.FIRST)
+        }
+
     def _spawn_command(
-        self, command: tuple[str, ...], extra: Mapping[str, str], descriptors: Mapping[int, int] = NONE
+        self,
+        command: tuple[str, ...],
+        extra: Mapping[str, str],
+        descriptors: Mapping[int, int] = NONE,
+        *,
+        pid_variables: Sequence[str] = (),
     ) -> Child:
         """Run a command as this instance: its environment, folder, user, limits and output."""
         expand = self._expand
@@ -669,6 +696,7 @@ class Instance:
                         stdout=opened["stdout"],
                         stderr=opened.get("stderr", opened["stdout"]),
                         descriptors=descriptors,
+                        pid_variables=pid_variables,
                         umask=self.config.umask,
                         user=self.config.user,
                         group=self.config.group,
@@ -745,7 +773,13 @@ class Instance:
         return own
 
     def _expand(self, text: str) -> str:
-        return text.replace("${instance}", str(self.index))
+        """Put in what is known at the start only: the index, and the numbers of sockets."""
+
+        def number(match: re.Match[str]) -> str:
+            names = self.config.sockets
+            return str(listen_fds.FIRST + names.index(match[1])) if match[1] in names else match[0]
+
+        return SOCKET.sub(number, text.replace("${instance}", str(self.index)))
 
     def _open_streams(self) -> None:
         settings = self.config.log

@@ -90,6 +90,7 @@ class Reconfigurer:
         # A target that could not be stopped stays, with what it was configured as.
         kept = {name: before.targets[name] for name in changes.removed if name in supervisor.targets}
         supervisor.config = replace(after, targets={**after.targets, **kept})
+        supervisor.sockets.configure(after.sockets)
         added = supervisor.add_targets(changes.added)
         supervisor.connect_targets()
         await together(
@@ -114,8 +115,10 @@ class Reconfigurer:
                 partial(target.start, target.instances, asked_by=asked_by, wait=wait),
             )
             for target in added
-            if target.config.autostart
+            if target.config.autostart is True
         )
+        for target in added:
+            target.await_demand()
         supervisor.take_up_settings()
         supervisor.events.emit("config.applied", asked_by=asked_by, failed=sorted(failures))
         log.info("configuration taken up for %s", asked_by)

@@ -380,6 +380,7 @@ def _number(value: object) -> str:
 def info_lines(info: Value, *, ink: Ink = PLAIN) -> list[str]:
     """``supervisor.info`` as names and values."""
     counters: Value = info.get("counters") or {}
+    sockets: Value = info.get("sockets") or {}
     return _pairs(
         [
             ("supervisor", f"asyncsup {clean(info.get('version', '?'))}, pid {_number(info.get('pid'))}"),
@@ -392,6 +393,13 @@ def info_lines(info: Value, *, ink: Ink = PLAIN) -> list[str]:
             ("inbox", clean(info.get("inbox") or "")),
             ("trust", trust_text(info.get("trust"), ink=ink)),
             ("targets", _listed(info.get("targets"))),
+            *(
+                (
+                    f"socket {clean(name)}",
+                    clean(socket["listen"]) + ("" if socket["bound"] else " (not bound)"),
+                )
+                for name, socket in sockets.items()
+            ),
             ("counters", ", ".join(f"{clean(k)} {clean(v)}" for k, v in counters.items() if v)),
         ]
     )

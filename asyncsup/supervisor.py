@@ -56,6 +56,7 @@ from asyncsup.patch.store import Layout, Store, TargetRoot
 from asyncsup.reconfigure import Reconfigurer
 from asyncsup.remote import RemoteAccess
 from asyncsup.schedule import keep
+from asyncsup.sockets import ManagedSockets
 from asyncsup.strays import StrayReaper
 from asyncsup.successor import Successor, examine
 from asyncsup.target import Dependency, Target
@@ -169,11 +170,14 @@ class Supervisor:
         self.keeper.hold("notify", self.notify.fileno())
         self._cleanup.callback(self.notify.close)
         self._context = context
+        self.sockets = ManagedSockets(self.keeper)
+        self._cleanup.callback(lambda: self.sockets.close(keep=not self._ended_in_order))
         self._runtime = Runtime(
             events=self.events,
             channel=self.channel,
             keeper=self.keeper,
             journal=self.journal,
+            sockets=self.sockets,
             target_endpoint=f"ipc://{run}/target.sock",
             notify_path=self.notify.path,
             runtime_dir=run,
@@ -194,6 +198,7 @@ class Supervisor:
         for recovered in self._recovered:
             log.warning("recovered: %s", recovered)
         self._inheritance.find()
+        self.sockets.open(self.config.sockets, self._pids())
         self.channel.open()
 
     def register_roots(self, config: Config) -> None:
@@ -226,6 +231,11 @@ class Supervisor:
         self._scale_as_remembered(target)
         target.held_down = target.config.schedule is not None and not self.store.wanted(name)
         return target
+
+    def _pids(self) -> list[int]:
+        """Of all instances that have a process."""
+        instances = (instance for target in self.targets.values() for instance in target.instances)
+        return [instance.pid for instance in instances if instance.pid is not None]
 
     def _close_journal(self) -> None:
         self.journal.close(
@@ -445,8 +455,7 @@ class Supervisor:
 
     def _close_instances(self) -> None:
         for target in self.targets.values():
-            for instance in target.instances:
-                instance.close()
+            target.close()
         for file in self._runtime.log_files.values():
             file.close()
 
@@ -462,7 +471,10 @@ class Supervisor:
                 remembers = target.config.restart == "unless-stopped" or target.config.schedule is not None
                 stays_down = remembers and not self.store.wanted(target.name)
                 known = self._inheritance.knows(target)
-                if target.config.autostart and not stays_down and not known:
+                if target.config.autostart == "on-demand":
+                    target.held_down = target.held_down or (stays_down and not known)
+                    target.await_demand()
+                elif target.config.autostart and not stays_down and not known:
                     starts.start_soon(start, target)
 
     def _due(self, name: str) -> None:
@@ -629,6 +641,7 @@ class Supervisor:
             "seq": self.events.seq,
             "trust": self.config.patch.trust,
             "inbox": str(self.config.patch.inbox),
+            "sockets": self.sockets.describe(),
             "targets": len(self.targets),
             "stopping": self._stopping.is_set(),
             "counters": dict(sorted(counters.items())),

@@ -27,6 +27,7 @@ from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
     ReloadFailedError,
+    SpawnError,
     StartFailedError,
     StopFailedError,
     TargetBusyError,
@@ -34,6 +35,7 @@ from asyncsup.errors import (
 )
 from asyncsup.instance import Instance, ReloadOutcome, Runtime
 from asyncsup.lifecycle import ALIVE, State
+from asyncsup.sockets import Readiness
 from target_sdk.protocol import Reload
 
 log = logging.getLogger("asyncsup.target")
@@ -43,6 +45,10 @@ STOP_GRACE_SECONDS: Final = 10.0
 
 SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.FAILED, State.BACKOFF})
 """States that answer the question whether a start has worked."""
+
+
+RESTING: Final = frozenset({State.STOPPED, State.EXITED})
+"""States of an instance that nobody will start again by himself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +140,8 @@ class Target:
         self._queue: deque[_Operation] = deque()
         self._current: _Operation | None = None
         self._wake = asyncio.Event()
+        self._demand: Readiness | None = None
+        self._ends = False
         self._life = anyio.CancelScope()
         self.resize(config.instances)
 
@@ -169,6 +177,39 @@ class Target:
         """An instance has changed its state: whoever was waiting for this target may start."""
         for target in self.dependents:
             target.start_waiting()
+        self.await_demand()
+
+    def await_demand(self) -> None:
+        """While an on-demand target rests, have a look at its sockets: the first connection starts it.
+
+        It does not rest when an operator has stopped it, nor when it was given up: it would fail for ever.
+        """
+        rests = (
+            self.config.autostart == "on-demand"
+            and not self.held_down
+            and not self._ends
+            and bool(self.instances)
+            and all(instance.state in RESTING for instance in self.instances)
+        )
+        if rests and self._demand is None:
+            try:
+                sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
+            except SpawnError as error:
+                log.error("%s cannot be started on demand: %s", self.name, error.message)  # noqa: TRY400 - foreseen
+                return
+            self._demand = Readiness(sockets, self._demanded)
+        elif not rests and self._demand is not None:
+            self._demand.close()
+            self._demand = None
+
+    def _demanded(self) -> None:
+        self._demand = None
+        self._want(True)
+
+        async def work() -> None:
+            await self.spawn_instances(self.instances, "a connection")
+
+        self.enqueue("start", "a connection", work).future.add_done_callback(_retrieve)
 
     def start_waiting(self) -> None:
         """Start the instances that wait for dependencies, once all of those are satisfied. It needs no
@@ -201,10 +242,19 @@ class Target:
                     await self._carry_out(operation)
                     self._free_again()
 
+    def close(self) -> None:
+        """Let go of what is open; processes run on."""
+        self._ends = True
+        self.await_demand()
+        for instance in self.instances:
+            instance.close()
+
     def retire(self) -> None:
         """The target is no more: let go of everything. Its processes must have ended."""
         self._preempt(f"{self.name} is configured no more")
         self._life.cancel()
+        self._ends = True
+        self.await_demand()
         self.resize(0)
         self._runtime.journal.drop(f"target {self.name}")
 
@@ -335,6 +385,8 @@ class Target:
         Raises:
             StopFailedError: a process survives SIGKILL.
         """
+        self._ends = True
+        self.await_demand()
         self._preempt("the supervisor is stopping")
         await self._perform(
             "stop", "shutdown", lambda: self.stop_instances(self.instances, "the supervisor is stopping")
@@ -425,6 +477,7 @@ class Target:
                 started.extend(i for i in self.instances if i in up or i.index >= before)
                 await self.spawn_instances(started, reason)
             self.start_waiting()
+            self.await_demand()
 
         await self._perform("reconfigure", asked_by, work)
         if wait and self.wanted:
@@ -548,6 +601,7 @@ class Target:
         if (self.wanted, self.held_down) != (wanted, not wanted):
             self.wanted, self.held_down = wanted, not wanted
             self._on_wanted(self.name, wanted)
+            self.await_demand()
 
 
 @asynccontextmanager

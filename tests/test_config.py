@@ -45,6 +45,7 @@ from asyncsup.config.settings import (
     PatchConfig,
     PatchLimits,
     ReadyConfig,
+    SocketConfig,
     SupervisorConfig,
     TargetPatchConfig,
     options,
@@ -674,7 +675,11 @@ def test_tree_settings_in_defaults_leave_other_targets_alone() -> None:
             "target.a.name",
             "the name stands in the header: [target.NAME]",
         ),
-        ("[zzz]", "zzz", "the tables are [supervisor], [patch], [defaults], [target.NAME] and [group.NAME]"),
+        (
+            "[zzz]",
+            "zzz",
+            "the tables are [supervisor], [patch], [defaults], [target.NAME], [socket.NAME] and [group.NAME]",
+        ),
     ],
 )
 def test_an_unknown_key_says_what_was_probably_meant(text: str, key: str, hint: str) -> None:
@@ -687,7 +692,7 @@ def test_an_unknown_key_says_what_was_probably_meant(text: str, key: str, hint: 
 
 @pytest.mark.parametrize(
     "key",
-    ["sockets", "log.compress", "patch.canary"],
+    ["overlap", "log.compress", "patch.canary"],
 )
 def test_keys_of_later_versions_are_unknown_and_not_ignored(key: str) -> None:
     assert problem_of(f"{key} = 1")["problem"] == "unknown key"
@@ -1713,6 +1718,7 @@ def test_the_page_has_every_key_with_its_type_and_default() -> None:
         "patch.limits": expected(PatchLimits),
         "target.NAME": expected(TargetConfig),
         "group.NAME": expected(GroupConfig),
+        "socket.NAME": expected(SocketConfig),
         "target.NAME.ready": expected(ReadyConfig),
         "target.NAME.liveness": expected(LivenessConfig),
         "target.NAME.hooks": expected(HooksConfig),
@@ -1751,6 +1757,8 @@ def test_the_examples_of_the_page_show_every_key() -> None:
         walk("patch", data.get("patch", {}), PatchConfig)
         for body in data.get("group", {}).values():
             walk("group.NAME", body, GroupConfig)
+        for body in data.get("socket", {}).values():
+            walk("socket.NAME", body, SocketConfig)
         for body in [data.get("defaults", {}), *data.get("target", {}).values()]:
             walk("target.NAME", body, TargetConfig)
     missing = {

@@ -57,7 +57,7 @@ def test_it_accepts_what_the_reference_shows(text: str) -> None:
         ("[target.web]\ninstances = -1", "-1 is less than the minimum of 0"),
         ("[target.web]\nrestart = 'allways'", "'allways' is not valid under any of the given schemas"),
         ("[target.web]\nstop_timeout = 'soon'", "'soon' is not valid under any of the given schemas"),
-        ("[target.web]\nautostart = 'yes'", "'yes' is not of type 'boolean'"),
+        ("[target.web]\nautostart = 'yes'", "'yes' is not valid under any of the given schemas"),
         ("[target.web.limits]\nnofiles = 5", "'nofiles' was unexpected"),
         ("[target.web.env]\nPORT = 8080", "8080 is not of type 'string'"),
         ("[suprevisor]\n", "'suprevisor' was unexpected"),

@@ -29,7 +29,7 @@ class Changes:
 
     Attributes:
         changed: by target; those that are not in here are the same, whatever else is.
-        immediate: keys of `[supervisor]`, `[patch]` and groups that take effect at once.
+        immediate: keys of `[supervisor]`, `[patch]`, sockets and groups that take effect at once.
         postponed: keys that only another supervisor process takes up.
     """
 
@@ -46,13 +46,22 @@ class Changes:
 
 def compare(before: Config, after: Config) -> Changes:
     """What has to be done to get from one to the other."""
-    changed = {
-        name: TargetChange(
-            keys=tuple(differences), at_start=tuple(key for key, at_start in differences.items() if at_start)
-        )
-        for name, target in after.targets.items()
-        if name in before.targets and (differences := dict(_differences(before.targets[name], target)))
+    sockets = {
+        name: dict(_differences(before.sockets[name], socket)) if name in before.sockets else {"listen": True}
+        for name, socket in after.sockets.items()
     }
+    changed = {}
+    for name, target in after.targets.items():
+        if name not in before.targets:
+            continue
+        differences = dict(_differences(before.targets[name], target))
+        # A process has the socket it was started with, wherever the configuration says it is by now.
+        differences |= {
+            f"socket.{socket}.listen": True for socket in target.sockets if "listen" in sockets[socket]
+        }
+        if differences:
+            at_start = tuple(key for key, at_start in differences.items() if at_start)
+            changed[name] = TargetChange(keys=tuple(differences), at_start=at_start)
     own = {
         f"{table}.{key}": at_start
         for table in ("supervisor", "patch")
@@ -63,11 +72,13 @@ def compare(before: Config, after: Config) -> Changes:
         for name in {**before.groups, **after.groups}
         if before.groups.get(name) != after.groups.get(name)
     ]
+    bound = [f"socket.{name}.{key}" for name, differences in sockets.items() for key in differences]
+    bound += [f"socket.{name}" for name in before.sockets if name not in after.sockets]
     return Changes(
         added=tuple(name for name in after.targets if name not in before.targets),
         removed=tuple(name for name in before.targets if name not in after.targets),
         changed=MappingProxyType(changed),
-        immediate=(*(key for key, at_start in own.items() if not at_start), *groups),
+        immediate=(*(key for key, at_start in own.items() if not at_start), *groups, *bound),
         postponed=tuple(key for key, at_start in own.items() if at_start),
     )
 

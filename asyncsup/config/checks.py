@@ -10,17 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from asyncsup import listen_fds
+from asyncsup.config.address import MAX_SOCKET_PATH
 from asyncsup.config.machine import Machine
 from asyncsup.config.problems import Report
-from asyncsup.config.settings import PatchConfig, SupervisorConfig
+from asyncsup.config.settings import SOCKET, PatchConfig, SupervisorConfig
 from asyncsup.config.values import INSTANCE, format_duration, nearest, quoted
 from asyncsup.errors import AllowedSignersError, TrustUnavailableError
 
 if TYPE_CHECKING:
-    from asyncsup.config.reader import TableRead, TargetRead
-
-MAX_SOCKET_PATH: Final = 107
-"""Bytes: what `sun_path` of a UNIX socket address holds without its final NUL."""
+    from asyncsup.config.reader import SocketRead, TableRead, TargetRead
 
 RELOADS: Final = ("reload_signal", "reload_command")
 READY_KEYS: Final = ("http", "tcp", "exec", "log", "fd", "notify")
@@ -131,6 +130,7 @@ class Checks:
         targets: Mapping[str, TargetRead],
         supervisor: SupervisorConfig,
         patch: PatchConfig,
+        sockets: Mapping[str, SocketRead],
         files: Sequence[Path],
     ) -> None:
         """Args: files: those that the configuration was read from."""
@@ -141,6 +141,7 @@ class Checks:
             self._user(target)
             self._probes(target)
             self._oneshot(target)
+            self._sockets(target, sockets)
         self._dependencies(targets)
         self._roots(targets, supervisor, patch, files)
         self._log_files(targets)
@@ -242,6 +243,61 @@ class Checks:
                 self._report.problem(
                     top.place("oneshot"), f"a oneshot is ready when it has ended; remove [{table}]"
                 )
+
+    def _sockets(self, target: TargetRead, sockets: Mapping[str, SocketRead]) -> None:
+        """The sockets a target is started with are there, and its command names no others."""
+        config, top = target.config, target.top
+        for name in config.sockets:
+            if name not in sockets and self._report.whole:
+                near = nearest(name, sockets)
+                self._report.problem(
+                    top.place("sockets"),
+                    f"there is no socket {quoted(name)}",
+                    f"did you mean {quoted(near)}?" if near else f"write [socket.{name}]",
+                )
+        for key, texts in (("command", config.command), ("env", config.env.values())):
+            for name in SOCKET.findall(" ".join(texts)):
+                if name not in config.sockets and "sockets" not in top.failed:
+                    self._report.problem(
+                        top.place(key),
+                        f"$(socket.{name}) is not among the sockets of this target",
+                        f"write sockets = [{quoted(name)}]",
+                    )
+        last = listen_fds.FIRST + len(config.sockets) - 1
+        if config.ready.fd is not None and listen_fds.FIRST <= config.ready.fd <= last:
+            self._report.problem(
+                target.tables["ready"].place("fd"),
+                f"is the number of a socket: those have {listen_fds.FIRST} to {last}",
+                f"choose {last + 1} or more",
+            )
+        if config.autostart == "on-demand" and not config.sockets and "sockets" not in top.failed:
+            self._report.problem(
+                top.place("autostart"),
+                '"on-demand" means: at the first connection to one of its sockets, and it has none',
+                'set sockets = ["NAME"]',
+            )
+
+    def sockets(self, sockets: Mapping[str, SocketRead]) -> None:
+        """Each address is bound once; owners exist; nothing is said that has no meaning."""
+        owners: dict[tuple[object, ...], str] = {}
+        for name, socket in sockets.items():
+            config, read = socket.config, socket.read
+            address = config.listen
+            if (other := owners.setdefault(tuple(address), name)) != name:
+                self._report.problem(read.place("listen"), f"{other} and {name} have the same address")
+            for key in ("mode", "user", "group"):
+                if key in read.places and not address.is_path:
+                    self._report.problem(read.place(key), "has a meaning only for unix:// and unixgram://")
+            if address.scheme in {"udp", "unixgram"} and "backlog" in read.places:
+                self._report.problem(read.place("backlog"), "has no meaning: nothing connects to it")
+            if self._machine is None:
+                continue
+            for key, who, find in (
+                ("user", config.user, self._machine.user_id),
+                ("group", config.group, self._machine.group_id),
+            ):
+                if who is not None and find(who) is None:
+                    self._report.problem(read.place(key), f"there is no such {key} on this machine")
 
     def _dependencies(self, targets: Mapping[str, TargetRead]) -> None:
         graph: dict[str, tuple[str, ...]] = {}

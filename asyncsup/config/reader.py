@@ -27,6 +27,7 @@ from asyncsup.config.settings import (
     PatchConduct,
     PatchConfig,
     PatchLimits,
+    SocketConfig,
     SupervisorConfig,
     TargetConfig,
     TargetPatchConfig,
@@ -45,7 +46,8 @@ from asyncsup.config.values import (
     type_name,
 )
 
-_TABLES: Final = ("supervisor", "patch", "defaults", "target", "group")
+_TABLES: Final = ("supervisor", "patch", "defaults", "target", "socket", "group")
+_INCLUDED: Final = ("target", "socket")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _TOML_ERROR: Final = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)
 
@@ -100,6 +102,13 @@ class TargetRead(NamedTuple):
     top: TableRead
     tables: Mapping[str, TableRead]
     """Of the tables in it, those that have keys of their own, by name: `log`, `ready` ..."""
+
+
+class SocketRead(NamedTuple):
+    """A socket, and where its settings stand."""
+
+    config: SocketConfig
+    read: TableRead
 
 
 def parse_config(
@@ -205,10 +214,12 @@ class Reader:
         supervisor, supervisor_read = self._supervisor()
         patch, patch_read = self._patch()
         targets = self._targets(supervisor, patch_read)
+        sockets = self._sockets()
         check = checks.Checks(self.report, self._machine, self._environ)
         check.supervisor(supervisor, supervisor_read)
         check.patch(patch, patch_read)
-        check.targets(targets, supervisor, patch, [source.path for source in self._sources])
+        check.sockets(sockets)
+        check.targets(targets, supervisor, patch, sockets, [source.path for source in self._sources])
         groups = self._groups(list(targets))
         self.report.raise_problems()
         check.warn(targets)
@@ -222,6 +233,7 @@ class Reader:
             patch=patch,
             targets=MappingProxyType({name: target.config for name, target in targets.items()}),
             groups=groups,
+            sockets=MappingProxyType({name: socket.config for name, socket in sockets.items()}),
             warnings=self.report.warnings,
         )
 
@@ -284,6 +296,25 @@ class Reader:
                     if "command" not in layer.table and "command" not in defaults.table:
                         self.report.problem(layer.place("command"), "is missing", COMMAND_HINT)
         return targets
+
+    def _sockets(self) -> dict[str, SocketRead]:
+        sockets: dict[str, SocketRead] = {}
+        by_folded_name: dict[str, Layer] = {}
+        for source in self._sources:
+            table = self._table(source, "socket")
+            for name in table.table:
+                layer = self._sub(table, name)
+                if layer is None or not self._check_name(layer, name, by_folded_name):
+                    continue
+                self._check_keys(layer, options(SocketConfig), "socket.NAME")
+                read = self._read(SocketConfig, [layer])
+                if "listen" in read.values:
+                    sockets[name] = SocketRead(SocketConfig(**read.values), read)
+                elif "listen" not in read.failed:
+                    self.report.problem(
+                        layer.place("listen"), "is missing", 'write listen = "tcp://127.0.0.1:8080"'
+                    )
+        return sockets
 
     def _groups(self, targets: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
         """The groups, each with the targets that its names and patterns mean."""
@@ -412,10 +443,10 @@ class Reader:
                 place = Place(source, (name,))
                 if name not in _TABLES:
                     self.report.problem(place, "unknown key", _top_level_hint(name))
-                elif name != "target" and source is not main:
+                elif name not in _INCLUDED and source is not main:
                     self.report.problem(
                         place,
-                        "an included file has only [target.NAME] tables",
+                        "an included file has only [target.NAME] and [socket.NAME] tables",
                         f"move [{name}] to {main.shown}",
                     )
 
@@ -426,7 +457,7 @@ class Reader:
                 self.report.problem(place, "unknown key", _unknown_key_hint(name, list(known), table))
 
     def _check_name(self, layer: Layer, name: str, by_folded_name: dict[str, Layer]) -> bool:
-        """Whether the name of a target is a name, and not one that is taken."""
+        """Whether the name of a target (group, socket) is a name, and not one that is taken."""
         place = Place(layer.source, layer.keys)
         if not _NAME.fullmatch(name):
             self.report.problem(
@@ -483,7 +514,7 @@ def _top_level_hint(name: str) -> str:
         return f'did you mean "{near}"?'
     if table := _table_of(name):
         return f"it belongs under [{table}]"
-    return "the tables are [supervisor], [patch], [defaults], [target.NAME] and [group.NAME]"
+    return "the tables are [supervisor], [patch], [defaults], [target.NAME], [socket.NAME] and [group.NAME]"
 
 
 def _unknown_key_hint(name: str, known: Sequence[str], table: str) -> str | None:
@@ -507,6 +538,7 @@ def _table_of(name: str) -> str | None:
         "patch.limits": options(PatchLimits),
         "target.NAME": options(TargetConfig),
         "group.NAME": options(GroupConfig),
+        "socket.NAME": options(SocketConfig),
         "target.NAME.log": options(LogConfig),
         "target.NAME.hooks": options(HooksConfig),
         "target.NAME.limits": LIMITS,

@@ -7,6 +7,7 @@ follow the fields (`options`). `asyncsup.config.reader` reads them.
 There is no ``from __future__ import annotations`` here because the annotations are read at run time.
 """
 
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -14,9 +15,10 @@ from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, cast
 
 from asyncsup.config import values
+from asyncsup.config.address import Address
 from asyncsup.config.values import UNLIMITED, Condition, ValueType, choice, integer, toml_text
 from asyncsup.patch.paths import MAX_DEPTH
 
@@ -47,6 +49,9 @@ class Entries(NamedTuple):
     value: ValueType[Any]
     known: Mapping[str, ValueType[Any]] | None = None
 
+
+SOCKET: Final = re.compile(r"\$\(socket\.([^)]*)\)")
+"""In `command` and `env`: the number of the descriptor of that socket."""
 
 Duration = Annotated[float, values.DURATION]
 Timeout = Annotated[float, values.TIMEOUT]
@@ -282,8 +287,10 @@ class TargetConfig:
     group: Annotated[str | None, values.TEXT, Takes.AT_START] = None
     umask: Annotated[int | None, values.UMASK, Takes.AT_START] = None
     instances: Annotated[int, integer(0, 10_000)] = 1
-    autostart: Annotated[bool, values.BOOLEAN] = True
-    """Start with the supervisor."""
+    autostart: Annotated[bool | Literal["on-demand"], values.AUTOSTART] = True
+    """Start with the supervisor, or when somebody connects to one of its sockets."""
+    sockets: Annotated[tuple[str, ...], values.STRINGS, Takes.AT_START] = ()
+    """Sockets of ours that its instances are given, as descriptors from 3 on (LISTEN_FDS)."""
     depends_on: Annotated[Mapping[str, Condition], values.DEPENDS] = field(default_factory=_empty)
     """What must have become of which targets before this one is started."""
     oneshot: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
@@ -368,6 +375,21 @@ class GroupConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SocketConfig:
+    """`[socket.NAME]`: a socket that is bound once, by the supervisor, and handed to targets."""
+
+    listen: Annotated[Address, values.BIND]
+    """Where it is bound."""
+    backlog: Annotated[int, integer(1, 65_535)] = 4096
+    """How many connections may wait to be accepted; the kernel has a limit, too (net.core.somaxconn)."""
+    mode: Annotated[int, values.SOCKET_MODE] = 0o600
+    """Permissions of a UNIX socket: who may write to it may connect."""
+    user: Annotated[str | None, values.TEXT] = None
+    """Whose a UNIX socket is."""
+    group: Annotated[str | None, values.TEXT] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole configuration that has passed every check. All paths are absolute."""
 
@@ -382,6 +404,7 @@ class Config:
     """By name, in the order of the files."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=_empty)
     """By name, the names of their targets, in the order of the files."""
+    sockets: Mapping[str, SocketConfig] = field(default_factory=_empty)
     warnings: tuple[str, ...] = ()
     """What is allowed but probably not meant, one sentence each."""
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, get_args
 
+from asyncsup.config.address import Address
+
 if TYPE_CHECKING:
     from asyncsup.patch.manifest import Kind
 
@@ -570,6 +572,26 @@ def _read_listen(value: Any, scope: Scope) -> str:
     return found[0]
 
 
+def _read_bind(value: Any, scope: Scope) -> Address:
+    text = scope.text(value)
+    scheme, _, path = text.partition("://")
+    if scheme in {"unix", "unixgram"} and path and not path.startswith("@"):
+        text = f"{scheme}://{scope.path(path)}"
+    try:
+        return Address.parse(text)
+    except ValueError as error:
+        raise BadValueError(
+            str(error),
+            'write it as "tcp://127.0.0.1:8080", "tcp://[::1]:8080", "udp://*:53" or "unix:///run/web.sock"',
+        ) from None
+
+
+def _read_autostart(value: Any, scope: Scope) -> bool | Literal["on-demand"]:
+    if value == "on-demand":
+        return "on-demand"
+    return _read_boolean(value, scope)
+
+
 def _read_socket_mode(value: Any, scope: Scope) -> int:
     if not isinstance(value, str) or not re.fullmatch(r"0?6[06][06]", text := scope.text(value)):
         raise BadValueError(
@@ -677,6 +699,14 @@ INHERIT: Final = ValueType(
 )
 ENDPOINT: Final = ValueType('"ipc://PATH"', _read_endpoint)
 LISTEN: Final = ValueType('"tcp://HOST:PORT"', _read_listen)
+BIND: Final = ValueType(
+    '"tcp://HOST:PORT", "udp://HOST:PORT" or "unix://PATH"', _read_bind, lambda value: quoted(str(value))
+)
+AUTOSTART: Final = ValueType(
+    'boolean or "on-demand"',
+    _read_autostart,
+    schema={"anyOf": [{"type": "boolean"}, {"const": "on-demand"}]},
+)
 SOCKET_MODE: Final = ValueType(
     "octal string",
     _read_socket_mode,
