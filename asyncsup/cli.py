@@ -639,86 +639,7 @@ def _wait_arguments(parser: argparse.ArgumentParser) -> None:
 # --- logs and events ----------------------------------------------------------------------------------------
 
 
-class _LogPrinter:
-    """Prints output by the line, each with its instance's name where there are several."""
-
-    def __init__(self, out: Output, instances: Sequence[str]) -> None:
-        self._out = out
-        self._order = {name: index for index, name in enumerate(instances)}
-        self._column = max((render.width_of(render.clean(name)) for name in instances), default=0)
-        self._partial: dict[tuple[str, str], str] = {}
-
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        """A line without its end waits for the rest of it."""
-        key = (str(chunk["instance"]), str(chunk.get("stream", "stdout")))
-        *lines, rest = (self._partial.pop(key, "") + str(chunk["text"])).split("\n")
-        if rest:
-            self._partial[key] = rest
-        self._print(key, lines)
-
-    def flush(self) -> None:
-        for key, rest in self._partial.items():
-            self._print(key, [rest])
-        self._partial.clear()
-
-    def _print(self, key: tuple[str, str], lines: Sequence[str]) -> None:
-        out, (instance, stream) = self._out, key
-        if out.json_wanted:
-            for line in lines:
-                out.row({"instance": instance, "stream": stream, "line": line}, list)
-            return
-        prefix = ""
-        if len(self._order) > 1:
-            name = render.clean(instance)
-            padding = " " * (self._column - render.width_of(name))
-            prefix = out.ink.name(self._order.get(instance, 0), f"{name}{padding} |") + " "
-        # Into a pipe or a file the bytes go as they are; a terminal would act on them.
-        shown = [render.clean_log(line, out.ink) for line in lines] if out.is_terminal else lines
-        out.raw("".join(f"{prefix}{line}\n" for line in shown))
-
-
-def _logs(session: Session) -> int:
-    args = session.args
-    stream = "stderr" if args.stderr else "stdout"
-    chunks: dict[str, dict[str, Any]] = {}
-    for name in _targets_named(session, args.names):
-        for chunk in session.ask("logs", name=name, stream=stream, lines=args.lines)["chunks"]:
-            chunks[chunk["instance"]] = chunk
-    printer = _LogPrinter(session.out, list(chunks))
-    try:
-        for chunk in chunks.values():
-            printer.add(chunk)
-            if not args.follow:
-                printer.flush()
-        if args.follow:
-            cursors = {name: chunk["cursor"] for name, chunk in chunks.items()}
-            _follow(session, lambda: _follow_logs(session, printer, cursors))
-    finally:
-        printer.flush()
-    return 0
-
-
-def _targets_named(session: Session, names: Sequence[str]) -> list[str]:
-    """``logs`` takes one target; patterns and ``all`` are looked up first."""
-    if not any(name == "all" or set(name) & set("*?[") for name in names):
-        return list(names)
-    found = session.ask("status", names=names)["targets"]
-    return [instance["name"] for target in found for instance in target["instances"]]
-
-
-def _follow_logs(session: Session, printer: _LogPrinter, cursors: dict[str, Any]) -> bool:
-    answer = session.client.call(
-        "logs.follow",
-        {"cursors": list(cursors.values()), "timeout": FOLLOW_SECONDS},
-        timeout=FOLLOW_SECONDS + QUERY_SECONDS,
-    )
-    for chunk in answer["chunks"]:
-        cursors[chunk["instance"]] = chunk["cursor"]
-        printer.add(chunk)
-    return True
-
-
-def _follow(session: Session, step: Callable[[], bool]) -> None:
+def follow(session: Session, step: Callable[[], bool]) -> None:
     """Take steps until one says no, the reader goes or the supervisor ends. A crashed one is waited for."""
     import time
 
@@ -746,10 +667,16 @@ def _follow(session: Session, step: Callable[[], bool]) -> None:
 
 
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:
-    _names(parser, "+", _SEVERAL)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
-    parser.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="the last N lines (100)")
-    parser.add_argument("--stderr", action="store_true", help="the error stream, where it is kept apart")
+    from asyncsup import cli_logs
+
+    _names(parser, "*", _SEVERAL)
+    cli_logs.add_arguments(parser)
+
+
+def _logs(session: Session) -> int:
+    from asyncsup import cli_logs
+
+    return cli_logs.run(session)
 
 
 def _events(session: Session) -> int:
@@ -790,7 +717,7 @@ def _events(session: Session) -> int:
             ending = event.type == "supervisor.stopping" or (ending and event.type != "supervisor.started")
             return True
 
-        _follow(session, step)
+        follow(session, step)
     return 0
 
 

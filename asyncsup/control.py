@@ -13,6 +13,7 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -32,7 +33,8 @@ from asyncsup.errors import (
 )
 from asyncsup.ipc import Origin, Router
 from asyncsup.keys import Role, covers
-from asyncsup.logs import Cursor
+from asyncsup.logreader import READ_BYTES, Cursor, Piece
+from asyncsup.logs import OutputStream
 from asyncsup.patch.overseer import Source, WayBack, Wish
 from asyncsup.patch.plan import POLICIES, Policy
 from asyncsup.patch.prototype import parse_crc32
@@ -59,6 +61,11 @@ log = logging.getLogger("asyncsup.control")
 
 LONGEST_FOLLOW_SECONDS: Final = 60.0
 MOST_LINES: Final = 100_000
+DEFAULT_LINES: Final = 100
+LOG_ANSWER_BYTES: Final = 4 << 20
+"""What all streams together may have of one answer."""
+LATEST_MOMENT: Final = 253_402_300_800
+"""The end of the year 9999, which is as far as dates are written."""
 
 Handler = Callable[["ControlServer", "Call"], Awaitable[Any]]
 METHODS: dict[str, Method] = {}
@@ -147,6 +154,16 @@ class Call:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
             raise RequestError(f"{key}: must be a number of seconds, is {value!r}")
+        return float(value)
+
+    def moment(self, key: str) -> float | None:
+        """Seconds since the epoch."""
+        value = self._params.get(key)
+        self._read.add(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LATEST_MOMENT:
+            raise RequestError(f"{key}: must be a time in seconds since 1970, is {value!r}")
         return float(value)
 
     def choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
@@ -525,49 +542,57 @@ class ControlServer:
     async def logs(self, call: Call) -> Any:
         name = call.string("name")
         stream = call.choice("stream", ("stdout", "stderr"), "stdout")
-        lines = call.integer("lines", 100, at_most=MOST_LINES)
+        since = call.moment("since")
+        lines = call.optional_integer("lines", at_most=MOST_LINES)
         call.finish()
+        if lines is None and since is None:
+            lines = DEFAULT_LINES
+        instances = [instance for found in self._named([name]) for instance in found.instances]
+        limit = _share(len(instances))
         chunks = []
-        for instance in [instance for found in self._named([name]) for instance in found.instances]:
+        for instance in instances:
             await anyio.lowlevel.checkpoint()  # reading the files of hundreds takes a while
             output = self.supervisor.stream(instance, stream)
-            text, cursor = output.tail(lines)
-            chunks.append(
-                {
-                    "instance": instance.name,
-                    "stream": output.stream,
-                    "path": str(output.file.path),
-                    "text": text,
-                    "cursor": cursor.to_json(),
-                }
-            )
+            begin, is_exact = _beginning(output, since, lines)
+            chunk = _chunk(output, output.reader.read(begin, limit))
+            chunks.append({**chunk, "path": str(output.file.path), "exact": is_exact})
         return {"chunks": chunks}
 
     @method("logs.follow", "view")
     async def follow(self, call: Call) -> Any:
         cursors = [Cursor.from_json(value) for value in call.array("cursors")]
-        timeout = min(call.seconds("timeout") or 25.0, LONGEST_FOLLOW_SECONDS)
+        timeout = call.seconds("timeout")
+        timeout = 25.0 if timeout is None else min(timeout, LONGEST_FOLLOW_SECONDS)
         call.finish()
-        outputs = [
-            self.supervisor.stream(self.supervisor.instance(cursor.instance), cursor.stream)
+        pairs = [
+            (self.supervisor.stream(self.supervisor.instance(cursor.instance), cursor.stream), cursor)
             for cursor in cursors
         ]
+        limit = _share(len(pairs))
         chunks: list[dict[str, Any]] = []
-        with anyio.move_on_after(timeout):
-            while cursors and not chunks:
-                growths = [output.growth() for output in outputs]
-                try:
-                    for output, cursor in zip(outputs, cursors, strict=True):
-                        text, after = output.read(cursor)
-                        if text:
-                            chunk = {"instance": cursor.instance, "stream": cursor.stream, "text": text}
-                            chunks.append({**chunk, "cursor": after.to_json()})
-                    if not chunks:
-                        await asyncio.wait(growths, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for growth in growths:
-                        growth.cancel()
+        deadline = asyncio.get_running_loop().time() + timeout
+        while pairs and not chunks:
+            growths = [output.growth() for output, _ in pairs]
+            try:
+                for output, cursor in sorted(pairs, key=lambda pair: pair[0].arrived):
+                    piece = output.reader.read(cursor, limit)
+                    if piece.text:
+                        chunks.append(_chunk(output, piece, stream=cursor.stream))
+                left = deadline - asyncio.get_running_loop().time()
+                if left <= 0:
+                    break
+                if not chunks:
+                    await asyncio.wait(growths, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for growth in growths:
+                    growth.cancel()
         return {"chunks": chunks}
+
+    @method("logs.reopen", "operate")
+    async def reopen(self, call: Call) -> Any:
+        names = call.strings("names") or ["all"]
+        call.finish()
+        return {"paths": self.supervisor.reopen_logs(found.target for found in self._named(names))}
 
     # --- patches --------------------------------------------------------------------------------------------
 
@@ -737,3 +762,27 @@ def _signal_number(text: str) -> int:
         )
     except (KeyError, ValueError):
         raise RequestError(f"signal: {text!r:.40} is none; for example HUP, SIGUSR1 or 15") from None
+
+
+def _share(streams: int) -> int:
+    """Bytes that each of so many streams may have in an answer."""
+    return min(READ_BYTES, LOG_ANSWER_BYTES // max(1, streams))
+
+
+def _beginning(output: OutputStream, since: float | None, lines: int | None) -> tuple[Cursor, bool]:
+    """Where output is to be read from; and whether that is exactly what was asked for."""
+    reader = output.reader
+    tail = None if lines is None else reader.tail(lines)
+    if since is None:
+        assert tail is not None
+        return tail, True
+    begin, is_exact = reader.since(since, stamped=output.is_stamped)
+    return (begin if tail is None else reader.later(begin, tail)), is_exact
+
+
+def _chunk(output: OutputStream, piece: Piece, *, stream: str | None = None) -> dict[str, Any]:
+    cursor = piece.cursor if stream is None else replace(piece.cursor, stream=stream)
+    return {
+        "instance": output.instance, "stream": cursor.stream, "text": piece.text,
+        "cursor": cursor.to_json(), "left": piece.left, "size": piece.size, "gap": piece.gap,
+    }  # fmt: skip

@@ -37,7 +37,8 @@ from asyncsup.child import (
     ticks_now,
     when_group_empty,
 )
-from asyncsup.config import TargetConfig
+from asyncsup.compressor import Compressor
+from asyncsup.config import LogConfig, TargetConfig
 from asyncsup.config.settings import SOCKET
 from asyncsup.environment import build_environment
 from asyncsup.errors import SpawnError, TargetNotRunningError
@@ -45,7 +46,9 @@ from asyncsup.events import EventStream, timestamp
 from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.lifecycle import Event, State
-from asyncsup.logs import Cursor, OutputStream, RotatingFile
+from asyncsup.logfile import LogLimits, RotatingFile
+from asyncsup.logreader import Cursor
+from asyncsup.logs import OutputStream
 from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
@@ -96,12 +99,22 @@ class Runtime:
     root_facts: Callable[[str], RootFacts]
     essential_ended: Callable[[Instance], None]
     log_files: dict[Path, RotatingFile] = field(default_factory=dict)
+    compressor: Compressor = field(default_factory=Compressor)
 
-    def log_file(self, path: Path, *, max_size: int, max_files: int) -> RotatingFile:
+    def log_file(self, path: Path, settings: LogConfig) -> RotatingFile:
         """One open file per path: two writers that do not know of each other would overwrite one another."""
         if path not in self.log_files:
-            self.log_files[path] = RotatingFile(path, max_size=max_size, max_files=max_files)
+            self.log_files[path] = RotatingFile(path, **self.log_limits(settings))
+            self.log_files[path].take_up()
         return self.log_files[path]
+
+    def log_limits(self, settings: LogConfig) -> LogLimits:
+        return {
+            "max_size": settings.max_size,
+            "max_files": settings.max_files,
+            "max_age": settings.max_age,
+            "compress": self.compressor.submit if settings.compress == "gzip" else None,
+        }
 
     def close_log_file(self, path: Path) -> None:
         """Whoever wrote to it does so no more."""
@@ -224,6 +237,11 @@ class Instance:
     @property
     def ready(self) -> bool:
         return self.state in lifecycle.READY and self._doomed is None
+
+    @property
+    def open_streams(self) -> Mapping[str, OutputStream]:
+        """Those that have been needed so far."""
+        return self._streams
 
     @property
     def streams(self) -> Mapping[str, OutputStream]:
@@ -632,7 +650,7 @@ class Instance:
         with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as child_ends:
             try:
                 output = self.streams["stdout"]
-                begin = output.end()
+                begin = output.reader.end()
                 if number is not None:
                     descriptor, child_end = os.pipe2(os.O_CLOEXEC)
                     on_failure.callback(os.close, descriptor)
@@ -781,16 +799,19 @@ class Instance:
 
         return SOCKET.sub(number, text.replace("${instance}", str(self.index)))
 
-    def _open_streams(self) -> None:
+    def _log_paths(self) -> dict[str, Path]:
         settings = self.config.log
         logs = self._runtime.state_dir / "logs"
         paths = {"stdout": settings.stdout or logs / f"{self.config.name}.{self.index}.log"}
         if settings.stderr != "stdout":
             paths["stderr"] = settings.stderr or logs / f"{self.config.name}.{self.index}.err.log"
+        return {stream: Path(self._expand(str(path))) for stream, path in paths.items()}
+
+    def _open_streams(self) -> None:
         has_writers = self._process is not None and self._process.pid is not None
         with contextlib.ExitStack() as on_failure:
-            for stream, path in paths.items():
-                self._open_stream(stream, Path(self._expand(str(path))))
+            for stream, path in self._log_paths().items():
+                self._open_stream(stream, path)
                 on_failure.callback(self._close_stream, stream, keep=has_writers)
             on_failure.pop_all()
 
@@ -799,7 +820,7 @@ class Instance:
         held = self._runtime.keeper.take(name)
         opened = OutputStream(
             self._fifo(stream),
-            self._runtime.log_file(path, max_size=settings.max_size, max_files=settings.max_files),
+            self._runtime.log_file(path, settings),
             instance=self.name,
             stream=stream,
             format_=settings.format,
@@ -837,15 +858,27 @@ class Instance:
         must be none, if any of that is different.
         """
         before, self.config = self.config, config
-        for stream in self._streams.values():
-            stream.file.limit(max_size=config.log.max_size, max_files=config.log.max_files)
-        outputs = [(log.stdout, log.stderr, log.format) for log in (before.log, config.log)]
-        if outputs[0] != outputs[1]:
-            self._close_streams()
+        if before.log != config.log:
+            self._take_log_settings(before.log, config.log)
         if self.ready and self._watch is not None and before != config:
             self._watch.close()
             self._watch = self._new_watch()
             self._watch.became_ready(since=self._ready_at)
+
+    def _take_log_settings(self, before: LogConfig, after: LogConfig) -> None:
+        if before.stderr != after.stderr:
+            self._close_streams()
+            return
+        paths = self._log_paths()
+        for name, stream in self._streams.items():
+            old = stream.file
+            # One that was configured away while the process has it goes where the other does.
+            file = self._runtime.log_file(paths.get(name, paths["stdout"]), after)
+            if file is not old or before.format != after.format:
+                stream.redirect(file, after.format)
+            file.limit(**self._runtime.log_limits(after))
+            if file is not old:
+                self._runtime.close_log_file(old.path)
 
     def close(self) -> None:
         """Let go of descriptors; the process, if there is one, is not touched, and goes on writing."""
@@ -1180,7 +1213,7 @@ class Instance:
             if self.config.readiness != "exit":
                 self._arm(left, self._start_timed_out)
             inode, offset = process.output_from or (0, 0)
-            begin = Cursor(instance=self.name, stream="stdout", inode=inode, offset=offset)
+            begin = Cursor(instance=self.name, stream="stdout", inode=inode, born=0, offset=offset)
             self._watch.await_ready(self.streams["stdout"], begin, descriptor, since=child.started)
 
     def _remaining(self) -> float:

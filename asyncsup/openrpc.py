@@ -74,7 +74,11 @@ _CHANGES: Final = _object(
     added=STRINGS, removed=STRINGS, restarted=OBJECT, in_place=OBJECT, immediate=STRINGS, postponed=STRINGS,
     warnings=STRINGS,
 )  # fmt: skip
-_CHUNKS: Final = _object(chunks=_array(instance=STRING, stream=STRING, text=STRING, cursor=OBJECT))
+_CHUNKS: Final = _object(
+    chunks=_array(
+        instance=STRING, stream=STRING, text=STRING, cursor=OBJECT, left=NATURAL, size=NATURAL, gap=BOOLEAN
+    )
+)  # fmt: skip
 _REPORT: Final = _object(
     verdict=STRING, reason=_or_null(STRING), code=_or_null(STRING), txn=_or_null(NATURAL),
     patch=_or_null(STRING), gates=_array(name=STRING, ok=BOOLEAN), targets=ARRAY, steps=ARRAY,
@@ -174,12 +178,13 @@ METHODS: Final[Sequence[Schema]] = (
     ),
     _method(
         "logs",
-        "The last lines of a target's output.",
+        "The last lines of what targets have written, or those since a time.",
         _CHUNKS,
-        optional=["stream", "lines"],
+        optional=["stream", "lines", "since"],
         name=STRING,
         stream=_any_of("stdout", "stderr"),
         lines=NATURAL,
+        since=SECONDS,
     ),
     _method(
         "logs.follow",
@@ -188,6 +193,13 @@ METHODS: Final[Sequence[Schema]] = (
         optional=["cursors", "timeout"],
         cursors=ARRAY,
         timeout=SECONDS,
+    ),
+    _method(
+        "logs.reopen",
+        "Open the log files anew, after somebody else has moved them away.",
+        _object(paths=STRINGS),
+        optional=["names"],
+        names=STRINGS,
     ),
     _method("shutdown", "Stop all targets and the supervisor.", _object(stopping=NATURAL)),
     _method(

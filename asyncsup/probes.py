@@ -21,7 +21,8 @@ import anyio
 import anyio.to_thread
 
 from asyncsup.config.settings import LivenessConfig, ProbeConfig
-from asyncsup.logs import Cursor, OutputStream
+from asyncsup.logreader import Cursor
+from asyncsup.logs import OutputStream
 
 Probe = Callable[[], Awaitable[str | None]]
 """Why the program is not well, in a few words; None when it is."""
@@ -124,13 +125,14 @@ async def until_line(stream: OutputStream, begin: Cursor, pattern: str) -> None:
     while True:
         growth = stream.growth()
         try:
-            text, cursor = stream.read(cursor)
-            if not text:
+            piece = stream.reader.read(cursor)
+            cursor = piece.cursor
+            if not piece.text:
                 await growth
                 continue
         finally:
             growth.cancel()
-        *lines, tail = (tail + text).split("\n")
+        *lines, tail = (tail + piece.text).split("\n")
         if any(wanted.search(line) for line in lines) or wanted.search(tail):
             return
         tail = tail[-LONGEST_TAIL:]

@@ -22,6 +22,7 @@ Cell = tuple[str, str]
 
 _CODES: Final = {"green": "32", "yellow": "33", "red": "31", "grey": "90", "bold": "1", "cyan": "36"}
 _NAME_COLOURS: Final = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
+NAME_COLOURS: Final = len(_NAME_COLOURS)
 _MISSING: Final = "-"
 
 _STATE_COLOURS: Final = {
@@ -48,6 +49,7 @@ _TOLD_BY: Final = {
 }
 
 # Select Graphic Rendition: colours and weights. The only escape sequence of a target that reaches a terminal.
+_LOG_TIME: Final = re.compile(r'(?:\{"at":")?([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{3}Z)["\x20]')
 _SGR: Final = re.compile(r"(\x1b\[[0-9;:]*m)")
 
 
@@ -68,7 +70,7 @@ class Ink:
         """``text`` in the ``index``-th of the colours that tell names apart."""
         if not self.enabled:
             return text
-        return f"\x1b[{_NAME_COLOURS[index % len(_NAME_COLOURS)]}m{text}\x1b[0m"
+        return f"\x1b[{_NAME_COLOURS[index % NAME_COLOURS]}m{text}\x1b[0m"
 
 
 PLAIN: Final = Ink(False)
@@ -101,6 +103,12 @@ def clean_log(text: str, ink: Ink) -> str:
         elif not part.isprintable():
             parts[index] = "\t".join(clean(piece) for piece in part.split("\t"))
     return "".join(parts) + ("\x1b[0m" if coloured else "")
+
+
+def time_of_log(line: str) -> str | None:
+    """The time at the beginning of a line in format ``timestamp`` or ``json``; these sort as times do."""
+    found = _LOG_TIME.match(line)
+    return found[1] if found else None
 
 
 def duration(seconds: float | None) -> str:

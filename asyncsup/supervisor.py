@@ -376,7 +376,8 @@ class Supervisor:
             log.warning("SIGUSR1: ignored; SIGUSR2 reopens log files")
             return
         if number == signal.SIGUSR2:
-            self._reopen_logs()
+            log.info("SIGUSR2: reopening log files")
+            self.reopen_logs(self.targets.values())
             return
         self._asked_to_end[way] += 1
         if not self._stopping.is_set():
@@ -394,10 +395,17 @@ class Supervisor:
         except AsyncsupError as error:
             log.error("SIGHUP: nothing was changed: %s", error.message)  # noqa: TRY400 - foreseen
 
-    def _reopen_logs(self) -> None:
-        log.info("SIGUSR2: reopening log files")
-        for file in self._runtime.log_files.values():
+    def reopen_logs(self, targets: Iterable[Target]) -> list[str]:
+        """Open the log files anew, after somebody else has moved them away; returns their paths."""
+        files = [
+            stream.file
+            for target in targets
+            for instance in target.instances
+            for stream in instance.open_streams.values()
+        ]
+        for file in files:
             file.reopen()
+        return [str(file.path) for file in files]
 
     def shutdown(self, reason: str) -> int:
         """Begin to end; returns how many instances there are to stop. The caller may watch the events."""
@@ -458,6 +466,7 @@ class Supervisor:
             target.close()
         for file in self._runtime.log_files.values():
             file.close()
+        self._runtime.compressor.close()
 
     async def _autostart(self) -> None:
         async def start(target: Target) -> None:

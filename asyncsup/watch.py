@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from asyncsup.channel import PeerError, PeerGoneError
 from asyncsup.config import ProbeConfig, TargetConfig
-from asyncsup.logs import Cursor, OutputStream
+from asyncsup.logreader import Cursor
+from asyncsup.logs import OutputStream
 from asyncsup.probes import Probe, RunCommand, probe_of, until_dead, until_line, until_ready
 
 AGE_SPREAD: Final = 0.1

@@ -26,7 +26,8 @@ from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, alive, fails, instance
 from asyncsup.child import SpawnSpec, spawn
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError, SpawnError
-from asyncsup.logs import OutputStream, RotatingFile
+from asyncsup.logfile import RotatingFile
+from asyncsup.logs import OutputStream
 
 
 def supervisor_pid(client: ControlClient) -> int:

@@ -337,15 +337,15 @@ def test_logs_of_one_instance_are_its_bytes(run: Run, supervisor: FakeSupervisor
 
 
 def test_logs_of_several_carry_their_names(run: Run, supervisor: FakeSupervisor) -> None:
-    supervisor.handlers["status"] = lambda _: status(
-        target("a"), target("bb", instance("bb:0"), instance("bb:1"))
-    )
-    supervisor.handlers["logs"] = lambda call: {"chunks": [chunk(call.params["name"], "x\ny")]}
+    instances = {"all": ["a:0", "bb:0", "bb:1"], "a": ["a:0"]}
+    supervisor.handlers["logs"] = lambda call: {
+        "chunks": [chunk(name, "x\ny") for name in instances[call.params["name"]]]
+    }
     assert run("logs", "all").out.splitlines() == [
         "a:0  | x", "a:0  | y", "bb:0 | x", "bb:0 | y", "bb:1 | x", "bb:1 | y",
     ]  # fmt: skip
     assert run("logs", "a", "--json").out == (
-        '{"instance":"a","stream":"stdout","line":"x"}\n{"instance":"a","stream":"stdout","line":"y"}\n'
+        '{"instance":"a:0","stream":"stdout","line":"x"}\n{"instance":"a:0","stream":"stdout","line":"y"}\n'
     )
 
 

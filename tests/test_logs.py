@@ -14,9 +14,19 @@ from pathlib import Path
 import pytest
 
 from asyncsup.errors import RequestError
-from asyncsup.logs import Cursor, Format, OutputStream, RotatingFile
+from asyncsup.logfile import RotatingFile
+from asyncsup.logreader import Cursor
+from asyncsup.logs import Format, OutputStream
 
 pytestmark = pytest.mark.anyio
+
+
+def oldest_first(stream: OutputStream) -> list[Path]:
+    return [*stream.file.newest_first()][::-1]
+
+
+def tail(stream: OutputStream, lines: int) -> str:
+    return stream.reader.read(stream.reader.tail(lines)).text
 
 
 class Made:
@@ -70,19 +80,19 @@ async def test_a_flood_is_rotated_between_lines_and_nothing_is_lost(made: Made, 
     stream = made.stream(format_=format_, max_size=300_000, max_files=1000)
     await made.run(stream, "for i in range(60_000): print(f'line {i:06d}')")
     numbers: list[int] = []
-    for path in stream.file.generations():
+    for path in oldest_first(stream):
         data = path.read_text()
         assert path.stat().st_size <= 300_000
         assert data.endswith("\n")
         numbers += [int(number) for number in re.findall(r"line (\d{6})", data)]
     assert numbers == list(range(60_000))
-    assert len(list(stream.file.generations())) > 2
+    assert len(oldest_first(stream)) > 2
 
 
 async def test_only_so_many_files_are_kept(made: Made) -> None:
     stream = made.stream(max_size=1000, max_files=3)
     await made.run(stream, "for i in range(1000): print(f'line {i:06d}')")
-    files = list(stream.file.generations())
+    files = oldest_first(stream)
     assert [path.name for path in files] == ["out.log.2", "out.log.1", "out.log"]
     assert files[-1].read_text().endswith("line 000999\n")
 
@@ -90,7 +100,7 @@ async def test_only_so_many_files_are_kept(made: Made) -> None:
 async def test_a_line_longer_than_a_file_is_cut_and_kept(made: Made) -> None:
     stream = made.stream(max_size=1000, max_files=100)
     await made.run(stream, "print('x' * 5000)")
-    assert b"".join(path.read_bytes() for path in stream.file.generations()) == b"x" * 5000 + b"\n"
+    assert b"".join(path.read_bytes() for path in oldest_first(stream)) == b"x" * 5000 + b"\n"
 
 
 async def test_timestamps_stand_before_every_line(made: Made) -> None:
@@ -128,21 +138,21 @@ async def test_the_program_never_sees_a_non_blocking_or_closed_output(made: Made
 async def test_reading_goes_on_where_it_was_across_a_rotation(made: Made) -> None:
     stream = made.stream(max_size=100, max_files=10)
     await made.run(stream, "print('first')")
-    text, cursor = stream.tail(10)
-    assert text == "first\n"
+    piece = stream.reader.read(stream.reader.tail(10))
+    assert piece.text == "first\n"
     await made.run(stream, "for i in range(30): print(f'line {i:02d}')")
-    assert len(list(stream.file.generations())) > 2
-    text, cursor = stream.read(cursor)
-    assert text == "".join(f"line {i:02d}\n" for i in range(30))
-    assert stream.read(cursor) == ("", cursor)
+    assert len(oldest_first(stream)) > 2
+    after = stream.reader.read(piece.cursor)
+    assert after.text == "".join(f"line {i:02d}\n" for i in range(30))
+    last = stream.reader.read(after.cursor)
+    assert (last.text, last.cursor, last.gap) == ("", after.cursor, False)
 
 
 async def test_tail_counts_lines_back_over_files(made: Made) -> None:
     stream = made.stream(max_size=50, max_files=10)
     await made.run(stream, "for i in range(30): print(f'line {i:02d}')")
-    text, _ = stream.tail(12)
-    assert text == "".join(f"line {i:02d}\n" for i in range(18, 30))
-    assert stream.tail(0)[0] == ""
+    assert tail(stream, 12) == "".join(f"line {i:02d}\n" for i in range(18, 30))
+    assert tail(stream, 0) == ""
 
 
 async def test_a_follower_is_woken_by_output_and_only_then(made: Made) -> None:
@@ -154,7 +164,7 @@ async def test_a_follower_is_woken_by_output_and_only_then(made: Made) -> None:
     os.write(fd, b"news\n")
     await asyncio.wait_for(growth, 20)
     os.close(fd)
-    assert stream.tail(1)[0] == "news\n"
+    assert tail(stream, 1) == "news\n"
     forgotten = stream.growth()
     forgotten.cancel()
 
@@ -184,7 +194,7 @@ async def test_a_device_is_written_but_never_rotated(made: Made) -> None:
     stream.file.path = Path("/dev/null")
     await made.run(stream, "print('x' * 1000)")
     assert stream.lost_bytes == 0
-    assert stream.tail(5)[0] == ""
+    assert tail(stream, 5) == ""
 
 
 async def test_a_file_that_was_moved_away_is_reopened_on_request(made: Made) -> None:

@@ -66,6 +66,10 @@ class Recorder(control.Call):
         self._note(key, "number", required=False)
         return None
 
+    def moment(self, key: str) -> float | None:
+        self._note(key, "number", required=False)
+        return None
+
     def choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
         self._note(key, "string", required=default is None)
         self.choices[key] = choices

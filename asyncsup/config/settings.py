@@ -65,6 +65,7 @@ Protocol = Literal["sdk", "notify", "none"]
 Restart = Literal["always", "on-failure", "unless-stopped", "never"]
 KillMode = Literal["group", "process"]
 LogFormat = Literal["raw", "timestamp", "json"]
+LogCompression = Literal["none", "gzip"]
 Commit = Literal["auto", "manual"]
 Readiness = Literal["exit", "http", "tcp", "exec", "log", "fd", "notify", "sdk", "uptime"]
 Drift = Literal["refuse", "keep", "overwrite"]
@@ -195,16 +196,18 @@ class TargetPatchConfig(PatchConduct):
 class LogConfig:
     """`[target.NAME.log]`: where the output of the instances goes."""
 
-    stdout: Annotated[
-        Path | None, values.LOG_PATH, Default(words="`STATE_DIR/logs/NAME.INDEX.log`"), Takes.AT_START
-    ] = None
+    stdout: Annotated[Path | None, values.LOG_PATH, Default(words="`STATE_DIR/logs/NAME.INDEX.log`")] = None
     stderr: Annotated[Path | Literal["stdout"] | None, values.LOG_STDERR, Takes.AT_START] = "stdout"
     """``"stdout"``: into the same file. None (``"separate"``): ``STATE_DIR/logs/NAME.INDEX.err.log``."""
-    format: Annotated[LogFormat, choice(LogFormat), Takes.AT_START] = "raw"
+    format: Annotated[LogFormat, choice(LogFormat)] = "raw"
     max_size: Annotated[int, values.SIZE] = 50 * 10**6
     """A full file becomes ``FILE.1``, that ``FILE.2``, and so on."""
     max_files: Annotated[int, integer(1, 10_000)] = 10
     """How many files there are of one stream, the current one included."""
+    max_age: Annotated[float | None, values.TIMEOUT] = None
+    """A file this old is rotated too, whatever its size."""
+    compress: Annotated[LogCompression, choice(LogCompression)] = "none"
+    """What becomes of rotated files; in the background."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
