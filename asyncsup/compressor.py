@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections import deque
 from functools import partial
@@ -44,8 +43,8 @@ class Compressor:
         """Give up; the next supervisor begins anew with the file that was under way."""
         if self._child is None:
             return
-        if self._child.signal(signal.SIGKILL):
-            os.waitpid(self._child.pid, 0)
+        self._child.kill_and_reap()
+        self._child = None
         self._waiting[0].part.unlink(missing_ok=True)
         self._waiting.clear()
 
