@@ -99,13 +99,13 @@ class OutputStream:
 
     def redirect(self, file: RotatingFile, format_: Format) -> None:
         """Go on in another file or another format; the instance notices nothing."""
-        self.drain()
-        if self._spool is not None and format_ == "raw":
-            self._spool.close(remove=True)
-            self._spool = None
-        elif self._spool is None and format_ != "raw":
-            self._spool = Spool(Path(f"{self._fifo}.spool"))
+        self._take_all()
         self.file, self._format = file, format_
+        if format_ != "raw":
+            self._spool = self._spool or Spool(Path(f"{self._fifo}.spool"))
+        elif self._spool is not None:
+            self._let_through(self._spool)
+            self._spool = None
         self._wake()
 
     def fileno(self) -> int:
@@ -125,12 +125,15 @@ class OutputStream:
         """Take what lies in the FIFO; called when the instance has ended. At most two pipe-fulls: a child it
         left behind may write faster than we read.
         """
-        taken = 0
-        while taken < 2 * PIPE_BYTES and (moved := self._move()) > 0:
-            taken += moved
+        self._take_all()
         if self._spool is not None:
             self._write_out(self._spool, all_of_it=True)
         self._wake()
+
+    def _take_all(self) -> None:
+        taken = 0
+        while taken < 2 * PIPE_BYTES and (moved := self._move()) > 0:
+            taken += moved
 
     def close(self, *, keep: bool = False) -> None:
         """Let go of the FIFO.
@@ -208,10 +211,14 @@ class OutputStream:
         if self._format != "raw":
             self._write_out(spool)
             return spool
+        self._let_through(spool)
+        return None
+
+    def _let_through(self, spool: Spool) -> None:
+        """Write what waits as it is, and end the spool."""
         with contextlib.suppress(OSError):
             self.file.write(spool.waiting(spool.pending))
         spool.close(remove=True)
-        return None
 
     def _move_raw(self) -> int:
         file = self.file

@@ -1,13 +1,14 @@
 """The supervisor is killed again and again at random moments, under load: nothing is lost or doubled.
 
-Targets flood their logs in every format, through rotation; others crash by themselves; one is patched all the
-time. Every line is numbered and looked for afterwards; every process keeps a lock that a second one of the
-same instance would find taken.
+Targets flood their logs in every format, through rotation and compression; others crash by themselves; one is
+patched all the time. Every line is numbered and looked for afterwards; every process keeps a lock that a
+second one of the same instance would find taken.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -84,7 +85,8 @@ class Stage:
             command = [sys.executable, str(NUMBERED), str(self.accounts), *map(str, arguments)]
             text.append(
                 f"[target.{name}]\ncommand = {json.dumps(command)}\ninstances = 2\n"
-                f'log = {{ format = "{format_}", max_size = "700KB", max_files = 10000 }}\n'
+                f'log = {{ format = "{format_}", max_size = "700KB", max_files = 10000, max_age = "1h", '
+                'compress = "gzip" }\n'
             )
         serve.write("".join(text))
 
@@ -234,10 +236,24 @@ def check_lines(stage: Stage) -> tuple[int, int]:
 
 def lines_of(stage: Stage, name: str, index: int) -> Iterator[bytes]:
     folder = stage.serve.folder / ".asyncsup/logs"
-    rotated = sorted(folder.glob(f"{name}.{index}.log.*"), key=lambda path: -int(path.suffix[1:]))
+    current = folder / f"{name}.{index}.log"
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"{current.name}.*"):
+        if path.suffix == ".part":  # of what has begun to be compressed
+            continue
+        number = int(path.name.removeprefix(f"{current.name}.").removesuffix(".gz"))
+        # Killed right after a file had been compressed, its original is still there.
+        assert number not in found or content(path) == content(found[number])
+        found[number] = path
     is_json = stage.floods[name][0] == "json"
-    for path in [*rotated, folder / f"{name}.{index}.log"]:
-        data = path.read_bytes()
+    for path in [*(found[number] for number in sorted(found, reverse=True)), current]:
+        data = content(path)
         assert not data or data.endswith(b"\n"), path
         for line in data.splitlines():
             yield str(json.loads(line)["line"]).encode() if is_json else line
+
+
+def content(path: Path) -> bytes:
+    if path.suffix == ".gz":
+        return gzip.decompress(path.read_bytes())
+    return path.read_bytes() if path.exists() else b""
