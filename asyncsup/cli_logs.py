@@ -216,9 +216,7 @@ class _Logs:
         answer = self._session.client.call("logs.follow", wish, timeout=timeout + QUERY_SECONDS)
         for chunk in answer["chunks"]:
             if chunk.get("gap"):
-                self._out.note(
-                    f"{chunk['instance']}: output is missing here: rotated away before it was read"
-                )
+                self._out.note(f"{chunk['instance']}: some output was rotated away before it was read")
         return list(answer["chunks"])
 
     def _look_again(self) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -347,6 +348,109 @@ def test_logs_of_several_carry_their_names(run: Run, supervisor: FakeSupervisor)
     assert run("logs", "a", "--json").out == (
         '{"instance":"a:0","stream":"stdout","line":"x"}\n{"instance":"a:0","stream":"stdout","line":"y"}\n'
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("@1700000000", 1_700_000_000.0), ("@1700000000.5", 1_700_000_000.5),
+        ("2023-11-14T22:13:20Z", 1_700_000_000.0), ("2023-11-15T00:13:20+02:00", 1_700_000_000.0),
+    ],
+)  # fmt: skip
+def test_logs_since_a_moment(run: Run, supervisor: FakeSupervisor, text: str, found: float) -> None:
+    supervisor.handlers["logs"] = lambda _: {"chunks": [chunk("a:0", "x\n")]}
+    assert run("logs", "a", "--since", text).status == 0
+    assert supervisor.called("logs") == [{"name": "a", "stream": "stdout", "since": found}]
+
+
+def test_logs_since_is_local_time_or_so_long_ago(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.handlers["logs"] = lambda _: {"chunks": [chunk("a:0", "x\n")]}
+    before = time.time()
+    run("logs", "a", "--since", "10m", "-n", "5")
+    run("logs", "a", "--since", "2026-11-28T10:00")
+    run("logs", "a", "--since", "2026-11-28")
+    ago, clock, day = supervisor.called("logs")
+    assert before - 600 <= ago["since"] <= time.time() - 600
+    assert ago["lines"] == 5
+    assert clock["since"] == time.mktime((2026, 11, 28, 10, 0, 0, 0, 0, -1))
+    assert day["since"] == time.mktime((2026, 11, 28, 0, 0, 0, 0, 0, -1))
+
+
+@pytest.mark.parametrize("text", ["", "x", "@", "@x", "@-1", "@nan", "@inf", "-5m", "2026-13-01", "today"])
+def test_logs_since_no_time_at_all_is_one_clear_error(run: Run, text: str) -> None:
+    outcome = run("logs", "a", f"--since={text}")
+    assert outcome.status == 2
+    assert "is not a time: write 10m (ago)" in outcome.err
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", "9" * 20])
+def test_logs_of_no_number_of_lines_is_refused(run: Run, text: str) -> None:
+    outcome = run("logs", "a", f"-n{text}")
+    assert outcome.status == 2
+    assert "is not a number of lines" in outcome.err
+
+
+def test_logs_needs_a_name(run: Run) -> None:
+    assert run("logs").status == 2
+
+
+def test_logs_of_several_come_in_the_order_of_their_times(run: Run, supervisor: FakeSupervisor) -> None:
+    def at(second: int, text: str) -> str:
+        return f"2026-11-28T10:00:{second:02}.000Z {text}\n"
+
+    texts = {"a:0": at(1, "a1") + "no time\n" + at(4, "a4"), "b:0": at(2, "b2") + at(5, "b5")}
+    supervisor.handlers["logs"] = lambda call: {
+        "chunks": [chunk(call.params["name"], texts[call.params["name"]])]
+    }
+    shown = [line.rsplit(" ", 1)[1] for line in run("logs", "a:0", "b:0").out.splitlines()]
+    assert shown == ["a1", "time", "b2", "a4", "b5"]
+
+
+def test_logs_are_fetched_to_where_they_ended_at_first(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.handlers["logs"] = lambda _: {"chunks": [{**chunk("a:0", "on", 1), "left": 6}]}
+    answers = [
+        {**chunk("a:0", "e\nt", 2), "size": 3},
+        {**chunk("a:0", "wo", 3), "size": 3, "gap": True},
+        {**chunk("a:0", "never\n", 4), "size": 6},
+    ]
+    supervisor.handlers["logs.follow"] = lambda _: {"chunks": [answers.pop(0)]}
+    outcome = run("logs", "a")
+    assert outcome.out == "one\ntwo\n"
+    assert outcome.err == "asyncsup: a:0: some output was rotated away before it was read\n"
+    assert [(call["cursors"], call["timeout"]) for call in supervisor.called("logs.follow")] == [
+        ([["a:0", 1]], 0), ([["a:0", 2]], 0),
+    ]  # fmt: skip
+
+
+def test_logs_say_when_they_begin_earlier_than_asked(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.handlers["logs"] = lambda _: {"chunks": [{**chunk("a:0", "x\n"), "exact": False}]}
+    assert "a:0: raw output has no times" in run("logs", "a", "--since", "1m").err
+
+
+def test_logs_follow_takes_leave_of_an_instance_and_welcomes_another(
+    run: Run, supervisor: FakeSupervisor
+) -> None:
+    there = [chunk("a:0", "zero\n", 1), chunk("a:1", "one\n", 2)]
+
+    def follow(call: Call) -> Any:
+        if there[-1]["instance"] == "a:1":
+            there[1:] = [chunk("a:2", "two\n", 3)]
+            raise RefusalError("no target or instance 'a:1'", code="target.not_found", exit_status=4)
+        raise RefusalError("stopping", code="supervisor.shutting_down", exit_status=8)
+
+    supervisor.handlers["logs"] = lambda _: {"chunks": there}
+    supervisor.handlers["logs.follow"] = follow
+    outcome = run("logs", "-f", "a")
+    assert outcome.out.splitlines() == ["a:0 | zero", "a:1 | one", "a:2 | two"]
+    assert "a:1 is gone" in outcome.err
+    assert supervisor.called("logs.follow")[1]["cursors"] == [["a:0", 1], ["a:2", 3]]
+
+
+def test_logs_reopen(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.handlers["logs.reopen"] = lambda _: {"paths": ["/var/log/a.log"]}
+    assert run("logs", "--reopen") == (0, "opened anew: /var/log/a.log\n", "")
+    run("logs", "--reopen", "a")
+    assert supervisor.called("logs.reopen") == [{"names": []}, {"names": ["a"]}]
 
 
 def test_logs_follow_from_the_cursors_until_the_supervisor_ends(run: Run, supervisor: FakeSupervisor) -> None:
@@ -952,6 +1056,21 @@ def test_what_a_target_writes_cannot_play_with_the_terminal(supervisor: FakeSupe
     assert shown == "\x1b[31mred\x1b[0m\\x1b]0;title\\x07\x1b[0m\r\n"
     shown = on_terminal("--endpoint", supervisor.endpoint, "logs", "a", "--no-color")
     assert shown == "red\\x1b]0;title\\x07\r\n"
+
+
+def test_names_before_lines_keep_their_colour_and_are_aligned(supervisor: FakeSupervisor) -> None:
+    def shown(*names: str) -> dict[str, str]:
+        supervisor.handlers["logs"] = lambda call: {"chunks": [chunk(call.params["name"], "x\n")]}
+        lines = on_terminal("--endpoint", supervisor.endpoint, "logs", *names).splitlines()
+        return {str(line.split("m")[1].split(" ")[0]): line for line in lines}
+
+    two, three = shown("a:0", "longer:10"), shown("b:3", "longer:10", "a:0")
+    assert two.items() <= three.items()
+    assert len({line.split("m")[0] for line in three.values()}) == 3
+    assert len({line.index("|") for line in three.values()}) == 1
+    supervisor.handlers["logs"] = lambda call: {"chunks": [chunk(call.params["name"], "x\n")]}
+    assert "\x1b" not in on_terminal("--endpoint", supervisor.endpoint, "logs", "a:0", "b:0", "--no-color")
+    assert "\x1b" not in process("--endpoint", supervisor.endpoint, "logs", "a:0", "b:0").stdout
 
 
 def test_a_name_the_encoding_has_no_letters_for_is_written_out(supervisor: FakeSupervisor) -> None:
