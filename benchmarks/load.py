@@ -53,7 +53,7 @@ class Outcome(StrEnum):
     SERVER_ERROR = "5xx"
     TIMEOUT = "timeout"
     WRONG = "wrong"
-    """Another status than 2xx or 5xx, no HTTP, another message than was sent, a websocket closed as faulty."""
+    """Another status than 2xx or 5xx, no HTTP, another message than was sent, a websocket closed as wrong."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,153 @@
+"""An ASGI application as a target that loses no request when it is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Literal
+
+from target_sdk.connections import Connections
+from target_sdk.draining import GOODBYE_CODE, GOODBYE_REASON, IDLE_GRACE, Draining, Websockets
+from target_sdk.target import Target
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class Drain:
+    """ASGI middleware: the outermost one. ``app = Drain(app, Target())`` is all there is to do.
+
+    It enters the target when the server starts the application, says `ready` when the server listens, answers
+    the supervisor's drain, and leaves the target when the server ends the application. Handlers for patches
+    are registered on the target as ever, but none for drain: that is this one's.
+
+    The server has to speak ASGI's lifespan protocol. uvicorn (asyncio and uvloop) and hypercorn (asyncio)
+    stop accepting; in other servers, whose listening sockets are not made by the event loop, everything but
+    that happens.
+
+    Args:
+        idle_grace: see `Draining`.
+        websockets: see `Draining`.
+        ready: ``listening``: say ready when the first server of the event loop listens. ``startup``: when the
+            application has started, for servers that do not listen by the event loop.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        target: Target,
+        *,
+        idle_grace: float = IDLE_GRACE,
+        websockets: Websockets = "close",
+        ready: Literal["listening", "startup"] = "listening",
+    ) -> None:
+        if ready not in {"listening", "startup"}:
+            raise ValueError(f'ready must be "listening" or "startup", got {ready!r}')
+        self._app = app
+        self._target = target
+        self._ready_at = ready
+        self.draining = Draining(Connections(), idle_grace=idle_grace, websockets=websockets)
+        target.on_drain(self.draining.drain)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "http":
+                await self._http(scope, receive, send)
+            case "websocket":
+                await self._websocket(scope, receive, send)
+            case "lifespan":
+                await self._lifespan(scope, receive, send)
+            case _:
+                await self._app(scope, receive, send)
+
+    async def _http(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        # HTTP/2 forbids the header; there the server's GOAWAY does the same, and names the last request.
+        has_header = str(scope.get("http_version", "1.1")).startswith("1")
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.draining.active and has_header:
+                kept = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"connection"]
+                message = {**message, "headers": [*kept, (b"connection", b"close")]}
+            await send(message)
+
+        self.draining.requests += 1
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            self.draining.requests -= 1
+
+    async def _websocket(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        draining = self.draining
+        key = object()
+        shaking_hands = True
+        closed = False
+
+        def settled() -> None:
+            nonlocal shaking_hands
+            if shaking_hands:
+                shaking_hands = False
+                draining.requests -= 1
+
+        async def goodbye() -> None:
+            nonlocal closed
+            if not closed:
+                closed = True
+                await send({"type": "websocket.close", "code": GOODBYE_CODE, "reason": GOODBYE_REASON})
+
+        async def answer(message: Message) -> None:
+            nonlocal closed
+            if closed:
+                raise OSError("the websocket was closed: the service restarts")  # as ASGI asks of servers
+            if message["type"] == "websocket.close":
+                closed = True
+            await send(message)
+            if message["type"] == "websocket.accept":
+                draining.goodbyes[key] = goodbye
+                settled()
+
+        draining.requests += 1
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            draining.goodbyes.pop(key, None)
+            settled()
+
+    async def _lifespan(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        received = False
+        self.draining.connections.watch(started=self._listening)
+
+        async def receive_too() -> Message:
+            nonlocal received
+            received = True
+            return await receive()
+
+        async with self._target:
+            try:
+                await self._app(scope, receive_too, self._tell_startup(send))
+            except Exception:
+                if received:
+                    raise
+                # An application without a lifespan refuses the scope at once; the target needs one.
+                await self._lifespan_of_ours(receive, self._tell_startup(send))
+
+    async def _lifespan_of_ours(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+
+    def _tell_startup(self, send: Send) -> Send:
+        async def tell(message: Message) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete" and self._ready_at == "startup":
+                self._target.ready()
+
+        return tell
+
+    def _listening(self) -> None:
+        if self._ready_at == "listening":
+            # Servers with several sockets make the others in the same turn.
+            asyncio.get_running_loop().call_soon(self._target.ready)

@@ -1,0 +1,92 @@
+"""How a web server is drained: what is told to whom, and when it is over. For asyncio; servers' parts of it
+are in `asgi.py` and `aiohttp.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final, Literal
+
+from target_sdk.connections import Connections
+
+IDLE_GRACE: Final = 5.0
+
+LAST_WORDS: Final = 1.0
+"""Seconds before the deadline at which websockets that were left alone are said goodbye after all."""
+
+GOODBYE_CODE: Final = 1012
+"""What a websocket is closed with: the service restarts, come again (IANA's registry of close codes)."""
+GOODBYE_REASON: Final = "service restart"
+
+Websockets = Literal["close", "leave"]
+Goodbye = Callable[[], Awaitable[object]]
+
+
+class Draining:
+    """What is in flight in one web server, and the end of it.
+
+    Args:
+        idle_grace: for how long (seconds) idle keep-alive connections are left open, so that their next
+            request is answered, with ``Connection: close``. One that is closed while its client sends the
+            next request looks like a failure to it.
+        websockets: ``close``: say goodbye to them when everything else is done; ``leave``: only shortly
+            before the deadline.
+    """
+
+    def __init__(
+        self, connections: Connections, *, idle_grace: float = IDLE_GRACE, websockets: Websockets = "close"
+    ) -> None:
+        if idle_grace < 0:
+            raise ValueError(f"idle_grace must not be negative, got {idle_grace!r}")
+        if websockets not in {"close", "leave"}:
+            raise ValueError(f'websockets must be "close" or "leave", got {websockets!r}')
+        self.connections = connections
+        self.active = False
+        """Every answer that begins from now on is the last one on its connection."""
+        self.requests = 0
+        """Requests that are being answered, those of websockets not among them."""
+        self.goodbyes: dict[object, Goodbye] = {}
+        """How each open websocket is closed."""
+        self._idle_grace = idle_grace
+        self._websockets = websockets
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more, finish what there is; when this returns the server can be stopped.
+
+        Raises:
+            TimeoutError: requests or websockets are left when the time (seconds) is over.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        wait_until = self.connections.wait_until
+        self.active = True
+        self.connections.stop_accepting()
+        await self.connections.settle()
+        await wait_until(self._only_websockets, min(loop.time() + self._idle_grace, deadline))
+        # Whoever has not come back by then gets the server's own goodbye.
+        await wait_until(lambda: self.requests == 0, deadline)
+        if self._websockets == "leave":
+            await wait_until(lambda: not self.goodbyes, deadline - LAST_WORDS)
+        await self._say_goodbye(deadline)
+        if self.requests or self.goodbyes:
+            raise TimeoutError(
+                f"{self.requests} requests and {len(self.goodbyes)} websockets are left after {seconds:g} s"
+            )
+
+    def _only_websockets(self) -> bool:
+        return self.requests == 0 and len(self.connections) <= len(self.goodbyes)
+
+    async def _say_goodbye(self, deadline: float) -> None:
+        goodbyes = [asyncio.ensure_future(_quietly(goodbye)) for goodbye in self.goodbyes.values()]
+        await self.connections.wait_until(
+            lambda: not self.goodbyes and all(one.done() for one in goodbyes), deadline
+        )
+        for one in goodbyes:
+            one.cancel()
+
+
+async def _quietly(goodbye: Goodbye) -> None:
+    with contextlib.suppress(Exception):  # the client is gone, or the program closed it in this moment
+        await goodbye()
