@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from target_sdk.protocol import (
+    APPLICATION_ERROR,
     INTERNAL_ERROR,
     INVALID_PARAMS,
     METHOD_NOT_FOUND,
@@ -75,6 +76,12 @@ PatchHandler = Callable[[Patch], object]
 DrainHandler = Callable[[float], object]
 
 
+class HandoverError(Exception):
+    """Nothing was handed over. The predecessor still has all of it, and the successor has nothing."""
+
+    code = "handover.failed"
+
+
 class StoppingError(Exception):
     """The program left its `Target` before the handler had answered."""
 
@@ -106,6 +113,9 @@ class Call:
                 return Result(id=self.key.id, result=_prepare_answer(outcome).result())
             case Reload.METHOD:
                 return Result(id=self.key.id, result=_reload_answer(outcome).result())
+        if isinstance(outcome.error, HandoverError):
+            data = {"code": outcome.error.code}
+            return Failure(id=self.key.id, number=APPLICATION_ERROR, message=str(outcome.error), data=data)
         if outcome.error is not None:
             return Failure(id=self.key.id, number=INTERNAL_ERROR, message=reason_of(outcome.error))
         return Result(id=self.key.id, result={})
@@ -122,12 +132,12 @@ class Handlers:
     reload: PatchHandler | None = None
     abort: PatchHandler | None = None
     drain: DrainHandler | None = None
+    handover: Callable[[Any], object] | None = None
     _offered: Patch | None = None
 
     def all(self) -> list[Callable[[Any], object]]:
-        return [
-            handler for handler in (self.prepare, self.reload, self.abort, self.drain) if handler is not None
-        ]
+        every = (self.prepare, self.reload, self.abort, self.drain, self.handover)
+        return [handler for handler in every if handler is not None]
 
     def call_for(self, key: CallKey, request: Request, root: Path) -> Call:
         """Find what a request is for.

@@ -372,6 +372,66 @@ class Abort:
         return cls(patch=_string(params, "patch"))
 
 
+# --- the hand-over, from an instance to its successor -------------------------------------------------------
+
+COMMIT: Final = "commit"
+"""Successor to predecessor: all has arrived and is the successor's from here on."""
+
+REFUSE: Final = "refuse"
+"""Successor to predecessor, with a ``reason``: it takes nothing."""
+
+MAX_HANDOVER_PACKET: Final = 1 << 16
+"""Bytes of one packet, its kind included."""
+
+MAX_HANDOVER_DESCRIPTORS: Final = 253
+"""Descriptors that go with one packet (the kernel's SCM_MAX_FD)."""
+
+DESCRIPTORS: Final = b"D"
+"""The kind of a packet that descriptors come with."""
+
+DATA: Final = b"B"
+"""The kind of a packet of data, which follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeOver:
+    """Successor to predecessor, as the first packet: who waits for what there is to take over."""
+
+    pid: int
+    protocol: int = PROTOCOL_VERSION
+    build: int | None = None
+
+    METHOD: ClassVar[str] = "take_over"
+
+    def params(self) -> dict[str, Any]:
+        return {"pid": self.pid, "protocol": self.protocol, "build": self.build}
+
+    @classmethod
+    def from_params(cls, params: Params) -> TakeOver:
+        return cls(
+            pid=_integer(params, "pid"),
+            protocol=_integer(params, "protocol"),
+            build=_optional(params, "build", _integer),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Predecessor to successor: how many descriptors and bytes of data follow."""
+
+    descriptors: int
+    size: int
+
+    METHOD: ClassVar[str] = "offer"
+
+    def params(self) -> dict[str, Any]:
+        return {"descriptors": self.descriptors, "size": self.size}
+
+    @classmethod
+    def from_params(cls, params: Params) -> Offer:
+        return cls(descriptors=_integer(params, "descriptors"), size=_integer(params, "size"))
+
+
 def _object(value: Any) -> Params:
     if not isinstance(value, dict):
         raise ProtocolError(f"expected an object, got {_json_type(value)}", number=INVALID_PARAMS)

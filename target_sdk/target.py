@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
@@ -28,11 +28,12 @@ from target_sdk.patching import (
     is_async,
     wire_text,
 )
-from target_sdk.protocol import Failure, Hello, ProtocolError, Reload, Request, Result
+from target_sdk.protocol import Failure, Hello, ProtocolError, Reload, Request, Result, TakeOver
 from target_sdk.session import CallKey
 from target_sdk.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from target_sdk.handover import Predecessor, Successor, Taking
     from target_sdk.loop import LoopDispatcher
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ MAX_EXTEND: Final = 86_400.0
 PrepareT = TypeVar("PrepareT", bound=PrepareHandler)
 PatchT = TypeVar("PatchT", bound=PatchHandler)
 DrainT = TypeVar("DrainT", bound=DrainHandler)
+HandoverT = TypeVar("HandoverT", bound=Callable[["Successor"], object])
 HandlerT = TypeVar("HandlerT", bound=Callable[[Any], object])
 
 logger = logging.getLogger("target_sdk")
@@ -64,6 +66,7 @@ class Environment:
     build: int | None
     root: Path | None
     current: Path | None
+    handover: Path | None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, str]) -> Environment:
@@ -81,6 +84,7 @@ class Environment:
             build=int(build) or None if build.isdecimal() else None,
             root=path(protocol.ENV_ROOT),
             current=path(protocol.ENV_CURRENT),
+            handover=path(protocol.ENV_HANDOVER),
         )
 
 
@@ -118,6 +122,7 @@ class Target:
         self._pid: int | None = None  # of the process that entered the target
         self._connection: Connection | None = None
         self._dispatcher: PendingDispatcher | LoopDispatcher | None = None
+        self._predecessor: Predecessor | None = None
         self._reports: dict[str, tuple[Callable[[], protocol.Params], bool]] = {}
         self._lock = threading.RLock()  # reentrant: a signal handler may report, too
         self._stopping = False
@@ -191,6 +196,39 @@ class Target:
         self._register("on_drain", handler, self._handlers.drain)
         self._handlers.drain = handler
         return handler
+
+    def on_handover(self, handler: HandoverT) -> HandoverT:
+        """Decorator. Give the `Successor` what this process has: open connections, data in memory.
+
+        Called when the supervisor asks this process to drain and its successor waits in `take_over`, before
+        the handler for drain. If nothing could be handed over, the drain has failed: that handler is not
+        called, and this process goes on.
+        """
+        self._register("on_handover", handler, self._handlers.handover)
+        self._handlers.handover = handler
+        return handler
+
+    def take_over(self, *, timeout: float | None = None) -> Taking:
+        """Take over what the predecessor of this process gives; see `Taking`. Needs an entered target.
+
+        Where there is a predecessor this says `ready`, because only then is that one asked to drain. Without
+        one, or without asyncsup, it gives None at once. Call it at each start if there is a handler for
+        `on_handover`: it also lets this process be found by its own successor.
+
+        Args:
+            timeout: seconds to wait for the predecessor to begin (None: for ever).
+        """
+        if self._pid is None:
+            raise RuntimeError("take_over() is for a target that was entered")
+        from target_sdk.handover import Taking  # noqa: PLC0415 - most programs hand nothing over
+
+        return Taking(
+            self._environment.handover if self.managed else None,
+            TakeOver(pid=os.getpid(), build=self._build),
+            waiting=self.ready,
+            through=self._listen_for_successor,
+            timeout=timeout,
+        )
 
     def run_pending(self, timeout: float | None = 0.0) -> int:
         """Run the handlers that the supervisor waits for, here and now; for programs that use ``with``.
@@ -323,6 +361,8 @@ class Target:
                 self._connection.report(method, params, lasting=lasting)
 
     def _disconnect(self) -> None:
+        if self._predecessor is not None:
+            self._predecessor.close()
         with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None:
@@ -373,11 +413,39 @@ class Target:
             call = self._handlers.call_for(key, request, self._root)
         except ProtocolError as error:
             return Failure(id=request.id, number=error.number, message=str(error))
+        if call.method == "drain" and self._handlers.handover is not None:
+            from target_sdk.handover import Drainer  # noqa: PLC0415
+
+            drainer = Drainer(self._successor, self._handlers.handover, self._handlers.drain)
+            in_loop = not isinstance(self._dispatcher, PendingDispatcher)
+            call = replace(call, handler=drainer.run_async if in_loop else drainer)
         if call.handler is None:
             return self._conclude(call, Outcome())
         assert self._dispatcher is not None
         self._dispatcher.submit(call)
         return None
+
+    def _listen_for_successor(self) -> None:
+        path = self._environment.handover
+        if (
+            not self.managed
+            or path is None
+            or self._handlers.handover is None
+            or self._predecessor is not None
+        ):
+            return
+        from target_sdk.handover import Predecessor  # noqa: PLC0415
+
+        try:
+            self._predecessor = Predecessor(path)
+        except OSError as error:
+            logger.warning("a successor could not take over: cannot listen at %s: %s", path, error)
+
+    def _successor(self) -> Successor | None:
+        if self._predecessor is None:
+            logger.warning("no successor can take over: take_over() was never called")
+            return None
+        return self._predecessor.successor()
 
     def _lost(self) -> None:
         """There is no connection any more, on the I/O thread."""
