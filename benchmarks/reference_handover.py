@@ -105,11 +105,15 @@ class Slot:
     """One program on one socket, replaced as often as one likes. Use as a context manager.
 
     Args:
-        command: the program's; it finds the listening socket as descriptor 3, by the name of "web".
+        command: the program's; it finds the listening socket as descriptor 3.
+        name: that socket's.
     """
 
-    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], *, name: str = "web", environment: Mapping[str, str] | None = None
+    ) -> None:
         self._command = command
+        self._name = name
         self._environment = environment or {}
         self._folder = Path(tempfile.mkdtemp(prefix="asb-"))
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -157,7 +161,7 @@ class Slot:
             protocol.ENV_BUILD: str(self._started),
             protocol.ENV_HANDOVER: str(self._folder / "handover.sock"),
             "LISTEN_FDS": "1",
-            "LISTEN_FDNAMES": "web",
+            "LISTEN_FDNAMES": self._name,
             **self._environment,
         }
         # The shell knows the pid that the program is going to have.

@@ -227,8 +227,8 @@ class Taking:
         path: Path | None,
         hello: TakeOver,
         *,
-        waiting: Callable[[], None],
-        through: Callable[[], None],
+        waiting: Callable[[], object],
+        through: Callable[[], object],
         timeout: float | None,
     ) -> None:
         self._path = path
@@ -330,14 +330,12 @@ class Taking:
         deadline = time.monotonic() + TRANSFER_SECONDS
         try:
             first = _receive(self._connection, deadline)
-            if not first:
-                return None
-            offer = _offer(first)
-            state = self._receive_all(offer, deadline)
-        except ConnectionResetError:
-            if self._descriptors:
-                raise HandoverError("the predecessor ended in the middle of the hand-over") from None
+        except OSError:
+            return None  # it ended before it had begun
+        if not first:
             return None
+        try:
+            state = self._receive_all(_offer(first), deadline)
         except (OSError, ProtocolError) as error:
             self._refuse(_told(error))
             raise HandoverError(f"the hand-over failed: {_told(error)}") from error
