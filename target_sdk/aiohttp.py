@@ -75,6 +75,7 @@ class Drain:
             self.draining.goodbyes[id(request)] = goodbye
         elif self.draining.active:
             response.force_close()
+            response.headers["Connection"] = "close"  # aiohttp has looked already at what it is going to do
 
 
 class _ServerConnections(Connections):

@@ -27,7 +27,7 @@ class Connections:
     def __init__(self) -> None:
         self.stopped = False
         """Whether `stop_accepting` was called."""
-        self._servers: list[asyncio.AbstractServer] = []
+        self.servers: list[asyncio.AbstractServer] = []
         self._open: set[asyncio.BaseTransport] = set()
         self._prune_above = PRUNE_ABOVE
 
@@ -72,7 +72,7 @@ class Connections:
 
     def add(self, server: asyncio.AbstractServer) -> None:
         """Take this server out of the loop as well, when no more connections are to be accepted."""
-        self._servers.append(server)
+        self.servers.append(server)
         if self.stopped:
             self.stop_accepting()
 
@@ -83,7 +83,7 @@ class Connections:
         avoided, because it ends a program that waits in `serve_forever`.
         """
         self.stopped = True
-        for server in self._servers:
+        for server in self.servers:
             loop = server.get_loop()
             if isinstance(loop, asyncio.SelectorEventLoop):
                 for listening in getattr(server, "sockets", ()):
@@ -148,4 +148,6 @@ class Connections:
 def _is_open(transport: asyncio.BaseTransport) -> bool:
     if not transport.is_closing():
         return True
-    return isinstance(transport, asyncio.WriteTransport) and transport.get_write_buffer_size() > 0
+    # By its methods: uvloop's transports are none of asyncio's classes.
+    waiting = getattr(transport, "get_write_buffer_size", None)
+    return waiting is not None and waiting() > 0

@@ -9,17 +9,24 @@ import pytest
 
 from asyncsup.control import METHODS, failure_of
 from asyncsup.errors import TargetNotFoundError
+from target_sdk import HandoverError
 from target_sdk.protocol import (
+    APPLICATION_ERROR,
+    COMMIT,
+    REFUSE,
     Abort,
+    Failure,
     Hello,
     Message,
     Notification,
+    Offer,
     Prepare,
     PrepareAnswer,
     Reload,
     ReloadAnswer,
     Request,
     Result,
+    TakeOver,
     Verdict,
     decode,
 )
@@ -66,6 +73,17 @@ CODE: dict[str, Message] = {
         id=2, result=ReloadAnswer(ok=False, took=0.001, reason="job.json: steps must be positive").result()
     ),
     "abort": Request(id=3, method=Abort.METHOD, params=Abort(patch="9c56").params()),
+    "drain": Request(id=4, method="drain", params={"deadline": 30.0}),
+    "handover_failed": Failure(
+        id=4, number=APPLICATION_ERROR, message="the successor ended before it had taken over",
+        data={"code": HandoverError.code},
+    ),
+    "take_over": Notification(method=TakeOver.METHOD, params=TakeOver(pid=4712, build=300).params()),
+    "offer": Notification(method=Offer.METHOD, params=Offer(descriptors=1000, size=28893).params()),
+    "commit": Notification(method=COMMIT),
+    "refuse": Notification(
+        method=REFUSE, params={"reason": "30 descriptors do not fit into the limit of open files"}
+    ),
 }  # fmt: skip
 
 

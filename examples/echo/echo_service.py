@@ -14,6 +14,7 @@ import json
 import signal
 import socket
 import sys
+from typing import cast
 
 from target_sdk import HandoverError, Successor, Target, sockets
 
@@ -32,8 +33,7 @@ class Client(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.service.clients.add(self)
         self.service.deserted.clear()
 
