@@ -136,6 +136,8 @@ def _find_by_token(record: ProcessRecord, output: Path) -> Finding:
         inode=pidfd_inode(pidfd),
         spawned=time.monotonic(),
         hook=record.hook,
+        cgroup=record.cgroup,
+        oom_kills=record.oom_kills,
     )
     return Finding(verdict=Verdict.OURS, record=complete, pidfd=pidfd)
 

@@ -66,6 +66,8 @@ class SpawnSpec:
     """Variables of its environment that are to hold its pid."""
     limits: Mapping[str, int] = field(default_factory=dict)
     """rlimit name to value in the units of setrlimit(2); -1 is unlimited."""
+    cgroup: Path | None = None
+    """The folder of the control group it is to be in from its first instruction on."""
 
 
 def resolve_program(program: str, directory: Path, search_path: str | None) -> str:
@@ -99,7 +101,9 @@ def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
             "--",
             *argv,
         ]
-    settings = [f"export {name}=$$" for name in spec.pid_variables]
+    # First the group, as long as it is us who are asked whether that is allowed, and it has no children yet.
+    settings = [] if spec.cgroup is None else [f"echo 0 > {shlex.quote(f'{spec.cgroup}/cgroup.procs')}"]
+    settings += [f"export {name}=$$" for name in spec.pid_variables]
     if spec.umask is not None:
         settings.append(f"umask {spec.umask:03o}")
     for name, value in spec.limits.items():

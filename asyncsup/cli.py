@@ -529,15 +529,22 @@ def _wait_options(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _status(session: Session) -> int:
-    value = session.ask("status", names=session.args.names)
-    session.out.result(
-        value, lambda: render.status_lines(value, width=session.out.width, ink=session.out.ink)
-    )
+    out, verbose = session.out, session.args.verbose
+    value = session.ask("status", names=session.args.names, **({"usage": True} if verbose else {}))
+    if verbose:
+        value["isolation"] = session.ask("supervisor.info").get("isolation")
+    out.result(value, lambda: render.status_lines(value, width=out.width, ink=out.ink))
     return EXIT_NOT_READY if any(render.is_down(target) for target in value["targets"]) else 0
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
     _names(parser, "*", f"{_SEVERAL}, as does none at all")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="also what each instance takes, and how it is isolated",
+    )
 
 
 def _show(session: Session) -> int:

@@ -375,11 +375,12 @@ class ControlServer:
     @method("status", "view")
     async def status(self, call: Call) -> Any:
         names = call.strings("names")
+        usage = call.boolean("usage", default=False)
         call.finish()
         supervisor = self.supervisor
         targets = []
         for selection in supervisor.select(names, default_all=True):
-            described = supervisor.describe(selection.target)
+            described = supervisor.describe(selection.target, usage=usage)
             chosen = {instance.name for instance in selection.instances}
             described["instances"] = [i for i in described["instances"] if i["name"] in chosen]
             described["uncommitted"] = supervisor.overseer.uncommitted(selection.target.name)
@@ -392,7 +393,7 @@ class ControlServer:
         name = call.string("name")
         call.finish()
         target = self._one(name)
-        described = self.supervisor.describe(target)
+        described = self.supervisor.describe(target, usage=True)
         described["uncommitted"] = self.supervisor.overseer.uncommitted(target.name)
         described["undecided"] = self.supervisor.overseer.undecided(target.name)
         described["config"] = describe(target.config)
@@ -444,6 +445,7 @@ class ControlServer:
     async def restart(self, call: Call) -> Any:
         async def restart(selection: Selection, *, wait: bool) -> None:
             self.supervisor.refuse_while_stopping()
+            self.supervisor.refuse_unisolated(selection.target)
             await selection.target.restart(selection.instances, asked_by=call.asked_by, wait=wait)
 
         return await self._each(call, restart)

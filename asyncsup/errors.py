@@ -138,6 +138,15 @@ class SpawnError(AsyncsupError):
     code = "target.spawn_failed"
 
 
+class CgroupUnavailableError(SpawnError):
+    """A target asks for a control group, or for a limit that needs one, and the host does not allow it.
+
+    Nothing was started; `supervisor.info` says which isolation there is.
+    """
+
+    code = "cgroup.unavailable"
+
+
 class StartFailedError(AsyncsupError):
     """An instance ended, or did not become ready, while its start was being waited for."""
 

@@ -14,12 +14,14 @@ import select
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import anyio.abc
 
 from asyncsup import adoption
 from asyncsup.adoption import AdoptedChild
+from asyncsup.cgroups import Cgroup
 from asyncsup.errors import AsyncsupError
 from asyncsup.instance import Instance, Runtime
 from asyncsup.lifecycle import READY, State
@@ -84,6 +86,12 @@ class Inheritance:
                 self._records[instances[name]] = record
             elif record.process is not None:
                 self._leftovers[name] = record.process
+
+    @property
+    def names(self) -> list[str]:
+        """The instances there are or were, as far as anybody knows."""
+        instances = [i.name for target in self._targets.values() for i in target.instances]
+        return [*instances, *self._leftovers]
 
     def knows(self, target: Target) -> bool:
         """Whether the earlier supervisor had this target: then it is not started because it is new."""
@@ -175,11 +183,16 @@ class Inheritance:
         child = AdoptedChild(finding.record, finding.pidfd, self._runtime.keeper)
         log.warning("%s (pid %d) is not configured any more: ending it", name, child.pid)
 
+        group = None if record.cgroup is None else Cgroup(Path(record.cgroup))
+
         def ended(how: Exit) -> None:
             child.signal_group(signal.SIGKILL)
             timer.cancel()
             log.info("%s (pid %d): %s", name, child.pid, how)
             self._runtime.journal.drop(f"instance {name}")
+            if group is not None:
+                group.kill()
+                group.when_empty(lambda: None if group.remove() else log.warning("%s stays", group.path))
 
         timer = asyncio.get_running_loop().call_later(
             LEFTOVER_GRACE_SECONDS, child.signal_group, signal.SIGKILL

@@ -26,6 +26,7 @@ import anyio
 
 from asyncsup import adoption, lifecycle, listen_fds
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
+from asyncsup.cgroups import Cgroup, Cgroups, Usage
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
 from asyncsup.child import (
     Child,
@@ -89,6 +90,7 @@ class Runtime:
     events: EventStream
     channel: TargetChannel
     keeper: KeeperLink
+    cgroups: Cgroups
     journal: Journal
     sockets: ManagedSockets
     target_endpoint: str
@@ -137,6 +139,7 @@ class LastExit:
     ended: Exit | str
     at: str
     reason: str
+    out_of_memory: bool = False
 
     @property
     def exit_status(self) -> int:
@@ -150,13 +153,17 @@ class LastExit:
         how: dict[str, Any] = {}
         if isinstance(ended, Exit):
             how = {"status": ended.status} if ended.signal is None else {"signal": ended.signal}
+        if self.out_of_memory:
+            how["out_of_memory"] = True
         return {**how, "at": self.at, "reason": self.reason}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LastExit:
         reason = str(value["reason"])
         how = {name: value[name] for name in ("status", "signal") if name in value}
-        return cls(ended=Exit(**how) if how else reason, at=str(value["at"]), reason=reason)
+        out_of_memory = bool(value.get("out_of_memory"))
+        ended = Exit(**how) if how else reason
+        return cls(ended=ended, at=str(value["at"]), reason=reason, out_of_memory=out_of_memory)
 
 
 def _policy_of(config: TargetConfig) -> RestartPolicy:
@@ -209,6 +216,8 @@ class Instance:
         self._hooks: set[asyncio.Task[None]] = set()
         self._process: ProcessRecord | None = None
         """How the next supervisor will know the process again."""
+        self._cgroup: Cgroup | None = None
+        """Of the process there is, or was last."""
         self._missed: Exit | None = None
         """How a process ended while no supervisor was there; to be dealt with by `carry_on`."""
         self._doubt = ""
@@ -277,7 +286,12 @@ class Instance:
             "build": self.hello.build if self.hello is not None else None,
             "region": self.hello.region if self.hello is not None else None,
             "detail": self.detail,
+            "cgroup": None if self._cgroup is None else str(self._cgroup.path),
         }
+
+    def usage(self) -> Usage | None:
+        """What its processes take; None without a control group."""
+        return None if self._cgroup is None else self._cgroup.usage()
 
     async def wait_until(self, condition: Callable[[Instance], bool]) -> None:
         """Return when the condition holds; it is looked at after every change of state and `failure`."""
@@ -548,9 +562,41 @@ class Instance:
     def _intend(self) -> None:
         """Before there is a process: by its token it can be found, should nobody be left to write it down."""
         self.token = secrets.token_hex(16)
-        self._process = ProcessRecord(
-            token=self.token, start_ticks=ticks_now(), hook=self.config.hooks.pre_start is not None
-        )
+        self._process = self._new_record(hook=self.config.hooks.pre_start is not None)
+
+    def _new_record(self, *, hook: bool) -> ProcessRecord:
+        path = None if self.config.cgroup == "off" else self._runtime.cgroups.path_of(self.name)
+        cgroup = None if path is None else str(path)
+        return ProcessRecord(token=self.token, start_ticks=ticks_now(), hook=hook, cgroup=cgroup)
+
+    def _enter_cgroup(self) -> None:
+        """Make the control group of the process that is about to be spawned, if it is to have one.
+
+        Raises:
+            SpawnError: it cannot be had.
+        """
+        assert self._process is not None
+        limits = self.config.cgroup_limits
+        self._cgroup = self._runtime.cgroups.make(self.name, self.config.cgroup, limits)
+        before = 0 if self._cgroup is None else self._cgroup.oom_kills
+        self._process = replace(self._process, oom_kills=before)
+
+    def _leave_cgroup(self) -> int:
+        """The process has ended. Returns how many the kernel has killed in its group because of its limit of
+        memory."""
+        group, self._cgroup = self._cgroup, None
+        if group is None:
+            return 0
+        before = 0 if self._process is None else self._process.oom_kills
+        killed = max(0, group.oom_kills - before)
+        # With `kill_mode = "process"` somebody may be left in it; the next process comes into the same one.
+        group.remove()
+        return killed
+
+    def _spawn_failed(self, reason: str) -> None:
+        self._leave_cgroup()
+        self._process = None
+        self._ended(reason)
 
     def _take_down(self, child: Child) -> None:
         """There is a process now."""
@@ -573,10 +619,10 @@ class Instance:
             self._spawn_program()
             return
         try:
-            self._child = self._spawn_command(hooks.pre_start, {ENV_HOOK: "pre_start"})
+            self._enter_cgroup()
+            self._child = self._spawn_command(hooks.pre_start, {ENV_HOOK: "pre_start"}, cgroup=self._cgroup)
         except SpawnError as error:
-            self._process = None
-            self._ended(f"pre_start: {error.message}")
+            self._spawn_failed(f"pre_start: {error.message}")
             return
         self._take_down(self._child)
         self._child.on_exit(self._pre_start_ended, before_reaping=self._write_down_exit)
@@ -595,7 +641,7 @@ class Instance:
             if ended.status == 0:
                 self._child = None
                 self._cancel_timer()
-                self._process = ProcessRecord(token=self.token, start_ticks=ticks_now())
+                self._process = self._new_record(hook=False)
                 self._remember()
                 self._spawn_program()
                 return
@@ -606,8 +652,7 @@ class Instance:
         try:
             self._child, output, begin, descriptor = self._spawn_with_output()
         except SpawnError as error:
-            self._process = None
-            self._ended(error.message)
+            self._spawn_failed(error.message)
             return
         self._program_runs = True
         self._take_down(self._child)
@@ -660,11 +705,13 @@ class Instance:
                     on_failure.callback(self._runtime.keeper.drop, self._ready_name)
             except OSError as error:
                 raise SpawnError(f"{self.config.command[0]}: cannot be started: {error.strerror}") from None
+            self._enter_cgroup()
             names = self.config.sockets
             child = self._spawn_command(
                 self.config.command,
                 listen_fds.environment(names),
                 passed,
+                cgroup=self._cgroup,
                 pid_variables=[listen_fds.LISTEN_PID] if names else [],
             )
             on_failure.pop_all()
@@ -689,6 +736,7 @@ class Instance:
         descriptors: Mapping[int, int] = NONE,
         *,
         pid_variables: Sequence[str] = (),
+        cgroup: Cgroup | None = None,
     ) -> Child:
         """Run a command as this instance: its environment, folder, user, limits and output."""
         expand = self._expand
@@ -718,7 +766,8 @@ class Instance:
                         umask=self.config.umask,
                         user=self.config.user,
                         group=self.config.group,
-                        limits=self.config.limits,
+                        limits=self.config.rlimits,
+                        cgroup=None if cgroup is None else cgroup.path,
                     )
                 )
         except OSError as error:
@@ -941,7 +990,7 @@ class Instance:
             self._runtime.keeper.drop(self._ready_name)
 
     def _terminate(self, number: int | None = None) -> None:
-        """Ask the process group to end, and see to it that it does.
+        """Ask the process group to end, and see to it that it does, with all that is in the control group.
 
         Args:
             number: this signal at once, whatever is configured.
@@ -983,10 +1032,12 @@ class Instance:
     def _send(self, number: int) -> None:
         if self._child is None:
             return
-        if self.config.kill_mode == "group":
-            self._child.signal_group(number)
-        else:
+        if self.config.kill_mode != "group":
             self._child.signal(number)
+            return
+        self._child.signal_group(number)
+        if number == signal.SIGKILL and self._cgroup is not None:
+            self._cgroup.kill()
 
     def _kill(self) -> None:
         log.warning("%s: still there, sending SIGKILL", self.name)
@@ -1011,16 +1062,38 @@ class Instance:
             stream.drain()
         self._runtime.channel.dismiss(self.token)
         group = self._child.pid
-        if self.config.kill_mode != "group" or not signal_group(group, 0):
+        if self.config.kill_mode != "group":
+            self._gone(ended)
+        elif not signal_group(group, 0):
+            self._group_gone(ended)
+        else:
+            if not self._is_ending:
+                # Its leader is gone, so nobody minds them; they would hold the ports the next one needs.
+                signal_group(group, signal.SIGKILL)
+            when_group_empty(group, lambda: self._group_gone(ended))
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether its processes were asked to end, and have their time for that."""
+        return self.state is State.STOPPING or self._doomed is not None
+
+    def _group_gone(self, ended: Exit) -> None:
+        """Its process group is empty; whoever has left that for another session is in the control group, if
+        there is one, and nowhere else."""
+        left = self._cgroup
+        if left is None or not left.populated:
             self._gone(ended)
             return
-        if self.state is not State.STOPPING and self._doomed is None:
-            # Its leader is gone, so nobody minds them; they would hold the ports the next one needs.
-            signal_group(group, signal.SIGKILL)
-        when_group_empty(group, lambda: self._gone(ended))
+        if self._is_ending:
+            left.signal(self.config.stop_signal)  # they have not heard of it yet
+            left.signal(signal.SIGCONT)
+        else:
+            left.kill()
+        left.when_empty(lambda: self._gone(ended))
 
     def _gone(self, ended: Exit) -> None:
-        """The process, and with `kill_mode = "group"` its whole group, has ended."""
+        """The process, and with `kill_mode = "group"` all that it has started, has ended."""
+        oom_kills = self._leave_cgroup()
         self._child = self._process = None
         self._cancel_timer()
         for stream in self._streams.values():
@@ -1028,12 +1101,21 @@ class Instance:
         if self._program_runs and self.config.hooks.post_stop is not None:
             self._cleaning = self._in_background(self._clean_up(self.config.hooks.post_stop, ended))
         self._program_runs = False
+        if oom_kills:
+            self._ran_out_of_memory(oom_kills)
         if self.state is not State.STOPPING:
-            self._ended(ended if self._doomed is None else self._doomed)
+            self._ended(ended if self._doomed is None else self._doomed, oom_kills)
         elif self._cleaning is not None:
             self._cleaning.add_done_callback(lambda _: self._stopped(ended))
         else:
             self._stopped(ended)
+
+    def _ran_out_of_memory(self, killed: int) -> None:
+        limit = self.config.cgroup_limits.get("memory")
+        log.warning("%s: out of memory: the kernel has killed %d of its processes", self.name, killed)
+        self._runtime.events.emit(
+            "instance.oom", target=self.config.name, instance=self.name, killed=killed, limit=limit
+        )
 
     def _stopped(self, ended: Exit) -> None:
         self.last_exit = LastExit(ended=ended, at=timestamp(), reason=f"stopped: {ended}")
@@ -1052,16 +1134,18 @@ class Instance:
         """Whether it should have become ready and has not: no exit status makes that a success."""
         return self._ready_at is None and self.config.readiness not in {"uptime", "exit"}
 
-    def _ended(self, ended: Exit | str) -> None:
+    def _ended(self, ended: Exit | str, oom_kills: int = 0) -> None:
         now = time.monotonic()
         uptime = now - self._ready_at if self._ready_at is not None else None
         policy = _policy_of(self.config)
         how: Exit | str = ended
         if self._never_said_ready and isinstance(ended, Exit) and ended.status in policy.success_exit_codes:
             how = f"ended before it was ready ({ended})"
+        if oom_kills and not (isinstance(how, Exit) and policy.is_success(how)):
+            how = f"{how}, out of memory (the kernel has killed {oom_kills} of its processes)"
         decision = decide(policy, self._history, ended=how, uptime=uptime, now=now)
         self._history = decision.history
-        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(how))
+        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(how), out_of_memory=oom_kills > 0)
         if decision.event is Event.RESPAWN:
             self.restarts += 1
             self._start_over(decision.event, decision.reason)
@@ -1097,6 +1181,8 @@ class Instance:
 
     def _find_process(self, record: ProcessRecord) -> None:
         finding = adoption.find(record, self._fifo("stdout"))
+        if record.cgroup is not None:
+            self._cgroup = Cgroup(Path(record.cgroup))
         process = self._process = finding.record
         self.token, self._ready_at = process.token, process.ready_at
         if process.hello is not None:
@@ -1229,7 +1315,7 @@ class Instance:
             members = group_members(process.pid)
             if members and not adoption.is_group_of(process, members, self._fifo("stdout")):
                 log.warning("%s: group %d is somebody else's by now, left alone", self.name, process.pid)
-                self._gone(ended)
+                self._group_gone(ended)
                 return
         self._child = Child(process.pid, pidfd=-1, started=process.spawned)
         if self.state is State.STOPPING or self._doomed is not None:

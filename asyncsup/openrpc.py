@@ -57,7 +57,7 @@ def _method(
 _INSTANCE: Final = _object(
     name=STRING, state=STRING, pid=_or_null(NATURAL), ready=BOOLEAN, uptime=_or_null(SECONDS),
     restarts=NATURAL, status_text=_or_null(STRING), sdk=BOOLEAN, build=_or_null(NATURAL),
-    region=_or_null(STRING),
+    region=_or_null(STRING), cgroup=_or_null(STRING),
 )  # fmt: skip
 _TARGET: Final = _object(
     name=STRING, state=STRING, ready=BOOLEAN, wanted=_any_of("up", "down"), build=_or_null(NATURAL),
@@ -114,6 +114,12 @@ METHODS: Final[Sequence[Schema]] = (
             trust=STRING,
             inbox=STRING,
             stopping=BOOLEAN,
+            isolation=_object(
+                by=_any_of("cgroup", "process group"),
+                cgroup=_or_null(STRING),
+                controllers=STRINGS,
+                why=_or_null(STRING),
+            ),
             counters=OBJECT,
             events=STRING,
             caller=STRING,
@@ -123,8 +129,9 @@ METHODS: Final[Sequence[Schema]] = (
         "status",
         "Every target, or those named, as it is at event number `seq`.",
         _object(seq=NATURAL, targets={"type": "array", "items": _TARGET}),
-        optional=["names"],
+        optional=["names", "usage"],
         names=STRINGS,
+        usage=BOOLEAN,
     ),
     _method(
         "show",

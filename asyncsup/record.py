@@ -27,6 +27,8 @@ class ProcessRecord:
         ended: how it ended, when that was seen and has not been acted upon.
         hook: it is the `pre_start` hook, before the program.
         output_from: inode of the log file and offset at which its output begins.
+        cgroup: the folder of its control group; None if it has none.
+        oom_kills: how many processes the kernel had killed for memory in that group before.
     """
 
     token: str
@@ -39,6 +41,8 @@ class ProcessRecord:
     ended: Mapping[str, int | None] | None = None
     hook: bool = False
     output_from: tuple[int, int] | None = None
+    cgroup: str | None = None
+    oom_kills: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

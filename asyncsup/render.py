@@ -273,14 +273,71 @@ def status_lines(value: Value, *, width: int | None = None, ink: Ink = PLAIN) ->
         if len(instances) > 1:
             rows.extend(_instance_row(instance) for instance in instances)
     header = ("NAME", "STATE", "READY", "PID", "UPTIME", "RESTARTS", "BUILD", "DETAIL")
-    return table(
-        header,
-        rows,
-        width=width,
-        ink=ink,
-        right=("PID", "RESTARTS", "BUILD"),
-        drop=("RESTARTS", "UPTIME", "BUILD", "READY"),
-    )
+    right, drop = ("PID", "RESTARTS", "BUILD"), ("RESTARTS", "UPTIME", "BUILD", "READY")
+    if "isolation" not in value:
+        return table(header, rows, width=width, ink=ink, right=right, drop=drop)
+    taken = _usage_columns(targets)
+    wider = [[*row[:-1], *cells, row[-1]] for row, cells in zip(rows, taken, strict=True)]
+    columns = ("MEMORY", "CPU", "PROCESSES")
+    return [
+        *table(
+            (*header[:-1], *columns, header[-1]),
+            wider,
+            width=width,
+            ink=ink,
+            right=(*right, *columns),
+            drop=("RESTARTS", "BUILD", "UPTIME", "READY"),
+        ),
+        f"isolation: {_isolation_text(value['isolation'])}",
+    ]
+
+
+def _usage_columns(targets: Sequence[Value]) -> list[list[Cell]]:
+    """What each row's instance takes; in the row of a target with several, all of them together."""
+    cells: list[list[Cell]] = []
+    for target in targets:
+        instances: Sequence[Value] = target.get("instances") or ()
+        taken = [instance.get("usage") or {} for instance in instances]
+        cells.append(_usage_cells(taken))
+        if len(instances) > 1:
+            cells.extend(_usage_cells([each]) for each in taken)
+    return cells
+
+
+def _usage_cells(taken: Sequence[Value]) -> list[Cell]:
+    def total(key: str) -> float | None:
+        known = [float(each[key]) for each in taken if each.get(key) is not None]
+        return sum(known) if known else None
+
+    memory, cpu, processes = total("memory"), total("cpu"), total("processes")
+    return [
+        (_MISSING if memory is None else size(int(memory)), ""),
+        (_MISSING if cpu is None else duration(cpu), ""),
+        (_MISSING if processes is None else str(int(processes)), ""),
+    ]
+
+
+def _usage_text(usage: Value | None) -> str:
+    if not usage:
+        return ""
+    parts = [
+        f"memory {size(usage['memory'])}" if usage.get("memory") is not None else "",
+        f"CPU {duration(usage['cpu'])}" if usage.get("cpu") is not None else "",
+        f"{clean(usage.get('processes'))} processes",
+        f"{clean(usage['oom_kills'])} killed for memory" if usage.get("oom_kills") else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _isolation_text(isolation: Value | None) -> str:
+    if not isolation:
+        return ""
+    why = isolation.get("why")
+    if isolation.get("by") != "cgroup":
+        return f"process groups{f'; no control groups: {clean(why)}' if why else ''}"
+    controllers = " ".join(clean(each) for each in isolation.get("controllers") or ()) or "none"
+    where = clean(isolation.get("cgroup"))
+    return f"control groups in {where}, controllers: {controllers}{f'; {clean(why)}' if why else ''}"
 
 
 def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
@@ -408,6 +465,7 @@ def info_lines(info: Value, *, ink: Ink = PLAIN) -> list[str]:
                 )
                 for name, socket in sockets.items()
             ),
+            ("isolation", _isolation_text(info.get("isolation"))),
             ("counters", ", ".join(f"{clean(k)} {clean(v)}" for k, v in counters.items() if v)),
         ]
     )
@@ -461,6 +519,8 @@ def show_lines(
                 if ended
                 else ("last exit", ""),
                 ("sdk", "connected" if instance.get("sdk") else "no"),
+                ("takes", _usage_text(instance.get("usage"))),
+                ("cgroup", clean(instance.get("cgroup") or "")),
             ],
             "  ",
         )

@@ -27,6 +27,7 @@ import zmq
 
 import asyncsup
 from asyncsup.actor import Actor
+from asyncsup.cgroups import Cgroups
 from asyncsup.channel import TargetChannel
 from asyncsup.child import raise_descriptor_limit, seal_descriptors
 from asyncsup.config import INSTANCE, Config
@@ -172,7 +173,10 @@ class Supervisor:
         self._context = context
         self.sockets = ManagedSockets(self.keeper)
         self._cleanup.callback(lambda: self.sockets.close(keep=not self._ended_in_order))
+        self.cgroups = Cgroups(settings.cgroup_root, settings.state_dir)
+        self._cleanup.callback(self.cgroups.close)
         self._runtime = Runtime(
+            cgroups=self.cgroups,
             events=self.events,
             channel=self.channel,
             keeper=self.keeper,
@@ -312,6 +316,7 @@ class Supervisor:
                     self._go_on_with_patches()
                     self._inheritance.carry_on(tasks)
                     self.keeper.drop_the_rest()
+                    self.cgroups.tidy_up(self._inheritance.names)
                     if not self.keeper.reaps:
                         reaper = StrayReaper()
                         reaper.start()
@@ -653,10 +658,12 @@ class Supervisor:
             "sockets": self.sockets.describe(),
             "targets": len(self.targets),
             "stopping": self._stopping.is_set(),
+            "isolation": self.cgroups.to_json(),
             "counters": dict(sorted(counters.items())),
         }
 
-    def describe(self, target: Target) -> dict[str, Any]:
+    def describe(self, target: Target, *, usage: bool = False) -> dict[str, Any]:
+        """Args: usage: say as well what the processes of each instance take, where that is known."""
         facts = self.root_facts(target.name)
         return {
             "name": target.name,
@@ -669,7 +676,7 @@ class Supervisor:
             "wanted": "up" if target.wanted else "down",
             "busy": target.busy,
             "waiting": target.waiting,
-            "instances": [instance.describe() for instance in target.instances],
+            "instances": [_describe(instance, usage=usage) for instance in target.instances],
         }
 
     def select(self, names: Sequence[str], *, default_all: bool = False) -> list[Selection]:
@@ -716,6 +723,7 @@ class Supervisor:
     async def start(self, selection: Selection, *, asked_by: str, wait: bool) -> None:
         """Start a target, and first the targets it depends on."""
         self.refuse_while_stopping()
+        self.refuse_unisolated(selection.target)
         jobs = [partial(selection.target.start, selection.instances, asked_by=asked_by, wait=wait)]
         jobs += [
             partial(other.start, other.instances, asked_by=asked_by, wait=False)
@@ -755,6 +763,10 @@ class Supervisor:
                     return instance
         raise TargetNotFoundError(self._no_such(name), name=name)
 
+    def refuse_unisolated(self, target: Target) -> None:
+        """Raises CgroupUnavailableError: it asks for limits or a control group, and the host has none."""
+        self.cgroups.require(target.config.cgroup, target.config.cgroup_limits)
+
     def refuse_while_stopping(self) -> None:
         if self._stopping.is_set():
             raise ShuttingDownError("the supervisor is stopping and takes no new work")
@@ -766,6 +778,14 @@ def _lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _describe(instance: Instance, *, usage: bool) -> dict[str, Any]:
+    described = instance.describe()
+    if usage:
+        taken = instance.usage()
+        described["usage"] = None if taken is None else taken.to_json()
+    return described
 
 
 def _closure(target: Target) -> list[tuple[Target, bool]]:

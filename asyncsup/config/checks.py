@@ -15,7 +15,7 @@ from asyncsup.config.address import MAX_SOCKET_PATH
 from asyncsup.config.machine import Machine
 from asyncsup.config.problems import Report
 from asyncsup.config.settings import SOCKET, PatchConfig, SupervisorConfig
-from asyncsup.config.values import INSTANCE, format_duration, nearest, quoted
+from asyncsup.config.values import INSTANCE, UNLIMITED, format_duration, format_size, nearest, quoted
 from asyncsup.errors import AllowedSignersError, TrustUnavailableError
 
 if TYPE_CHECKING:
@@ -44,6 +44,13 @@ class Checks:
             self._socket_path(read, "endpoint", Path(config.endpoint.removeprefix("ipc://")))
         self._usable_as_folder(read, "state_dir", config.state_dir)
         self._usable_as_folder(read, "runtime_dir", config.runtime_dir)
+        root = config.cgroup_root
+        if self._machine is not None and root is not None and not self._machine.is_cgroup2(root):
+            self._report.warn(
+                read.place("cgroup_root"),
+                f"{root} is not in a cgroup v2 file system: instances are started without a control group, "
+                "and those that need one not at all",
+            )
         group = config.socket_group
         if self._machine is not None and group is not None and self._machine.group_id(group) is None:
             self._report.problem(read.place("socket_group"), "there is no such group on this machine")
@@ -142,6 +149,7 @@ class Checks:
             self._probes(target)
             self._oneshot(target)
             self._sockets(target, sockets)
+            self._control_group(target)
         self._dependencies(targets)
         self._roots(targets, supervisor, patch, files)
         self._log_files(targets)
@@ -298,6 +306,24 @@ class Checks:
             ):
                 if who is not None and find(who) is None:
                     self._report.problem(read.place(key), f"there is no such {key} on this machine")
+
+    def _control_group(self, target: TargetRead) -> None:
+        config, top = target.config, target.top
+        limits = {name: value for name, value in config.cgroup_limits.items() if value != UNLIMITED}
+        if config.cgroup == "off" and limits and "cgroup" not in top.failed:
+            self._report.problem(
+                top.place("cgroup"),
+                f"limits.{next(iter(limits))} needs a control group",
+                'remove one of them; "optional" goes without where there is none',
+            )
+        memory, high = limits.get("memory"), limits.get("memory_high")
+        if memory is not None and high is not None and high > memory:
+            self._report.problem(
+                top.place("limits"),
+                f"memory_high ({format_size(int(high))}) is above memory ({format_size(int(memory))}), so "
+                "that processes are killed before they are slowed down",
+                "set memory_high to less than memory",
+            )
 
     def _dependencies(self, targets: Mapping[str, TargetRead]) -> None:
         graph: dict[str, tuple[str, ...]] = {}

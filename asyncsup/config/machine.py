@@ -22,6 +22,12 @@ class Machine:
     def is_directory(self, path: Path) -> bool:
         return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where a folder above is not readable
 
+    def is_cgroup2(self, path: Path) -> bool:
+        """Whether a folder, or what it would be in, is of the cgroup v2 file system."""
+        from asyncsup.cgroups import is_cgroup2  # noqa: PLC0415 - only where one is configured
+
+        return is_cgroup2(path)
+
     def real_path(self, path: Path) -> Path:
         return Path(os.path.realpath(path))
 

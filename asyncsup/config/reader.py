@@ -73,6 +73,8 @@ _OTHER_NAMES: Final[Mapping[str, str]] = MappingProxyType({
     "readiness_probe": "ready", "liveness_probe": "liveness", "notification_fd": "ready.fd",
     "ready_log_line": "ready.log", "execstartpre": "hooks.pre_start", "execstartpost": "hooks.post_start",
     "execstoppost": "hooks.post_stop", "max_package": "limits.package_size",
+    "memorymax": "limits.memory", "memoryhigh": "limits.memory_high", "cpuquota": "limits.cpus",
+    "cpuweight": "limits.cpu_weight", "tasksmax": "limits.pids", "max_memory_restart": "limits.memory",
 })  # fmt: skip
 """What other supervisors call our keys: nearer to what is meant than the nearest spelling."""
 

@@ -64,6 +64,7 @@ Layout = Literal["overlay", "tree"]
 Protocol = Literal["sdk", "notify", "none"]
 Restart = Literal["always", "on-failure", "unless-stopped", "never"]
 KillMode = Literal["group", "process"]
+CgroupMode = Literal["auto", "required", "optional", "off"]
 LogFormat = Literal["raw", "timestamp", "json"]
 LogCompression = Literal["none", "gzip"]
 Commit = Literal["auto", "manual"]
@@ -106,6 +107,8 @@ class SupervisorConfig:
     """Of the supervisor's own log, on its standard error."""
     orphans: Annotated[Orphans, choice(Orphans)] = "adopt"
     """What becomes of instances that a supervisor which did not end in good order has left behind."""
+    cgroup_root: Annotated[Path | None, values.PATH, Takes.AT_START] = None
+    """Where the control groups of the instances are made, instead of in the one `serve` is in."""
     include: Annotated[tuple[str, ...], values.STRINGS] = ()
     """Patterns of files with more targets, relative to this file."""
 
@@ -344,10 +347,12 @@ class TargetConfig:
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    limits: Annotated[Mapping[str, int], Entries(values.LIMIT_COUNT, values.LIMITS), Takes.AT_START] = field(
+    cgroup: Annotated[CgroupMode, choice(CgroupMode), Takes.AT_START] = "auto"
+    """Whether an instance has a control group, and whether it may be started without what it asks of one."""
+    limits: Annotated[Mapping[str, Any], Entries(values.LIMIT_COUNT, values.LIMITS), Takes.AT_START] = field(
         default_factory=_empty
     )
-    """rlimit name to value in the units of setrlimit(2); `UNLIMITED` for no limit."""
+    """Name to value (`RLIMITS`, `CGROUP_LIMITS`); `UNLIMITED` for no limit."""
     patch: TargetPatchConfig = field(default_factory=TargetPatchConfig)
 
     @property
@@ -362,6 +367,16 @@ class TargetConfig:
         if self.speaks_notify:
             return "notify"
         return "sdk" if self.protocol == "sdk" else "uptime"
+
+    @property
+    def rlimits(self) -> Mapping[str, int]:
+        """The limits of each process."""
+        return {name: value for name, value in self.limits.items() if name in values.RLIMITS}
+
+    @property
+    def cgroup_limits(self) -> Mapping[str, float]:
+        """The limits of all processes of an instance together."""
+        return {name: value for name, value in self.limits.items() if name in values.CGROUP_LIMITS}
 
     @property
     def speaks_notify(self) -> bool:

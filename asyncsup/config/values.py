@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from asyncsup.patch.manifest import Kind
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 MAX_DURATION: Final = 365 * 86_400.0
 """Seconds. Event loops overflow on very large timeouts; nobody means a longer one."""
@@ -611,8 +612,8 @@ def _show_stderr(value: Any) -> str:
     return '"separate"' if value is None else toml_text(value)
 
 
-def _read_limit(read: Callable[[Any, Scope], int]) -> Callable[[Any, Scope], int]:
-    def read_limit(value: Any, scope: Scope) -> int:
+def _read_limit(read: Callable[[Any, Scope], N]) -> Callable[[Any, Scope], N | int]:
+    def read_limit(value: Any, scope: Scope) -> N | int:
         return UNLIMITED if value == "unlimited" else read(value, scope)
 
     return read_limit
@@ -731,9 +732,43 @@ _LIMIT_CPU: Final = ValueType(
     _show_limit(_show_duration),
     schema=_LIMIT,
 )
-LIMITS: Final[Mapping[str, ValueType[int]]] = MappingProxyType({
+
+
+def _read_cpus(value: Any, scope: Scope) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadValueError(
+            f"must be a number of CPUs, got {type_name(value)}", "1.5 is one and a half of them"
+        )
+    if not 0.01 <= value <= 100_000:
+        raise BadValueError("must be from 0.01 to 100000")
+    return float(value)
+
+
+_CGROUP_SIZE: Final = ValueType(
+    'size above 0 or "unlimited"', _read_limit(_read_size), _show_limit(format_size), schema=_LIMIT
+)
+RLIMITS: Final[Mapping[str, ValueType[int]]] = MappingProxyType({
     "nofile": LIMIT_COUNT, "nproc": LIMIT_COUNT, "cpu": _LIMIT_CPU,
     "core": _LIMIT_SIZE, "as": _LIMIT_SIZE, "fsize": _LIMIT_SIZE, "memlock": _LIMIT_SIZE,
     "stack": _LIMIT_SIZE, "data": _LIMIT_SIZE,
 })  # fmt: skip
-"""The keys of `.limits`: setrlimit(2)'s names in lower case, values in its units (bytes, seconds, counts)."""
+"""Limits of each process: setrlimit(2)'s names in lower case, values in its units (bytes, seconds, count)."""
+CGROUP_LIMITS: Final[Mapping[str, ValueType[Any]]] = MappingProxyType({
+    "memory": _CGROUP_SIZE,
+    "memory_high": _CGROUP_SIZE,
+    "cpus": ValueType(
+        'number of CPUs or "unlimited"',
+        _read_limit(_read_cpus),
+        _show_limit(toml_text),
+        schema={"anyOf": [{"type": "number", "minimum": 0.01, "maximum": 100_000}, {"const": "unlimited"}]},
+    ),
+    "cpu_weight": integer(1, 10_000),
+    "pids": ValueType(
+        'integer from 1 or "unlimited"',
+        _read_limit(integer(1).read),
+        schema={"anyOf": [{"type": "integer", "minimum": 1}, {"const": "unlimited"}]},
+    ),
+})  # fmt: skip
+"""Limits of an instance, for all of its processes together: bytes, CPUs, a share, a count."""
+LIMITS: Final[Mapping[str, ValueType[Any]]] = MappingProxyType({**RLIMITS, **CGROUP_LIMITS})
+"""The keys of `.limits`."""
