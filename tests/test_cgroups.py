@@ -654,3 +654,17 @@ def test_what_contradicts_itself_is_refused(serve: Serve) -> None:
     )
     assert checked.returncode == 5
     assert "limits.memory needs a control group" in checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("arguments", [["status", "-v"], ["show"]])
+def test_it_is_said_which_isolation_there_is(bare: Path, serve: Serve, arguments: list[str]) -> None:
+    client = up(serve, bare, f"[target.a]\n{SLEEPER}instances = 2\n")
+    ready(client)
+    client.close()
+    asked = subprocess.run(
+        [sys.executable, "-m", "asyncsup", "-c", serve.config, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"control groups in {bare}/asyncsup." in asked.stdout, asked.stdout + asked.stderr
