@@ -494,10 +494,10 @@ def test_a_service_is_replaced_under_load_without_a_failure(service: str) -> Non
     with Slot(COMMANDS[service]) as slot:
         place = f"127.0.0.1:{slot.port}"
         with (
-            Load(f"http://{place}/", rate=50) as new,
-            Load(f"http://{place}/", mode="keep-alive", rate=50) as kept,
-            Load(f"http://{place}/slow", rate=20) as slow,
-            Load(f"ws://{place}/echo", mode="websocket", rate=50) as websockets,
+            Load(f"http://{place}/", rate=20) as new,
+            Load(f"http://{place}/", mode="keep-alive", rate=20, connections=5) as kept,
+            Load(f"http://{place}/slow", rate=10) as slow,
+            Load(f"ws://{place}/echo", mode="websocket", rate=20, connections=5) as websockets,
         ):
             loads = {"new": new, "keep-alive": kept, "slow": slow, "websocket": websockets}
             for _ in range(REPLACEMENTS):
@@ -505,7 +505,7 @@ def test_a_service_is_replaced_under_load_without_a_failure(service: str) -> Non
                 answer = slot.replace()
                 assert isinstance(answer, Result), answer
                 deadline = time.monotonic() + WAIT_SECONDS
-                while any(len(load.results.samples) < before[name] + 20 for name, load in loads.items()):
+                while any(len(load.results.samples) < before[name] + 10 for name, load in loads.items()):
                     assert time.monotonic() < deadline
                     time.sleep(0.02)
         for name, load in loads.items():
