@@ -33,7 +33,7 @@ Format = Literal["raw", "timestamp", "json"]
 
 COALESCE_SECONDS: Final = 0.004
 """A chatty instance is read at most this often: each wake-up costs more than the bytes it moves."""
-LINES_BYTES: Final = 128 << 10
+LINES_BYTES: Final = 512 << 10
 """So much is put into lines before others have their turn: it takes some milliseconds."""
 LINE_MARGIN: Final = 64 << 10
 """Below this room in a file it is looked where a line ends before bytes are moved."""
@@ -286,11 +286,14 @@ class OutputStream:
     def _write_stamped(self, spool: Spool, data: bytes) -> None:
         # Not line by line: it is the same text before each.
         prefix = timestamp().encode() + b" "
-        added = len(prefix)
-        text = prefix + data.removesuffix(b"\n").replace(b"\n", b"\n" + prefix) + b"\n"
+        lines = data.removesuffix(b"\n").replace(b"\n", b"\n" + prefix)
+        text = b"".join((prefix, lines, b"\n"))
         at, left = 0, len(data)
         while at < len(text):
             room = self.file.room
+            if at == 0 and len(text) <= room:
+                self._write_batch(spool, text, left)
+                return
             end = len(text) if len(text) - at <= room else text.rfind(b"\n", at, at + max(room, 0)) + 1
             if end == 0 and not self.file.empty:
                 self.file.rotate()
@@ -298,18 +301,21 @@ class OutputStream:
             if end == 0:  # longer than a file may be
                 end = text.index(b"\n", at) + 1
             # A line without an end has been given one.
-            size = min(end - at - text.count(b"\n", at, end) * added, left)
+            size = min(end - at - text.count(b"\n", at, end) * len(prefix), left)
             self._write_batch(spool, text[at:end], size)
             at, left = end, left - size
 
     def _write_json(self, spool: Spool, data: bytes) -> None:
-        lines = data.removesuffix(b"\n").split(b"\n")
         now = timestamp()
         left, room = len(data), self.file.room
+        text = self._all_as_json(now, data)
+        if text is not None and len(text) <= room:
+            self._write_batch(spool, text, left)
+            return
         batch: list[bytes] = []
         length = size = 0  # of the batch, and of what it stands for
-        for line in lines:
-            text = self._as_json(now, line)
+        for line in data.removesuffix(b"\n").split(b"\n"):
+            text = self._as_json(now, line.decode("utf-8", "replace"))
             if length + len(text) > room and (batch or not self.file.empty):
                 if batch:
                     self._write_batch(spool, b"".join(batch), size)
@@ -328,12 +334,17 @@ class OutputStream:
         self.file.write(text)
         spool.done(size)
 
-    def _as_json(self, now: str, line: bytes) -> bytes:
-        record = {
-            "at": now, "instance": self.instance, "stream": self.stream,
-            "line": line.decode("utf-8", "replace"),
-        }  # fmt: skip
+    def _as_json(self, now: str, line: str) -> bytes:
+        record = {"at": now, "instance": self.instance, "stream": self.stream, "line": line}
         return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+    def _all_as_json(self, now: str, data: bytes) -> bytes | None:
+        """Many lines at once, as an array whose separators are replaced; None where that will not do."""
+        if b'",\n' in data or data.endswith(b'",'):
+            return None  # an escaped quote, a comma and the closing quote would look like a separator
+        lines = data.removesuffix(b"\n").decode("utf-8", "replace").split("\n")
+        head, tail = self._as_json(now, "")[:-3], b'"}\n'
+        return b"".join((head, orjson.dumps(lines)[2:-2].replace(b'","', tail + head), tail))
 
     def _count_loss(self, error: OSError, size: int) -> None:
         """The file cannot be written (disk full, no permission): the program must go on, so its output is

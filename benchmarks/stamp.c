@@ -3,7 +3,10 @@
    stamp child FILE      append the monotonic time of main() to FILE, then wait to be killed
    stamp start N FILE    posix_spawn N children, wait until each has stamped, print the seconds that took
    stamp crash N FILE    kill one child N times; wait by pidfd, spawn the next; print the median in microseconds,
-                         from the kill to the stamp of the replacement */
+                         from the kill to the stamp of the replacement
+   stamp write SIZE COUNT [FILE]
+                         write COUNT lines of SIZE bytes to standard output, one at a time; before that, the
+                         monotonic time to FILE */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <poll.h>
@@ -60,9 +63,31 @@ static int by_size(const void *a, const void *b)
     return *(double *)a < *(double *)b ? -1 : 1;
 }
 
+static int write_lines(int size, long count, char *file)
+{
+    char *line = malloc(size);
+    memset(line, 'x', size);
+    line[size - 1] = '\n';
+    if (file) {
+        FILE *began = fopen(file, "w");
+        fprintf(began, "%.9f\n", now());
+        fclose(began);
+    }
+    for (; count > 0; count--)
+        for (int done = 0; done < size;) {
+            int written = write(1, line + done, size - done);
+            if (written < 0)
+                return 1;
+            done += written;
+        }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     char *file = argv[argc - 1];
+    if (argc >= 4 && strcmp(argv[1], "write") == 0)
+        return write_lines(atoi(argv[2]), atol(argv[3]), argc > 4 ? argv[4] : NULL);
     if (argc == 3 && strcmp(argv[1], "child") == 0) {
         char line[33];
         int fd = open(file, O_WRONLY | O_CREAT | O_APPEND, 0600);

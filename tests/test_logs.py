@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -117,6 +118,42 @@ async def test_json_lines_name_the_instance_and_survive_invalid_utf8(made: Made)
     record = json.loads(made.text())
     assert record["line"] == "café \ufffd"
     assert (record["instance"], record["stream"]) == ("web:0", "stdout")
+
+
+_PIECES = [
+    b'"',
+    b",",
+    b'","',
+    b'",',
+    b"\\",
+    b"\n",
+    b"\n\n",
+    b"a",
+    b"\xc3",
+    b"\xa9",
+    b"}",
+    b"[",
+    b"\x00",
+    b"\x1f",
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_json_lines_are_the_lines_whatever_is_in_them(made: Made, seed: int) -> None:
+    dice = random.Random(seed)
+    stream = made.stream(format_="json", max_size=dice.choice([2_000, 1 << 20]), max_files=1000)
+    written = b""
+    fd = stream.open_child_end()
+    for _ in range(40):
+        data = b"".join(dice.choices(_PIECES, k=dice.randrange(1, 40))) + b"\n"
+        os.write(fd, data)
+        stream.drain()
+        written += data
+    os.close(fd)
+    records = [json.loads(line) for path in oldest_first(stream) for line in path.read_text().splitlines()]
+    expected = [line.decode("utf-8", "replace") for line in written.removesuffix(b"\n").split(b"\n")]
+    assert [record["line"] for record in records] == expected
+    assert {(record["instance"], record["stream"]) for record in records} == {("web:0", "stdout")}
 
 
 async def test_the_program_never_sees_a_non_blocking_or_closed_output(made: Made) -> None:
