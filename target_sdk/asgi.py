@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from target_sdk.connections import Connections
 from target_sdk.draining import GOODBYE_CODE, GOODBYE_REASON, IDLE_GRACE, Draining, Websockets
+from target_sdk.http2 import Goaways
 from target_sdk.target import Target
 
 Message = MutableMapping[str, Any]
@@ -48,7 +49,11 @@ class Drain:
         self._app = app
         self._target = target
         self._ready_at = ready
-        self.draining = Draining(Connections(), idle_grace=idle_grace, websockets=websockets)
+        connections = Connections()
+        self._goaways = Goaways(connections.transports)
+        self.draining = Draining(
+            connections, idle_grace=idle_grace, websockets=websockets, tell=self._tell_goaway
+        )
         target.on_drain(self.draining.drain)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -63,18 +68,35 @@ class Drain:
                 await self._app(scope, receive, send)
 
     async def _http(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        # HTTP/2 forbids the header; there the server's GOAWAY does the same, and names the last request.
-        has_header = str(scope.get("http_version", "1.1")).startswith("1")
+        if str(scope.get("http_version", "1.1")).startswith("1"):
+            await self._http_1(scope, receive, send)
+            return
+        client = scope.get("client")
+        if client is None:
+            await self._count(scope, receive, send)
+            return
+        connection = self._goaways.begin((client[0], client[1]))
+        try:
+            await self._count(scope, receive, send)
+        finally:
+            self._goaways.end(connection, asyncio.get_running_loop().time())
 
+    def _tell_goaway(self, every: bool) -> None:
+        self._goaways.tell(asyncio.get_running_loop().time(), every=every)
+
+    async def _http_1(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start" and self.draining.active and has_header:
+            if message["type"] == "http.response.start" and self.draining.active:
                 kept = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"connection"]
                 message = {**message, "headers": [*kept, (b"connection", b"close")]}
             await send(message)
 
+        await self._count(scope, receive, answer)
+
+    async def _count(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         self.draining.requests += 1
         try:
-            await self._app(scope, receive, answer)
+            await self._app(scope, receive, send)
         finally:
             self.draining.requests -= 1
 

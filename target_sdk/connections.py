@@ -91,6 +91,10 @@ class Connections:
             else:
                 server.close()  # uvloop's reads its sockets itself; this closes our copy of them and no more
 
+    def transports(self) -> list[asyncio.BaseTransport]:
+        """Those of the connections that are open."""
+        return [transport for transport in self._open if not transport.is_closing()]
+
     def __len__(self) -> int:
         return sum(map(_is_open, self._open))
 

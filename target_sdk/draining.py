@@ -31,12 +31,19 @@ class Draining:
         idle_grace: for how long (seconds) idle keep-alive connections are left open, so that their next
             request is answered, with ``Connection: close``. One that is closed while its client sends the
             next request looks like a failure to it.
+        tell: called while there are connections, to tell clients by other means than answers that they should
+            come back on another one; at the end of the grace with True.
         websockets: ``close``: say goodbye to them when everything else is done; ``leave``: only shortly
             before the deadline.
     """
 
     def __init__(
-        self, connections: Connections, *, idle_grace: float = IDLE_GRACE, websockets: Websockets = "close"
+        self,
+        connections: Connections,
+        *,
+        idle_grace: float = IDLE_GRACE,
+        websockets: Websockets = "close",
+        tell: Callable[[bool], None] | None = None,
     ) -> None:
         if idle_grace < 0:
             raise ValueError(f"idle_grace must not be negative, got {idle_grace!r}")
@@ -51,6 +58,7 @@ class Draining:
         """How each open websocket is closed."""
         self._idle_grace = idle_grace
         self._websockets = websockets
+        self._tell = tell
 
     async def drain(self, seconds: float) -> None:
         """Take no more, finish what there is; when this returns the server can be stopped.
@@ -64,7 +72,8 @@ class Draining:
         self.active = True
         self.connections.stop_accepting()
         await self.connections.settle()
-        await wait_until(self._only_websockets, min(loop.time() + self._idle_grace, deadline))
+        if not await wait_until(self._only_websockets, min(loop.time() + self._idle_grace, deadline)):
+            self._tell_clients(every=True)
         # Whoever has not come back by then gets the server's own goodbye.
         await wait_until(lambda: self.requests == 0, deadline)
         if self._websockets == "leave":
@@ -75,7 +84,12 @@ class Draining:
                 f"{self.requests} requests and {len(self.goodbyes)} websockets are left after {seconds:g} s"
             )
 
+    def _tell_clients(self, *, every: bool) -> None:
+        if self._tell is not None:
+            self._tell(every)
+
     def _only_websockets(self) -> bool:
+        self._tell_clients(every=False)
         return self.requests == 0 and len(self.connections) <= len(self.goodbyes)
 
     async def _say_goodbye(self, deadline: float) -> None:

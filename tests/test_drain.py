@@ -32,6 +32,7 @@ import target_sdk.asgi  # noqa: E402
 from target_sdk import Target  # noqa: E402
 from target_sdk.connections import Connections  # noqa: E402
 from target_sdk.draining import Draining, Websockets  # noqa: E402
+from target_sdk.http2 import FORGET_ABOVE, GOAWAY, Goaways  # noqa: E402
 from target_sdk.protocol import Result  # noqa: E402
 
 WAIT_SECONDS = 20.0
@@ -392,8 +393,10 @@ async def test_websockets_may_be_left_until_the_deadline(
         assert service.draining.goodbyes == {}
 
 
-async def test_answers_of_http_2_have_no_such_header(work: Work, listening: socket.socket) -> None:
-    async with hypercorn_service(work, listening, idle_grace=0.0) as service:
+async def test_clients_of_http_2_are_told_to_come_back_on_another_connection(
+    work: Work, listening: socket.socket
+) -> None:
+    async with hypercorn_service(work, listening, idle_grace=WAIT_SECONDS) as service:
         client = await Client.connect(listening)
         connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         connection.initiate_connection()
@@ -420,8 +423,67 @@ async def test_answers_of_http_2_have_no_such_header(work: Work, listening: sock
         answer = await read_until(h2.events.ResponseReceived)
         assert "connection" not in dict(answer.headers)
         await read_until(h2.events.StreamEnded)
-        await draining
+        await read_until(h2.events.ConnectionTerminated)
+        (terminated,) = [one for one in seen if isinstance(one, h2.events.ConnectionTerminated)]
+        assert (terminated.error_code, terminated.last_stream_id) == (0, (1 << 31) - 1)
+        assert not draining.done()
         client.close()
+        await draining
+
+
+class Wire(asyncio.Transport):
+    """A transport that only remembers."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__({"peername": ("::1", port, 0, 0)})
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
+def test_a_goaway_goes_to_connections_of_http_2_alone_and_once() -> None:
+    quiet, busy, plain = Wire(1), Wire(2), Wire(3)
+    goaways = Goaways(lambda: [quiet, busy, plain])
+    goaways.end(goaways.begin(("::1", 1)), 10.0)
+    goaways.begin(("::1", 2))
+    assert goaways.begin(("::1", 9)) is None
+    goaways.tell(10.05, every=False)
+    assert quiet.written == b""
+    goaways.tell(10.2, every=False)
+    goaways.tell(10.3, every=False)
+    assert (quiet.written, busy.written) == (GOAWAY, b"")
+    goaways.tell(10.4, every=True)
+    assert (quiet.written, busy.written, plain.written) == (GOAWAY, GOAWAY, b"")
+
+
+def test_an_address_that_another_connection_has_later_gets_no_goaway() -> None:
+    first, later = Wire(1), Wire(1)
+    there: list[asyncio.BaseTransport] = [first]
+    goaways = Goaways(lambda: there)
+    goaways.end(goaways.begin(("::1", 1)), 10.0)
+    first.closed = True
+    there[:] = [later]
+    goaways.tell(20.0, every=True)
+    assert (first.written, later.written) == (b"", b"")
+    goaways.end(goaways.begin(("::1", 1)), 20.0)
+    goaways.tell(30.0, every=False)
+    assert later.written == GOAWAY
+
+
+def test_connections_that_are_gone_are_forgotten() -> None:
+    there: list[asyncio.BaseTransport] = []
+    goaways = Goaways(lambda: there)
+    for port in range(2000):
+        wire = Wire(port)
+        there[:] = [wire]
+        goaways.end(goaways.begin(("::1", port)), 1.0)
+        wire.closed = True
+    assert len(goaways._connections) <= FORGET_ABOVE
 
 
 async def test_an_application_that_replaces_the_header_does_not_keep_the_connection(
