@@ -92,7 +92,7 @@ def find(record: ProcessRecord, output: Path) -> Finding:
 def _doubt(record: ProcessRecord, output: Path, inode: int) -> str | None:
     """What speaks against a process whose pid and start time agree."""
     assert record.pid is not None
-    token = _variables(record.pid).get(ENV_TOKEN)
+    token = token_of(record.pid)
     if token == record.token:
         return None
     if token is not None:
@@ -142,6 +142,11 @@ def _find_by_token(record: ProcessRecord, output: Path) -> Finding:
     return Finding(verdict=Verdict.OURS, record=complete, pidfd=pidfd)
 
 
+def token_of(pid: int) -> str | None:
+    """The token in a process's environment, as it was when the program in it was executed."""
+    return _variables(pid).get(ENV_TOKEN)
+
+
 def _variables(pid: int) -> dict[str, str]:
     """What can be seen of asyncsup's own variables in a process's environment."""
     try:
@@ -162,7 +167,7 @@ def is_group_of(record: ProcessRecord, members: list[int], output: Path) -> bool
     """Whether the processes of a group whose leader is gone are those that the process of a record has left
     behind. A number that is in use for a group is not given to a new process, so one that is known suffices.
     """
-    return any(_variables(pid).get(ENV_TOKEN) == record.token or _writes_to(pid, output) for pid in members)
+    return any(token_of(pid) == record.token or _writes_to(pid, output) for pid in members)
 
 
 class AdoptedChild(Child):
@@ -174,7 +179,7 @@ class AdoptedChild(Child):
 
     def __init__(self, record: ProcessRecord, pidfd: int, keeper: KeeperLink) -> None:
         assert record.pid is not None
-        super().__init__(record.pid, pidfd=pidfd, started=record.spawned)
+        super().__init__(record.pid, pidfd=pidfd, started=record.spawned, groups=record.groups)
         self._start_ticks = record.start_ticks
         self._keeper = keeper
         keeper.expect(self.pid, self._start_ticks)

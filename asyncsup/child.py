@@ -1,8 +1,8 @@
 """Spawn, signal, wait for and reap one child and the process group it leads.
 
 Only vfork paths are used (`os.posix_spawn`): they do not slow down with the size of the supervisor. What
-posix_spawn cannot say (limits, umask, user) goes through ``sh`` and ``setpriv``, which exec the program, so
-the pid is the program's. Every child leads a session of its own: its pid is its group's id.
+posix_spawn cannot say (limits, umask, user, the pid itself) goes through ``sh`` and ``setpriv``, which exec
+the program, so the pid is the program's. Every child leads a session of its own: its pid is its group's id.
 """
 
 from __future__ import annotations
@@ -233,16 +233,26 @@ def _spawn_with_usual_limits(path: str, argv: list[str], env: Mapping[str, str],
 class Child:
     """A child that has not been reaped yet, and its process group.
 
+    Args:
+        groups: its process groups; by default the one that it leads.
+
     Attributes:
-        pid: also the id of the group it leads.
         started: monotonic time of the spawn.
     """
 
     expected: ClassVar[set[int]] = set()
     """The pids of those whose exit somebody waits for: whoever reaps strays leaves them alone."""
 
-    def __init__(self, pid: int, *, pidfd: int | None = None, started: float | None = None) -> None:
+    def __init__(
+        self,
+        pid: int,
+        *,
+        pidfd: int | None = None,
+        started: float | None = None,
+        groups: Sequence[int] = (),
+    ) -> None:
         self.pid = pid
+        self.groups = list(groups) or [pid]
         self.started = time.monotonic() if started is None else started
         self._pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
         if self._pidfd >= 0:
@@ -308,8 +318,9 @@ class Child:
         return True
 
     def signal_group(self, number: int) -> bool:
-        """Send a signal to every process of the group; False when the group is empty."""
-        return signal_group(self.pid, number)
+        """Send a signal to every process of its groups; False when they are empty."""
+        reached = [signal_group(group, number) for group in self.groups]
+        return any(reached)
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -391,20 +402,30 @@ def _anonymous_inode() -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def group_members(group: int) -> list[int]:
-    """The processes of a group that have not ended (zombies do not count)."""
+def user_ids(pid: int) -> frozenset[int]:
+    """Whom a process may act as: its real, effective and saved user id; empty when there is no process."""
+    try:
+        status = read_proc(pid, "status")
+    except (FileNotFoundError, ProcessLookupError):
+        return frozenset()
+    line = next((line for line in status.split(b"\n") if line.startswith(b"Uid:")), b"Uid:")
+    return frozenset(map(int, line.split()[1:4]))
+
+
+def group_members(*groups: int) -> list[int]:
+    """The processes of groups that have not ended (zombies do not count)."""
     members = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         facts = read_facts(int(entry.name))
-        if facts is not None and facts.group == group and not facts.has_ended:
+        if facts is not None and facts.group in groups and not facts.has_ended:
             members.append(int(entry.name))
     return members
 
 
-def when_group_empty(group: int, callback: Callable[[], None]) -> None:
-    """Call back once no process of the group is left; at once when that is so already.
+def when_groups_empty(groups: Sequence[int], callback: Callable[[], None]) -> None:
+    """Call back once no process of the groups is left; at once when that is so already.
 
     The members are watched by pidfd: nothing polls. Whoever forks meanwhile is found by looking again when
     the last known member has ended.
@@ -413,7 +434,7 @@ def when_group_empty(group: int, callback: Callable[[], None]) -> None:
     watched: dict[int, int] = {}
 
     def look() -> None:
-        for pid in group_members(group):
+        for pid in group_members(*groups):
             try:
                 watched[pid] = os.pidfd_open(pid)
             except ProcessLookupError:
@@ -429,11 +450,7 @@ def when_group_empty(group: int, callback: Callable[[], None]) -> None:
         if not watched:
             look()
 
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
+    if any(signal_group(group, 0) for group in groups):
+        look()
+    else:
         callback()
-        return
-    except PermissionError:
-        pass
-    look()

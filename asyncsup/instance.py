@@ -18,13 +18,14 @@ import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import anyio
 
-from asyncsup import adoption, lifecycle, listen_fds
+from asyncsup import adoption, lifecycle, listen_fds, main_process
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
 from asyncsup.cgroups import Cgroup, Cgroups, Usage
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
@@ -33,10 +34,11 @@ from asyncsup.child import (
     SpawnSpec,
     group_members,
     out_of_the_way,
-    signal_group,
+    read_facts,
     spawn,
     ticks_now,
-    when_group_empty,
+    user_ids,
+    when_groups_empty,
 )
 from asyncsup.compressor import Compressor
 from asyncsup.config import LogConfig, TargetConfig
@@ -44,12 +46,14 @@ from asyncsup.config.settings import SOCKET
 from asyncsup.environment import build_environment
 from asyncsup.errors import SpawnError, TargetNotRunningError
 from asyncsup.events import EventStream, timestamp
+from asyncsup.fd_store import FdStore
 from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.lifecycle import Event, State
 from asyncsup.logfile import LogLimits, RotatingFile
 from asyncsup.logreader import Cursor
 from asyncsup.logs import OutputStream
+from asyncsup.notification import STORED, Notification, Refusal, ReloadHandshake
 from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
@@ -100,6 +104,10 @@ class Runtime:
     environ: Mapping[str, str]
     root_facts: Callable[[str], RootFacts]
     essential_ended: Callable[[Instance], None]
+    hear_last_words: Callable[[], None]
+    """Act upon what programs have said to the notify socket so far."""
+    groups: dict[int, Instance] = field(default_factory=dict)
+    """The process groups that may speak to the notify socket, and for whom."""
     log_files: dict[Path, RotatingFile] = field(default_factory=dict)
     compressor: Compressor = field(default_factory=Compressor)
 
@@ -234,7 +242,19 @@ class Instance:
         self._waiters: list[asyncio.Future[None]] = []
         self._streams: dict[str, OutputStream] = {}
         self._fifos: dict[str, Path] = {}
+        self._store = FdStore(self.name, runtime.keeper)
+        self._time_out: Callable[[], None] | None = None
+        """What happens when the timer ends."""
+        self._leaving = False
+        """It has said that it is stopping, and nobody had asked it to."""
+        self._said_error = ""
+        """The error it says that it fails for."""
+        self._said_watchdog_timeout: float | None = None
+        self._says_when = False
+        """It is known to say MONOTONIC_USEC when it reloads."""
+        self._handshake: ReloadHandshake | None = None
         self._reload_confirmed: asyncio.Future[None] | None = None
+        self._reload_deadline: asyncio.Timeout | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
     # --- looking --------------------------------------------------------------------------------------------
@@ -245,7 +265,7 @@ class Instance:
 
     @property
     def ready(self) -> bool:
-        return self.state in lifecycle.READY and self._doomed is None
+        return self.state in lifecycle.READY and self._doomed is None and not self._leaving
 
     @property
     def open_streams(self) -> Mapping[str, OutputStream]:
@@ -337,6 +357,7 @@ class Instance:
             self.wanted = False
             self._remember()
         if not lifecycle.accepts(self.state, Event.STOP):
+            self._settle_store()
             return
         self._cancel_timer()
         self._forget_lost()
@@ -456,46 +477,130 @@ class Instance:
         self._wake_waiters()
 
     def said_extend(self, seconds: float) -> None:
-        """Push the running start or stop time-out further away."""
+        """Have the running start, stop or reload time-out end no sooner than this."""
         if self._doomed is not None:
             return  # it is being ended for having been late
-        if self._timer is not None and self.state in {State.STARTING, State.STOPPING}:
-            action = self._start_timed_out if self.state is State.STARTING else self._kill
+        loop = asyncio.get_running_loop()
+        if self._reload_deadline is not None:
+            due = self._reload_deadline.when()
+            if due is not None and due < loop.time() + seconds and not self._reload_deadline.expired():
+                self._reload_deadline.reschedule(loop.time() + seconds)
+        elif (action := self._extensible) is not None and self._remaining() < seconds:
             self._arm(seconds, action)
             self._remember()
+
+    @property
+    def _extensible(self) -> Callable[[], None] | None:
+        """The time-out under way that a program may put off; how long it has to survive is none."""
+        may = (self._kill,) if self.state is State.STOPPING else (self._start_timed_out, self._stayed)
+        return self._time_out if self._time_out in may else None
 
     def said_stopping(self) -> None:
         self.detail = "said that it is stopping"
 
-    def said_notify(self, fields: Mapping[str, str]) -> None:
-        """One datagram of the sd_notify protocol."""
-        if "STATUS" in fields:
-            self.said_status(fields["STATUS"])
-        extend = fields.get("EXTEND_TIMEOUT_USEC", "")
-        if extend.isascii() and extend.isdecimal() and len(extend) < 15:
-            self.said_extend(int(extend) / 1e6)
-        if self._watch is not None:
-            self._said_watchdog(self._watch, fields)
-        if fields.get("STOPPING") == "1":
-            self.said_stopping()
-        if fields.get("RELOADING") == "1" and lifecycle.accepts(self.state, Event.RELOAD):
-            self._apply(Event.RELOAD, "said that it is reloading")
-        elif fields.get("READY") == "1":
-            if self._reload_confirmed is not None and not self._reload_confirmed.done():
-                self._reload_confirmed.set_result(None)
-            elif self.state is State.RELOADING:
-                self._apply(Event.RELOADED, "said ready")
-            elif self.config.readiness == "notify":
-                self._became_ready("said ready")
+    def _said_stopping_by_notify(self) -> None:
+        """As systemd has it: it is not ready any more, and has as long to end as in any other stop."""
+        self.said_stopping()
+        if self.state in lifecycle.ALIVE - {State.STOPPING} and self._doomed is None and not self._leaving:
+            self._leaving = True
+            self._end_watch()
+            self._arm(self.config.stop_timeout, self._stayed)
+            self._remember()
+            self._wake_waiters()
+            asyncio.get_running_loop().call_soon(self._on_change)
 
-    def _said_watchdog(self, watch: Watch, fields: Mapping[str, str]) -> None:
-        if fields.get("WATCHDOG") == "trigger":
-            watch.is_silent()
-        elif fields.get("WATCHDOG") == "1" and self.ready:
-            watch.is_alive()
-        microseconds = fields.get("WATCHDOG_USEC", "")
-        if microseconds.isascii() and microseconds.isdecimal() and len(microseconds) < 15:
-            watch.change_watchdog(int(microseconds) / 1e6 or None)
+    def _stayed(self) -> None:
+        self._end(f"said that it is stopping, and was still there {self.config.stop_timeout:g} s later")
+
+    def may_speak(self, pid: int, uid: int) -> bool:
+        """Whether a process of this instance may speak for it: its main one may, and whoever is root, the
+        supervisor's user, or somebody that its main process may act as. A worker that has given up its
+        rights may not: whoever has taken it over would have the supervisor's ear.
+        """
+        return pid == self.pid or uid in {0, os.geteuid()} or uid in user_ids(self.pid or 0)
+
+    def said_notify(self, said: Notification, descriptors: list[int]) -> Refusal | None:
+        """One datagram of the sd_notify protocol; returns what of it does not count, or None.
+
+        Args:
+            descriptors: what came with it; what is left in the list is closed.
+        """
+        refused = None
+        if said.status is not None:
+            self.said_status(said.status)
+        if said.extend is not None:
+            self.said_extend(said.extend)
+        if not self._program_runs:
+            return None  # a hook has no more to say
+        if said.main_pid is not None:
+            refused = self._said_main_pid(said.main_pid)
+        if said.error is not None:
+            self._said_error = said.error
+            self._remember()
+        if said.watchdog_timeout is not None:
+            self._said_watchdog_timeout = said.watchdog_timeout
+            self._remember()
+            if self._watch is not None:
+                self._watch.change_watchdog(said.watchdog_timeout or None)
+        if said.state == "stopping":
+            self._said_stopping_by_notify()
+        elif said.state == "reloading":
+            self._said_reloading(said.reloading_at)
+        elif said.state == "ready":
+            self._said_ready_by_notify()
+        if said.watchdog is not None and self._watch is not None:
+            if said.watchdog == "trigger":
+                self._watch.is_triggered()
+            else:
+                self._watch.is_alive()
+        if said.fd_remove:
+            self._store.remove(said.fd_name or STORED)
+        if said.fd_store:
+            why = self._store.add(
+                descriptors, said.fd_name or STORED, poll=said.fd_poll, most=self.config.fd_store_max
+            )
+            refused = refused if why is None else Refusal("fd_store", why)
+        return refused
+
+    def _said_reloading(self, at: int | None) -> None:
+        self._says_when = self._says_when or at is not None
+        if self._handshake is not None:
+            self._handshake.said_reloading(at)
+        if lifecycle.accepts(self.state, Event.RELOAD):
+            self._apply(Event.RELOAD, "said that it is reloading")
+
+    def _said_ready_by_notify(self) -> None:
+        if self._handshake is not None and self._reload_confirmed is not None:
+            if self._handshake.is_done_by_ready() and not self._reload_confirmed.done():
+                self._reload_confirmed.set_result(None)
+        elif self.state is State.RELOADING:
+            self._apply(Event.RELOADED, "said ready")
+        elif self.config.readiness == "notify":
+            self._became_ready("said ready")
+
+    def _said_main_pid(self, pid: int) -> Refusal | None:
+        """Another process is the main one from now on; or why it is not."""
+        before, process = self._child, self._process
+        if before is None or process is None or pid == before.pid:
+            return None
+        claim = main_process.examine(pid, main=before.pid, groups=before.groups, token=self.token)
+        if isinstance(claim, str):
+            log.warning("%s: MAINPID=%d is refused: %s", self.name, pid, claim)
+            return Refusal("main_pid", claim)
+        groups = [*before.groups] if claim.group in before.groups else [*before.groups, claim.group]
+        self._process = replace(
+            process, pid=pid, start_ticks=claim.start_ticks, inode=claim.inode, groups=tuple(groups)
+        )
+        self._child = AdoptedChild(self._process, claim.pidfd, self._runtime.keeper)
+        self._runtime.groups[claim.group] = self
+        self._remember()
+        self._await_exit(self._child)
+        log.info("%s: its main process is pid %d from now on; it was %d", self.name, pid, before.pid)
+        self._runtime.events.emit(
+            "instance.main_pid", target=self.config.name, instance=self.name, pid=pid, before=before.pid
+        )
+        self._wake_waiters()
+        return None
 
     # --- the machine ----------------------------------------------------------------------------------------
 
@@ -504,6 +609,7 @@ class Instance:
         before, self.state = self.state, lifecycle.next_state(self.state, event)
         self._since = time.monotonic()
         self.detail = reason
+        self._settle_store()
         self._remember()
         log.info("%s: %s -> %s (%s)", self.name, before.value, self.state.value, reason)
         self._runtime.events.emit(
@@ -518,6 +624,12 @@ class Instance:
         # Not here and now: whoever caused this change has not finished with it.
         asyncio.get_running_loop().call_soon(self._on_change)
 
+    def _settle_store(self) -> None:
+        """Stored descriptors are for the next start, and go when there is to be none."""
+        is_down = self.state is State.STOPPED and not self.wanted
+        if is_down or self.state in {State.EXITED, State.FAILED}:
+            self._store.clear()
+
     def _wake_waiters(self) -> None:
         """Let whoever waits for a condition look again."""
         waiters, self._waiters = self._waiters, []
@@ -530,7 +642,12 @@ class Instance:
         process = self._process
         if process is not None:
             hello = None if self.hello is None else self.hello.params()
-            process = replace(process, ready_at=self._ready_at, hello=hello)
+            process = replace(
+                process,
+                ready_at=self._ready_at,
+                hello=hello,
+                watchdog_timeout=self._said_watchdog_timeout,
+            )
         self._runtime.journal.put(
             f"instance {self.name}",
             InstanceRecord(
@@ -543,6 +660,8 @@ class Instance:
                 restarts=self.restarts,
                 due=self._due,
                 doomed=self._doomed,
+                leaving=self._leaving,
+                said_error=self._said_error,
                 early_ends=self._history.early_ends,
                 recent_restarts=self._history.restarts,
                 last_exit=self.last_exit.to_json() if self.last_exit is not None else None,
@@ -553,7 +672,9 @@ class Instance:
     def _start_over(self, event: Event, reason: str) -> None:
         """Spawn a new process; the event leads to `STARTING`."""
         self._child = self._process = self.hello = self._ready_at = self._doomed = self.failure = None
-        self.status_text = ""
+        self._said_watchdog_timeout = None
+        self._leaving = self._says_when = False
+        self.status_text = self._said_error = ""
         if self._cleaning is None:
             self._intend()
         self._apply(event, reason)
@@ -605,6 +726,41 @@ class Instance:
         self._process = replace(
             self._process, pid=child.pid, start_ticks=start_ticks, inode=inode, spawned=child.started
         )
+        self._runtime.groups[child.pid] = self
+
+    def _await_exit(self, child: Child) -> None:
+        """Act upon the end of a process, while it is this one that counts."""
+        child.on_exit(partial(self._main_ended, child), before_reaping=partial(self._ends, child))
+
+    def _ends(self, child: Child, ended: Exit) -> None:
+        """What it has said before its end counts before that, MAINPID for one."""
+        self._runtime.hear_last_words()
+        if self._child is child:
+            self._write_down_exit(ended)
+
+    def _main_ended(self, child: Child, ended: Exit) -> None:
+        if self._child is not child:
+            log.info("%s: pid %d, its main process before, has ended (%s)", self.name, child.pid, ended)
+            self._watch_group_of_former(child.pid)
+        elif self._program_runs:
+            self._exited(ended)
+        else:
+            self._pre_start_ended(ended)
+
+    def _watch_group_of_former(self, group: int) -> None:
+        """Its number is free for another group as soon as this one is empty."""
+
+        def forget() -> None:
+            child = self._child
+            if child is None or group not in child.groups or group == child.pid:
+                return
+            child.groups.remove(group)
+            self._runtime.groups.pop(group, None)
+            assert self._process is not None
+            self._process = replace(self._process, groups=tuple(child.groups))
+            self._remember()
+
+        when_groups_empty([group], forget)
 
     def _spawn(self) -> None:
         """Start the program, after the hook before it and after the one behind its predecessor."""
@@ -625,7 +781,7 @@ class Instance:
             self._spawn_failed(f"pre_start: {error.message}")
             return
         self._take_down(self._child)
-        self._child.on_exit(self._pre_start_ended, before_reaping=self._write_down_exit)
+        self._await_exit(self._child)
         self._arm(hooks.timeout, self._pre_start_timed_out)
         self._remember()
 
@@ -639,6 +795,7 @@ class Instance:
     def _pre_start_ended(self, ended: Exit) -> None:
         if self.state is State.STARTING and self._doomed is None:
             if ended.status == 0:
+                self._let_go_of_groups()
                 self._child = None
                 self._cancel_timer()
                 self._process = self._new_record(hook=False)
@@ -659,7 +816,7 @@ class Instance:
         assert self._process is not None
         self._process = replace(self._process, output_from=(begin.inode, begin.offset))
         self._runtime.channel.admit(self.token, self)
-        self._child.on_exit(self._exited, before_reaping=self._write_down_exit)
+        self._await_exit(self._child)
         self._watch = self._new_watch()
         if self.config.readiness == "uptime":
             if self.config.min_uptime > 0:
@@ -682,7 +839,15 @@ class Instance:
             on_ready=self._became_ready,
             on_dead=self._end,
             on_old=self._too_old,
+            watchdog_timeout=self._watchdog_timeout,
         )
+
+    @property
+    def _watchdog_timeout(self) -> float | None:
+        """What it has said itself goes before what is configured."""
+        if self._said_watchdog_timeout is None:
+            return self.config.watchdog_timeout
+        return self._said_watchdog_timeout or None
 
     def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
         """Spawn the program; with its output, where that begins, and the descriptor on which it says that it
@@ -691,7 +856,11 @@ class Instance:
         Raises:
             SpawnError: nothing was started, and nothing is left open.
         """
-        number, descriptor, passed = self.config.ready.fd, None, self._sockets()
+        number, descriptor, stored = self.config.ready.fd, None, self._store.named()
+        names = [*self.config.sockets, *(name for name, _ in stored)]
+        passed = self._sockets()
+        first = listen_fds.FIRST + len(passed)
+        passed |= {first + position: fd for position, (_, fd) in enumerate(stored)}
         with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as child_ends:
             try:
                 output = self.streams["stdout"]
@@ -706,7 +875,6 @@ class Instance:
             except OSError as error:
                 raise SpawnError(f"{self.config.command[0]}: cannot be started: {error.strerror}") from None
             self._enter_cgroup()
-            names = self.config.sockets
             child = self._spawn_command(
                 self.config.command,
                 listen_fds.environment(names),
@@ -786,13 +954,18 @@ class Instance:
             child = self._spawn_command(command, {"MAINPID": str(self.pid or ""), **extra})
         except SpawnError as error:
             return error.message
-        child.on_exit(lambda ended: None if finished.done() else finished.set_result(ended))
+        self._runtime.groups[child.pid] = self
+        child.on_exit(
+            lambda ended: None if finished.done() else finished.set_result(ended),
+            before_reaping=lambda _: self._runtime.hear_last_words(),
+        )
         try:
             async with asyncio.timeout(deadline):
                 ended = await finished
         except TimeoutError:
             return f"did not end within {deadline:g} s"
         finally:
+            self._runtime.groups.pop(child.pid, None)
             if not finished.done() or finished.cancelled():
                 child.signal_group(signal.SIGKILL)
         return None if ended.status == 0 else str(ended)
@@ -837,6 +1010,8 @@ class Instance:
             own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)
             if config.watchdog_timeout is not None:
                 own["WATCHDOG_USEC"] = str(int(config.watchdog_timeout * 1e6))
+            if config.fd_store_max:
+                own["FDSTORE"] = str(config.fd_store_max)
         return own
 
     def _expand(self, text: str) -> str:
@@ -936,6 +1111,7 @@ class Instance:
         self._end_watch()
         for task in self._hooks:
             task.cancel()
+        self._store.close()
         self._close_streams()
 
     def _close_streams(self) -> None:
@@ -1061,16 +1237,16 @@ class Instance:
         for stream in self._streams.values():
             stream.drain()
         self._runtime.channel.dismiss(self.token)
-        group = self._child.pid
+        child = self._child
         if self.config.kill_mode != "group":
             self._gone(ended)
-        elif not signal_group(group, 0):
+        elif not child.signal_group(0):
             self._group_gone(ended)
         else:
             if not self._is_ending:
                 # Its leader is gone, so nobody minds them; they would hold the ports the next one needs.
-                signal_group(group, signal.SIGKILL)
-            when_group_empty(group, lambda: self._group_gone(ended))
+                child.signal_group(signal.SIGKILL)
+            when_groups_empty(child.groups, lambda: self._group_gone(ended))
 
     @property
     def _is_ending(self) -> bool:
@@ -1091,8 +1267,14 @@ class Instance:
             left.kill()
         left.when_empty(lambda: self._gone(ended))
 
+    def _let_go_of_groups(self) -> None:
+        assert self._child is not None
+        for group in self._child.groups:
+            self._runtime.groups.pop(group, None)
+
     def _gone(self, ended: Exit) -> None:
         """The process, and with `kill_mode = "group"` all that it has started, has ended."""
+        self._let_go_of_groups()
         oom_kills = self._leave_cgroup()
         self._child = self._process = None
         self._cancel_timer()
@@ -1143,6 +1325,8 @@ class Instance:
             how = f"ended before it was ready ({ended})"
         if oom_kills and not (isinstance(how, Exit) and policy.is_success(how)):
             how = f"{how}, out of memory (the kernel has killed {oom_kills} of its processes)"
+        if self._said_error and not (isinstance(how, Exit) and policy.is_success(how)):
+            how = f"{how}; it said {self._said_error}"
         decision = decide(policy, self._history, ended=how, uptime=uptime, now=now)
         self._history = decision.history
         self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(how), out_of_memory=oom_kills > 0)
@@ -1171,9 +1355,11 @@ class Instance:
         self.detail, self.status_text, self.restarts = record.detail, record.status_text, record.restarts
         self.failure = record.failure
         self._due, self._doomed = record.due, record.doomed
+        self._leaving, self._said_error = record.leaving, record.said_error
         self._history = RestartHistory(early_ends=record.early_ends, restarts=record.recent_restarts)
         if record.last_exit is not None:
             self.last_exit = LastExit.from_json(record.last_exit)
+        self._store.restore(self.config.fd_store_max)
         if record.process is not None:
             self._find_process(record.process)
         if self._process is not None or self._held_streams():
@@ -1185,12 +1371,14 @@ class Instance:
             self._cgroup = Cgroup(Path(record.cgroup))
         process = self._process = finding.record
         self.token, self._ready_at = process.token, process.ready_at
+        self._said_watchdog_timeout = process.watchdog_timeout
         if process.hello is not None:
             self.hello = Hello.from_params(process.hello)
         if finding.verdict is adoption.Verdict.DOUBTFUL:
             self._doubt, self._lost_pidfd = finding.why, finding.pidfd
         elif finding.verdict is adoption.Verdict.OURS:
             self._child = AdoptedChild(process, finding.pidfd, self._runtime.keeper)
+            self._find_groups(self._child, process)
             self._runtime.channel.admit(self.token, self)
             self._awaited = self.hello is not None
             if record.pid is None:
@@ -1201,6 +1389,20 @@ class Instance:
             self.state = State.STARTING  # which is as far as it has come
         else:
             self._missed = self._unseen_exit(process, process.pid)
+
+    def _find_groups(self, child: Child, process: ProcessRecord) -> None:
+        """Its process groups, as far as they are still its own: numbers of empty ones may be in use again."""
+        fifo = self._fifo("stdout")
+        facts = read_facts(child.pid)
+        child.groups = [
+            group
+            for group in child.groups
+            if group == child.pid
+            or (facts is not None and group == facts.group)
+            or adoption.is_group_of(process, group_members(group), fifo)
+        ]
+        for group in child.groups:
+            self._runtime.groups[group] = self
 
     def _unseen_exit(self, process: ProcessRecord, pid: int) -> Exit:
         """How a process ended that is gone: the earlier supervisor wrote it down, or the keeper knows."""
@@ -1249,10 +1451,11 @@ class Instance:
                 pid=self._child.pid,
                 state=self.state.value,
             )
-            self._child.on_exit(
-                self._pre_start_ended if process.hook else self._exited,
-                before_reaping=self._write_down_exit,
-            )
+            self._program_runs = not process.hook
+            self._await_exit(self._child)
+            for group in self._child.groups:
+                if group != self._child.pid:
+                    self._watch_group_of_former(group)
             self._resume(self._child, process)
         elif self._missed is not None and process is not None:
             self._catch_up(self._missed, process)
@@ -1277,7 +1480,6 @@ class Instance:
     def _resume(self, child: Child, process: ProcessRecord) -> None:
         """There is a process, and neither a watch over it nor a timer."""
         left = self._remaining()
-        self._program_runs = not process.hook
         if self.state is State.STOPPING or self._doomed is not None:
             self._terminate()  # again: perhaps it was never asked
             self._arm(left, self._kill)
@@ -1287,6 +1489,9 @@ class Instance:
             return
         if self.state is State.RELOADING:
             self._apply(Event.RELOADED, "the supervisor that asked for it is gone")
+        if self._leaving:
+            self._arm(left, self._stayed)
+            return
         self._watch = self._new_watch()
         descriptor = self._runtime.keeper.take(self._ready_name)
         if self.state is not State.STARTING:
@@ -1311,13 +1516,12 @@ class Instance:
         assert process.pid is not None
         log.warning("%s: pid %d ended while no supervisor was there: %s", self.name, process.pid, ended)
         self._program_runs = not process.hook
-        if self.config.kill_mode == "group" and signal_group(process.pid, 0):
-            members = group_members(process.pid)
+        child = self._child = Child(process.pid, pidfd=-1, started=process.spawned, groups=process.groups)
+        for group in list(child.groups) if self.config.kill_mode == "group" else []:
+            members = group_members(group)
             if members and not adoption.is_group_of(process, members, self._fifo("stdout")):
-                log.warning("%s: group %d is somebody else's by now, left alone", self.name, process.pid)
-                self._group_gone(ended)
-                return
-        self._child = Child(process.pid, pidfd=-1, started=process.spawned)
+                log.warning("%s: group %d is somebody else's by now, left alone", self.name, group)
+                child.groups.remove(group)
         if self.state is State.STOPPING or self._doomed is not None:
             self._arm(self._remaining(), self._kill)
         if process.hook:
@@ -1345,11 +1549,12 @@ class Instance:
 
     def _arm(self, seconds: float, action: Callable[[], None]) -> None:
         self._cancel_timer()
+        self._time_out = action
         self._due = time.monotonic() + seconds
         self._timer = asyncio.get_running_loop().call_later(seconds, action)
 
     def _cancel_timer(self) -> None:
-        self._due = None
+        self._due = self._time_out = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -1385,18 +1590,24 @@ class Instance:
 
     async def _reload_by_signal(self, deadline: float) -> str | None:
         assert self.config.reload_signal is not None
-        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reload_confirmed = confirmed if self.config.protocol == "notify" else None
+        if self.config.protocol != "notify":
+            try:
+                self.signal(self.config.reload_signal)
+            except TargetNotRunningError as error:
+                return error.message
+            return None
+        confirmed = self._reload_confirmed = asyncio.get_running_loop().create_future()
+        self._handshake = ReloadHandshake(
+            time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000, says_when=self._says_when
+        )
         try:
             self.signal(self.config.reload_signal)
-            if self._reload_confirmed is None:
-                return None
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(deadline) as self._reload_deadline:
                 await confirmed
         except TargetNotRunningError as error:
             return error.message
         except TimeoutError:
             return f"no READY=1 within {deadline:g} s of {self.config.reload_signal.name}"
         finally:
-            self._reload_confirmed = None
+            self._handshake = self._reload_confirmed = self._reload_deadline = None
         return None

@@ -7,66 +7,134 @@ speak only for itself and for processes of its own group. See sd_notify(3).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-DATAGRAM_BYTES: Final = 4096
+from asyncsup.notification import (
+    DATAGRAM_BYTES,
+    BadNotificationError,
+    Notification,
+    Refusal,
+    read_notification,
+)
+
+log = logging.getLogger("asyncsup.notify")
+
 BATCH: Final = 64
+LAST_WORDS: Final = 1024
+"""Datagrams that are read before an end is acted upon; the kernel queues 10 to 512 (``max_dgram_qlen``)."""
 _CREDENTIALS: Final = struct.Struct("iII")
+_MOST_DESCRIPTORS: Final = 253
+"""In one datagram: the kernel's SCM_MAX_FD."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    """Who sent a datagram, as the kernel has it; ``uid`` is the real one."""
+
+    pid: int
+    uid: int
+
+    @property
+    def group(self) -> int:
+        """The process group. Of a process that has ended: its pid, which is the group's if it led one."""
+        try:
+            return os.getpgid(self.pid)
+        except ProcessLookupError:
+            return self.pid
 
 
 class NotifySocket:
     """Receives notifications.
 
     Args:
-        on_notify: called with the group id of the sender and the fields of the datagram; False when no
-            instance leads that group.
+        on_notify: called with the sender, what it says, and the descriptors that came along, of which those
+            that are left in the list are closed; returns what of it does not count, or None.
         held: a descriptor of the socket that outlived an earlier supervisor, and what was sent meanwhile is
             in it; ours from here on.
+
+    Attributes:
+        counters: what did not count, by reason; the first of each kind is logged.
     """
 
     def __init__(
-        self, path: Path, on_notify: Callable[[int, Mapping[str, str]], bool], held: int | None = None
+        self,
+        path: Path,
+        on_notify: Callable[[Sender, Notification, list[int]], Refusal | None],
+        held: int | None = None,
     ) -> None:
         self.path = path
         self.counters: Counter[str] = Counter()
         self._on_notify = on_notify
         self._loop = asyncio.get_running_loop()
         self._socket = _resumed(path, held) or _bound(path)
-        self._loop.add_reader(self._socket.fileno(), self._readable)
+        self._loop.add_reader(self._socket.fileno(), self._receive, BATCH)
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def hear_last_words(self) -> None:
+        """Read what was sent so far: a process has ended, and is not reaped yet. What it said, and the order
+        in which it did, counts before what its end means."""
+        self._receive(LAST_WORDS)
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self.path.unlink(missing_ok=True)
 
-    def _readable(self) -> None:
+    def _receive(self, most: int) -> None:
         # Level-triggered: what is left comes again, after everybody else had a turn.
-        for _ in range(BATCH):
+        for _ in range(most):
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
-                    DATAGRAM_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * 64)
+                data, ancillary, flags, _ = self._socket.recvmsg(
+                    DATAGRAM_BYTES,
+                    socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS),
+                    socket.MSG_CMSG_CLOEXEC,
                 )
             except BlockingIOError:
                 return
-            pid = _sender(ancillary)
+            sender, descriptors = _origin(ancillary)
             try:
-                group = os.getpgid(pid) if pid is not None else None
-            except ProcessLookupError:
-                group = pid  # it has ended; if it led a group, the group has its pid
-            fields = dict(
-                line.split("=", 1) for line in data.decode("utf-8", "replace").split("\n") if "=" in line
-            )
-            if group is None or not fields or not self._on_notify(group, fields):
-                self.counters["notify.stranger"] += 1
+                self._understand(data, flags, sender, descriptors)
+            finally:
+                # For BARRIER=1 this is the answer: everything before it was dealt with.
+                for fd in descriptors:
+                    os.close(fd)
+
+    def _understand(self, data: bytes, flags: int, sender: Sender | None, descriptors: list[int]) -> None:
+        if sender is None:
+            self._refuse("stranger", sender, "nobody knows who sent it")
+        elif flags & socket.MSG_TRUNC:
+            self._refuse("oversized", sender, f"it is longer than {DATAGRAM_BYTES} bytes")
+        elif flags & socket.MSG_CTRUNC:
+            self._refuse("truncated", sender, "not all of its descriptors could be received")
+        else:
+            try:
+                notification = read_notification(data)
+            except BadNotificationError as error:
+                self._refuse("garbage", sender, str(error))
+                return
+            for name in notification.unreadable:
+                self._refuse("unreadable", sender, f"{name} has no such values")
+            if notification.barrier:
+                return
+            if (refusal := self._on_notify(sender, notification, descriptors)) is not None:
+                self._refuse(refusal.kind, sender, refusal.why)
+
+    def _refuse(self, kind: str, sender: Sender | None, why: str) -> None:
+        name = f"notify.{kind}"
+        self.counters[name] += 1
+        if self.counters[name] == 1:
+            by = "" if sender is None else f" of pid {sender.pid} (uid {sender.uid})"
+            log.warning("from the notify socket%s, refused: %s (more of %s are counted only)", by, why, name)
 
 
 def _bound(path: Path) -> socket.socket:
@@ -90,15 +158,16 @@ def _resumed(path: Path, held: int | None) -> socket.socket | None:
     return None
 
 
-def _sender(ancillary: list[tuple[int, int, bytes]]) -> int | None:
-    """The sender's pid; descriptors that came along are closed."""
-    pid = None
+def _origin(ancillary: list[tuple[int, int, bytes]]) -> tuple[Sender | None, list[int]]:
+    """Who sent a datagram, and the descriptors that came along."""
+    sender, descriptors = None, []
     for level, kind, data in ancillary:
         if level != socket.SOL_SOCKET:
             continue
-        if kind == socket.SCM_CREDENTIALS:
-            pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+        if kind == socket.SCM_CREDENTIALS and len(data) >= _CREDENTIALS.size:
+            pid, uid, _ = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])
+            # 0: it is in a namespace that has no view of ours.
+            sender = Sender(pid=pid, uid=uid) if pid > 0 else None
         elif kind == socket.SCM_RIGHTS:
-            for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4]):
-                os.close(fd)
-    return pid
+            descriptors += [fd for (fd,) in struct.iter_unpack("i", data[: len(data) // 4 * 4])]
+    return sender, descriptors

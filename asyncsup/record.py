@@ -29,6 +29,9 @@ class ProcessRecord:
         output_from: inode of the log file and offset at which its output begins.
         cgroup: the folder of its control group; None if it has none.
         oom_kills: how many processes the kernel had killed for memory in that group before.
+        groups: its process groups, where it does not lead its only one: another process was spawned, and has
+            named this one as the main one.
+        watchdog_timeout: what it has said to replace the configured one; 0 for none.
     """
 
     token: str
@@ -43,6 +46,8 @@ class ProcessRecord:
     output_from: tuple[int, int] | None = None
     cgroup: str | None = None
     oom_kills: int = 0
+    groups: tuple[int, ...] = ()
+    watchdog_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,8 @@ class InstanceRecord:
         wanted: it is to be up, also if it is down at this moment for a patch or a restart.
         due: when its timer (start, stop or back-off) ends.
         doomed: why the supervisor itself was ending the process.
+        leaving: it has said that it is stopping, and nobody had asked it to.
+        said_error: the error it has said to end for.
         early_ends, recent_restarts: what the restart policy remembers.
     """
 
@@ -65,6 +72,8 @@ class InstanceRecord:
     restarts: int = 0
     due: float | None = None
     doomed: str | None = None
+    leaving: bool = False
+    said_error: str = ""
     early_ends: int = 0
     recent_restarts: tuple[float, ...] = ()
     last_exit: Mapping[str, Any] | None = None
@@ -84,6 +93,7 @@ class InstanceRecord:
             if values.get("output_from") is not None:
                 inode, offset = values["output_from"]
                 values["output_from"] = (int(inode), int(offset))
+            values["groups"] = tuple(map(int, values.get("groups", ())))
             known["process"] = ProcessRecord(**values)
         known["state"] = State(value["state"])
         known["recent_restarts"] = tuple(value.get("recent_restarts", ()))

@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,8 @@ from asyncsup.keeper_link import KeeperLink
 from asyncsup.keys import KeyStore
 from asyncsup.lifecycle import State
 from asyncsup.logs import OutputStream
-from asyncsup.notify import NotifySocket
+from asyncsup.notification import Notification, Refusal
+from asyncsup.notify import NotifySocket, Sender
 from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.overseer import PatchOverseer
@@ -189,6 +190,7 @@ class Supervisor:
             environ=dict(os.environ),
             root_facts=self.root_facts,
             essential_ended=self._essential_ended,
+            hear_last_words=self.notify.hear_last_words,
         )
         self._spawn_gate = anyio.Semaphore(SPAWNS_AT_ONCE)
         for name in self.config.targets:
@@ -629,13 +631,14 @@ class Supervisor:
             build=state.build, generation=state.generation, current=self.store.current_link(name)
         )
 
-    def _on_notify(self, group: int, fields: Mapping[str, str]) -> bool:
-        for target in self.targets.values():
-            for instance in target.instances:
-                if instance.pid == group:
-                    instance.said_notify(fields)
-                    return True
-        return False
+    def _on_notify(self, sender: Sender, said: Notification, descriptors: list[int]) -> Refusal | None:
+        """Have an instance hear what a process of its has said; or what of it does not count."""
+        instance = self._runtime.groups.get(sender.group)
+        if instance is None:
+            return Refusal("stranger", "its sender belongs to no instance")
+        if not instance.may_speak(sender.pid, sender.uid):
+            return Refusal("user", f"its sender runs as a user that may not speak for {instance.name}")
+        return instance.said_notify(said, descriptors)
 
     def info(self) -> dict[str, Any]:
         settings = self.config.supervisor

@@ -33,6 +33,7 @@ class Watch:
         on_ready: told why it counts as ready.
         on_dead: told why it is to be ended, and by which signal if not by the usual one.
         on_old: `max_age` is over.
+        watchdog_timeout: how long it may be silent from when it is ready on, in seconds.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Watch:
         on_ready: Callable[[str], None],
         on_dead: Callable[[str, int | None], None],
         on_old: Callable[[], None],
+        watchdog_timeout: float | None,
     ) -> None:
         self.last_failure = ""
         """What the last readiness probe said."""
@@ -60,7 +62,8 @@ class Watch:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: list[asyncio.TimerHandle] = []
         self._watchdog: asyncio.TimerHandle | None = None
-        self._watchdog_timeout = config.watchdog_timeout
+        self._watchdog_timeout = watchdog_timeout
+        self._is_ready = False
         self._descriptor = -1
 
     # --- before it is ready ---------------------------------------------------------------------------------
@@ -125,6 +128,7 @@ class Watch:
             since: monotonic time at which it became ready, if that was not a moment ago.
         """
         config = self._config
+        self._is_ready = True
         self._close_descriptor()
         if self._readiness is not None and self._readiness is not asyncio.current_task():
             self._readiness.cancel()
@@ -155,10 +159,10 @@ class Watch:
                 return
 
     def is_alive(self) -> None:
-        """It has said WATCHDOG=1."""
+        """It has said WATCHDOG=1. Until it is ready nobody waits for that."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self._watchdog_timeout is not None:
+        if self._watchdog_timeout is not None and self._is_ready:
             self._watchdog = self._loop.call_later(self._watchdog_timeout, self.is_silent)
 
     def change_watchdog(self, timeout: float | None) -> None:
@@ -169,6 +173,10 @@ class Watch:
     def is_silent(self) -> None:
         """The watchdog has gone off. SIGABRT, as systemd does: a core dump may tell where it hangs."""
         self._on_dead(f"watchdog: no sign of life for {self._watchdog_timeout:g} s", signal.SIGABRT)
+
+    def is_triggered(self) -> None:
+        """It has said WATCHDOG=trigger: as if it had been silent for too long."""
+        self._on_dead("watchdog: triggered by the program itself", signal.SIGABRT)
 
     def close(self) -> None:
         """It has ended, or is about to be: nobody wants to know any more."""

@@ -20,7 +20,7 @@ from asyncsup.child import (
     out_of_the_way,
     seal_descriptors,
     spawn,
-    when_group_empty,
+    when_groups_empty,
 )
 from asyncsup.errors import SpawnError
 from asyncsup.restart import Exit
@@ -179,7 +179,7 @@ async def test_a_group_is_empty_only_when_its_last_member_has_ended(output: Outp
     assert await ended(child) == Exit(status=0)
     assert len(group_members(child.pid)) == 1
     empty = asyncio.Event()
-    when_group_empty(child.pid, empty.set)
+    when_groups_empty([child.pid], empty.set)
     assert not empty.is_set()
     with fifo.open("w") as writer:
         writer.write("go\n")
@@ -191,7 +191,7 @@ async def test_an_empty_group_calls_back_at_once(output: Output) -> None:
     child = spawn(spec(output, "true"))
     await ended(child)
     called = []
-    when_group_empty(child.pid, lambda: called.append(True))
+    when_groups_empty([child.pid], lambda: called.append(True))
     assert called == [True]
 
 

@@ -147,6 +147,7 @@ class Checks:
             self._delays(target)
             self._user(target)
             self._probes(target)
+            self._fd_store(target)
             self._oneshot(target)
             self._sockets(target, sockets)
             self._control_group(target)
@@ -233,6 +234,25 @@ class Checks:
                 top.place("watchdog_timeout"),
                 "needs a program that can say that it is alive",
                 'set protocol to "notify" or "sdk", or use [target.NAME.liveness]',
+            )
+
+    def _fd_store(self, target: TargetRead) -> None:
+        config, top = target.config, target.top
+        if not config.fd_store_max or "fd_store_max" in top.failed:
+            return
+        if not config.speaks_notify and "protocol" not in top.failed:
+            self._report.problem(
+                top.place("fd_store_max"),
+                "needs a program that speaks sd_notify",
+                'set protocol to "notify", or ready.notify',
+            )
+        first = listen_fds.FIRST + len(config.sockets)
+        last = first + config.fd_store_max - 1
+        if config.ready.fd is not None and first <= config.ready.fd <= last:
+            self._report.problem(
+                target.tables["ready"].place("fd"),
+                f"is a number that a stored descriptor may get (fd_store_max): {first} to {last}",
+                f"choose {last + 1} or more",
             )
 
     def _oneshot(self, target: TargetRead) -> None:

@@ -342,6 +342,8 @@ class TargetConfig:
     reload_timeout: Timeout = 10.0
     watchdog_timeout: Annotated[float | None, values.TIMEOUT, Takes.AT_START] = None
     """How long an instance may be silent: no WATCHDOG=1 (sd_notify), no answer to a ping (SDK)."""
+    fd_store_max: Annotated[int, integer(0, 512), Takes.AT_START] = 0
+    """How many descriptors an instance may store for its next start (sd_notify: FDSTORE=1)."""
 
     ready: ReadyConfig = field(default_factory=ReadyConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
