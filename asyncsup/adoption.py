@@ -20,7 +20,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
-from asyncsup.child import Child, ProcessFacts, pidfd_inode, read_facts, read_proc
+from asyncsup.child import Child, ProcessFacts, group_members, pidfd_inode, read_facts, read_proc
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.record import ProcessRecord
 from asyncsup.restart import Exit
@@ -161,6 +161,21 @@ def _writes_to(pid: int, output: Path) -> bool:
     with contextlib.suppress(OSError):
         return str(Path(f"/proc/{pid}/fd/1").readlink()).removesuffix(" (deleted)") == str(output)
     return False
+
+
+def groups_of(record: ProcessRecord, output: Path) -> list[int]:
+    """The process groups of a process that was found, as far as they are still its own.
+
+    The number of one that was left empty may be in use again.
+    """
+    assert record.pid is not None
+    facts = read_facts(record.pid)
+    own = {record.pid} if facts is None else {record.pid, facts.group}
+    return [
+        group
+        for group in record.groups or (record.pid,)
+        if group in own or is_group_of(record, group_members(group), output)
+    ]
 
 
 def is_group_of(record: ProcessRecord, members: list[int], output: Path) -> bool:

@@ -76,11 +76,14 @@ class FdStore:
             descriptors.remove(fd)
             self._serial += 1
             held = f"{self._prefix}{self._serial}/{int(poll)}/{quote(name, safe='')}"
-            try:
-                moved = out_of_the_way(fd)
-            except OSError as error:
-                return f"{self._instance}: a descriptor cannot be stored: {error.strerror}"
-            self._keeper.hold(held, moved)
+            with contextlib.ExitStack() as on_failure:
+                try:
+                    moved = out_of_the_way(fd)
+                    on_failure.callback(os.close, moved)
+                    self._keeper.hold(held, moved)
+                except OSError as error:
+                    return f"{self._instance}: a descriptor cannot be stored: {error.strerror}"
+                on_failure.pop_all()
             self._keep(_Stored(fd=moved, name=name, held=held), poll=poll)
         return None
 

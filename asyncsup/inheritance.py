@@ -181,6 +181,7 @@ class Inheritance:
             self._runtime.journal.drop(f"instance {name}")
             return
         child = AdoptedChild(finding.record, finding.pidfd, self._runtime.keeper)
+        child.groups = adoption.groups_of(finding.record, fifo)
         log.warning("%s (pid %d) is not configured any more: ending it", name, child.pid)
 
         group = None if record.cgroup is None else Cgroup(Path(record.cgroup))

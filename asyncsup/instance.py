@@ -34,7 +34,6 @@ from asyncsup.child import (
     SpawnSpec,
     group_members,
     out_of_the_way,
-    read_facts,
     spawn,
     ticks_now,
     user_ids,
@@ -1124,7 +1123,7 @@ class Instance:
         self._became_ready(f"up for {self.config.min_uptime:g} s" if self.config.min_uptime else "spawned")
 
     def _became_ready(self, reason: str) -> None:
-        if lifecycle.accepts(self.state, Event.READY) and self._doomed is None:
+        if lifecycle.accepts(self.state, Event.READY) and self._doomed is None and not self._leaving:
             self._cancel_timer()
             self._ready_at = time.monotonic()
             self._apply(Event.READY, reason)
@@ -1378,7 +1377,9 @@ class Instance:
             self._doubt, self._lost_pidfd = finding.why, finding.pidfd
         elif finding.verdict is adoption.Verdict.OURS:
             self._child = AdoptedChild(process, finding.pidfd, self._runtime.keeper)
-            self._find_groups(self._child, process)
+            self._child.groups = adoption.groups_of(process, self._fifo("stdout"))
+            for group in self._child.groups:
+                self._runtime.groups[group] = self
             self._runtime.channel.admit(self.token, self)
             self._awaited = self.hello is not None
             if record.pid is None:
@@ -1389,20 +1390,6 @@ class Instance:
             self.state = State.STARTING  # which is as far as it has come
         else:
             self._missed = self._unseen_exit(process, process.pid)
-
-    def _find_groups(self, child: Child, process: ProcessRecord) -> None:
-        """Its process groups, as far as they are still its own: numbers of empty ones may be in use again."""
-        fifo = self._fifo("stdout")
-        facts = read_facts(child.pid)
-        child.groups = [
-            group
-            for group in child.groups
-            if group == child.pid
-            or (facts is not None and group == facts.group)
-            or adoption.is_group_of(process, group_members(group), fifo)
-        ]
-        for group in child.groups:
-            self._runtime.groups[group] = self
 
     def _unseen_exit(self, process: ProcessRecord, pid: int) -> Exit:
         """How a process ended that is gone: the earlier supervisor wrote it down, or the keeper knows."""

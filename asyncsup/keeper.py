@@ -190,7 +190,7 @@ class Keeper:
     def receive(self) -> None:
         while self.channel is not None:
             try:
-                data, fds, _, _ = socket.recv_fds(self.channel, 65536, 1, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _, _ = socket.recv_fds(self.channel, 65536, 1)
             except BlockingIOError:
                 return
             except OSError:
@@ -199,6 +199,8 @@ class Keeper:
                 self.channel.close()
                 self.channel = None
                 return
+            for fd in fds:
+                os.set_inheritable(fd, False)  # or each supervisor to come would have it twice
             word, _, rest = data.decode("utf-8", "surrogateescape").partition(" ")
             self.understand(word, rest, fds)
 

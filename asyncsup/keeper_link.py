@@ -211,9 +211,11 @@ class KeeperLink:
     def _receive(self) -> None:
         while self._channel is not None:
             try:
-                data, fds, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                data, fds, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 1)
             except BlockingIOError:
                 return
+            for fd in fds:
+                os.set_inheritable(fd, False)  # `recv_fds` has flags to that end, and ignores them
             if not data:
                 if self._loop is not None:
                     self._loop.remove_reader(self._channel)

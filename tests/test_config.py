@@ -639,6 +639,26 @@ def test_tree_settings_in_defaults_leave_other_targets_alone() -> None:
     assert target('root = "w"', before=defaults).persist == ("data",)
 
 
+# --- stored descriptors -------------------------------------------------------------------------------------
+
+
+def test_descriptors_are_stored_by_programs_that_speak_sd_notify_alone() -> None:
+    assert target("ready.notify = true\nfd_store_max = 512").fd_store_max == 512
+    problem = problem_of("fd_store_max = 1")
+    assert (problem["key"], problem["problem"]) == (
+        "target.web.fd_store_max",
+        "needs a program that speaks sd_notify",
+    )
+
+
+def test_the_descriptor_of_readiness_is_none_that_a_stored_one_gets() -> None:
+    assert target('protocol = "notify"\nready.fd = 6\nfd_store_max = 3').ready.fd == 6
+    problem = problem_of('protocol = "notify"\nfd_store_max = 3\nready.fd = 5')
+    assert problem["key"] == "target.web.ready.fd"
+    assert problem["problem"] == "is a number that a stored descriptor may get (fd_store_max): 3 to 5"
+    assert problem["hint"] == "choose 6 or more"
+
+
 # --- unknown keys -------------------------------------------------------------------------------------------
 
 

@@ -526,7 +526,7 @@ def test_stored_descriptors_outlive_program_patches_and_supervisor(make: Make, s
 
 
 def test_a_stored_descriptor_goes_with_its_other_end_unless_told_otherwise(make: Make, serve: Serve) -> None:
-    puppet = make("fd_store_max = 9\n")
+    puppet = make('fd_store_max = 9\nsockets = ["web"]\n', more='[socket.web]\nlisten = "unix://web.sock"\n')
     before = puppet.reached("running")
     puppet.pull("a, b, c = socket.socketpair(), socket.socketpair(), os.pipe()")
     puppet.say("FDSTORE=1\nFDNAME=polled", "a[0].fileno()")
@@ -538,9 +538,11 @@ def test_a_stored_descriptor_goes_with_its_other_end_unless_told_otherwise(make:
     wait_for(lambda: "its other end has (polled)" in serve.errors(), "the hang-up")
     os.kill(before["pid"], signal.SIGKILL)
     puppet.restarted(before)
-    assert puppet.ask("os.environ.get('LISTEN_FDNAMES')") == "kept:pipe:pipe"
-    # Given up, it has none.
-    puppet.client.call("stop", names=["unit"])
+    assert puppet.ask("os.environ['LISTEN_FDNAMES']") == "web:kept:pipe:pipe"
+    assert puppet.ask("[socket.socket(fileno=os.dup(n)).type.name for n in (3, 4)]") == str(
+        ["SOCK_STREAM", "SOCK_STREAM"]
+    )
+    assert puppet.ask("os.write(6, b'through') and os.read(5, 9)") == "b'through'"
 
 
 def test_nothing_is_stored_unless_configured(make: Make) -> None:

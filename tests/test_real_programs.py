@@ -54,7 +54,7 @@ class Program:
         file: what the patch changes in its root, from what to what.
         observe: what it answers over its own protocol.
         exits: how it may end when it is stopped; haproxy handles SIGTERM only some time after READY=1.
-        broken: what is changed to instead so that nobody can take it up, where that undoes the patch.
+        broken: what is changed to instead, so that it cannot be taken up and the patch is undone.
         prepare: further things that must be there, given its folder.
     """
 
@@ -66,7 +66,7 @@ class Program:
     observe: Callable[[Path, int], str]
     before: str = "one"
     after: str = "two"
-    broken: str | None = None
+    broken: str
     told_by: str = "signal"
     folders: tuple[str, ...] = ()
     exits: tuple[str, ...] = ("exit status 0",)
@@ -145,11 +145,11 @@ PROGRAMS = [
     ),
     Program(
         name="gunicorn", binary="gunicorn", port=8000, file="gunicorn.conf.py", observe=by_http,
-        change=("GREETING=one", "GREETING=two"),
+        change=("GREETING=one", "GREETING=two"), broken='GREETING=one", nonsense, "', told_by="command",
     ),
     Program(
         name="uvicorn", binary="uvicorn", port=8000, file="settings.py", observe=by_http,
-        change=('"one"', '"two"'),
+        change=('"one"', '"two"'), broken='"one" nonsense', told_by="command",
     ),
 ]  # fmt: skip
 
@@ -253,11 +253,10 @@ def test_a_real_program(stage: Stage) -> None:
     before = stage.ready()
     assert stage.answer() == program.before, "it was not ready when it said so"
 
-    if program.broken is not None:
-        with pytest.raises(RemoteError) as caught:
-            stage.patch(program.change[0], program.broken)
-        assert caught.value.error_code == "patch.rolled_back", caught.value.message
-        stage.answers(program.before)
+    with pytest.raises(RemoteError) as caught:
+        stage.patch(program.change[0], program.broken)
+    assert caught.value.error_code == "patch.rolled_back", caught.value.message
+    stage.answers(program.before)
     report = stage.patch(*program.change)
     assert report["verdict"] == "committed"
     (told,) = report["targets"][0]["instances"]
