@@ -50,8 +50,8 @@ def fork(work, *, session=False):
 def forever():
     while True: time.sleep(3600)
 def passed(): return int(os.environ.get("LISTEN_FDS", 0))
-exec(os.environ.get("AT_START", "say('READY=1')"))
 strings = open("strings", "r+b", buffering=0)
+exec(os.environ.get("AT_START", "say('READY=1')"))
 while True:
     line = b""
     while not line.endswith(b"\\n"):
@@ -269,7 +269,7 @@ def test_a_worker_of_another_user_does_not_speak_for_its_master(make: Make, serv
 
 def test_a_hook_says_no_more_than_how_it_gets_on(make: Make, serve: Serve) -> None:
     (serve.folder / "hook.py").write_text(
-        PUPPET.split("exec(", maxsplit=1)[0]
+        PUPPET.split("strings =", maxsplit=1)[0]
         + "say('STATUS=hook\\nREADY=1\\nMAINPID=2\\nSTOPPING=1'); barrier()\n"
         "while not os.path.exists('go'): time.sleep(0.01)\n"
     )
