@@ -23,6 +23,8 @@ from asyncsup.notification import (
     ReloadHandshake,
     read_notification,
 )
+from asyncsup.patch.build import build_patch
+from asyncsup.patch.manifest import Kind
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 
@@ -543,6 +545,23 @@ def test_a_stored_descriptor_goes_with_its_other_end_unless_told_otherwise(make:
         ["SOCK_STREAM", "SOCK_STREAM"]
     )
     assert puppet.ask("os.write(6, b'through') and os.read(5, 9)") == "b'through'"
+
+
+def test_stored_descriptors_outlive_a_cold_patch(make: Make, serve: Serve) -> None:
+    for name, content in (("root", "old"), ("old", "old"), ("new", "new")):
+        (serve.folder / name).mkdir()
+        (serve.folder / name / "file").write_text(content)
+    puppet = make('fd_store_max = 1\nroot = "root"\n', more='[patch]\ntrust = "none"\nprobation = "0s"\n')
+    before = puppet.reached("running")
+    puppet.say("FDSTORE=1\nFDNAME=kept", MEMORY.format(b"content"))
+    build_patch(
+        old=serve.folder / "old", new=serve.folder / "new", output=serve.folder / "p.zip", name="p",
+        version="1", build=1, kind=Kind.COLD, targets=["unit"], regions=["local"],
+    )  # fmt: skip
+    report = puppet.client.call("patch.apply", path=str(serve.folder / "p.zip"))
+    assert report["verdict"] == "committed"
+    assert puppet.now["pid"] != before["pid"]
+    assert puppet.ask(STORED) == str(["kept", True, ["content"]])
 
 
 def test_nothing_is_stored_unless_configured(make: Make) -> None:
