@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from target_sdk.connections import Connections
 from target_sdk.draining import GOODBYE_CODE, GOODBYE_REASON, IDLE_GRACE, Draining, Websockets
@@ -15,6 +16,14 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+ANSWER_SECONDS: Final = 1.0
+"""For how long a goodbye waits until the application waits for the client's next message."""
+
+
+class WebsocketClosedError(OSError):
+    """What `send` raises once the websocket was said goodbye; ASGI wants an OSError there."""
 
 
 class Drain:
@@ -103,6 +112,7 @@ class Drain:
     async def _websocket(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         draining = self.draining
         key = object()
+        listening = asyncio.Event()
         shaking_hands = True
         closed = False
 
@@ -112,8 +122,19 @@ class Drain:
                 shaking_hands = False
                 draining.requests -= 1
 
+        async def receive_too() -> Message:
+            listening.set()
+            try:
+                return await receive()
+            finally:
+                listening.clear()
+
         async def goodbye() -> None:
             nonlocal closed
+            # An application that has a message in its hands may answer it first.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await listening.wait()
             if not closed:
                 closed = True
                 await send({"type": "websocket.close", "code": GOODBYE_CODE, "reason": GOODBYE_REASON})
@@ -121,7 +142,7 @@ class Drain:
         async def answer(message: Message) -> None:
             nonlocal closed
             if closed:
-                raise OSError("the websocket was closed: the service restarts")  # as ASGI asks of servers
+                raise WebsocketClosedError("the websocket was closed: the service restarts")
             if message["type"] == "websocket.close":
                 closed = True
             await send(message)
@@ -131,7 +152,9 @@ class Drain:
 
         draining.requests += 1
         try:
-            await self._app(scope, receive, answer)
+            await self._app(scope, receive_too, answer)
+        except WebsocketClosedError:
+            pass  # the application did not catch it, and need not
         finally:
             draining.goodbyes.pop(key, None)
             settled()

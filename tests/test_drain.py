@@ -431,6 +431,39 @@ async def test_clients_of_http_2_are_told_to_come_back_on_another_connection(
         await draining
 
 
+async def test_a_message_that_has_arrived_is_answered_before_the_goodbye(
+    work: Work, listening: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "websocket"
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+        await work.slow()
+        await send({"type": "websocket.send", "text": "answer"})
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+        await send({"type": "websocket.send", "text": "to nobody"})
+
+    drain = target_sdk.asgi.Drain(app, Target(), idle_grace=0.0)
+    server = uvicorn.Server(uvicorn.Config(drain, log_level="error"))
+    task = asyncio.create_task(server.serve(sockets=[listening.dup()]))
+    await until(lambda: server.started, "it serves")
+    async with websocket(listening) as connected:
+        await connected.send_str("question")
+        await until(lambda: work.begun, "it is being answered")
+        draining = asyncio.create_task(drain.draining.drain(WAIT_SECONDS))
+        await until(lambda: drain.draining.active, "it drains")
+        work.go.set()
+        assert await connected.receive_str(timeout=WAIT_SECONDS) == "answer"
+        message = await connected.receive(timeout=WAIT_SECONDS)
+        assert (message.type, message.data) == (WSMsgType.CLOSE, 1012)
+    await draining
+    server.should_exit = True
+    await task
+    assert "Exception in ASGI application" not in caplog.text
+
+
 class Wire(asyncio.Transport):
     """A transport that only remembers."""
 
