@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ import zmq
 from load import Load, Mode, Summary
 
 from target_sdk import protocol
-from target_sdk.protocol import Failure, Request, Result, decode
+from target_sdk.protocol import Failure, Request, RequestId, Result, decode
 
 EXAMPLES: Final = Path(__file__).resolve().parent.parent / "examples"
 SERVICES: Final[dict[str, str]] = {
@@ -53,7 +54,8 @@ class Channel:
         self._tokens: dict[bytes, str] = {}
         self._identities: dict[str, bytes] = {}
         self._ready: set[str] = set()
-        self._answers: dict[str, Result | Failure] = {}
+        self._answers: dict[RequestId | None, Result | Failure] = {}
+        self._numbers = itertools.count(1)
 
     def close(self) -> None:
         self._router.close()
@@ -74,10 +76,10 @@ class Channel:
 
     def drain(self, token: str, seconds: float) -> Result | Failure:
         """Ask an instance to drain, and wait for its answer."""
-        request = Request(id=f"drain {token}", method="drain", params={"deadline": seconds})
+        request = Request(id=f"drain {next(self._numbers)}", method="drain", params={"deadline": seconds})
         self._router.send_multipart([self._identities[token], request.encode()])
-        self._pump_until(lambda: f"drain {token}" in self._answers, f"{token} to drain")
-        return self._answers.pop(f"drain {token}")
+        self._pump_until(lambda: request.id in self._answers, f"{token} to drain")
+        return self._answers.pop(request.id)
 
     def _pump_until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -91,7 +93,7 @@ class Channel:
     def _take(self, identity: bytes, frame: bytes) -> None:
         message = decode(frame)
         if isinstance(message, Result | Failure):
-            self._answers[str(message.id)] = message
+            self._answers[message.id] = message
         elif isinstance(message, Request):
             if message.method == "hello":
                 token = str(message.params["token"])
@@ -120,6 +122,8 @@ class Slot:
         self._channel = Channel(self._folder)
         self._started = 0
         self.port: int = self._listening.getsockname()[1]
+        self.handover = self._folder / "handover.sock"
+        """Where the program finds its predecessor."""
         self.pid = 0
         """Of the process that serves."""
 
@@ -142,16 +146,24 @@ class Slot:
 
     def replace(self) -> Result | Failure:
         """New first, ready, drain, stop; returns what the old one answered to the drain."""
-        old, token = self.pid, f"token-{self._started}"
+        old, token = self.pid, self._token
         self.pid = self._start()
         answer = self._channel.drain(token, DRAIN_SECONDS)
         if _end(old) not in {0, -signal.SIGTERM}:  # uvicorn sends itself the signal again, at its end
             raise RuntimeError(f"process {old} did not end well")
         return answer
 
+    def drain(self) -> Result | Failure:
+        """Only that, without a successor of ours."""
+        return self._channel.drain(self._token, DRAIN_SECONDS)
+
+    @property
+    def _token(self) -> str:
+        return f"token-{self._started}"
+
     def _start(self) -> int:
         self._started += 1
-        token = f"token-{self._started}"
+        token = self._token
         environment = {
             **os.environ,
             protocol.ENV_ENDPOINT: self._channel.endpoint,
@@ -159,7 +171,7 @@ class Slot:
             protocol.ENV_NAME: "web",
             protocol.ENV_INSTANCE: "web:0",
             protocol.ENV_BUILD: str(self._started),
-            protocol.ENV_HANDOVER: str(self._folder / "handover.sock"),
+            protocol.ENV_HANDOVER: str(self.handover),
             "LISTEN_FDS": "1",
             "LISTEN_FDNAMES": self._name,
             **self._environment,

@@ -6,6 +6,7 @@ import contextlib
 import resource
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from reference_handover import Slot  # noqa: E402
 
-from target_sdk.protocol import Result  # noqa: E402
+from target_sdk.protocol import Failure, Notification, Result, TakeOver  # noqa: E402
 
 CLIENTS = 1000
 REPLACEMENTS = 3
@@ -93,6 +94,32 @@ def test_who_connects_meanwhile_is_served_as_well(slot: Slot) -> None:
             assert [client.ask(b"y") for client in new] == [b"1 y"] * 3
             slot.replace()
             assert [client.ask(b"z") for client in (*old, *new)] == [b"2 z"] * 6
+
+
+def test_a_successor_that_ends_in_the_middle_costs_nothing(slot: Slot) -> None:
+    hello = Notification(method=TakeOver.METHOD, params=TakeOver(pid=1).params()).encode()
+    with clients(slot.port, 20) as connected:
+        assert [client.ask(b"x") for client in connected] == [b"1 x"] * 20
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as successor:
+            successor.settimeout(60)
+            successor.connect(str(slot.handover))
+            successor.send(hello)
+
+            def end_in_the_middle() -> None:
+                successor.recv(1000)
+                successor.close()
+
+            ending = threading.Thread(target=end_in_the_middle)
+            ending.start()
+            answer = slot.drain()
+            ending.join()
+        assert isinstance(answer, Failure) and answer.data == {"code": "handover.failed"}
+        # All goes on where it was, new clients too; and the next successor gets everything.
+        assert [client.ask(b"y") for client in connected] == [b"2 y"] * 20
+        with clients(slot.port, 1) as (new,):
+            assert new.ask(b"x") == b"1 x"
+            assert isinstance(slot.replace(), Result)
+            assert [client.ask(b"z") for client in (*connected, new)] == [b"3 z"] * 20 + [b"2 z"]
 
 
 def test_without_clients_there_is_nothing_to_hand_over(slot: Slot) -> None:
