@@ -567,6 +567,8 @@ def _operation(verb: str) -> Callable[[Session], int]:
         args, out = session.args, session.out
         limit = None if args.timeout is None else args.timeout + GRACE_SECONDS
         params = {"names": args.names, "wait": args.wait, "timeout": args.timeout}
+        if verb == "restart":
+            params["rolling"] = args.rolling
         value = session.client.call(verb, params, timeout=limit)
         out.result(value, lambda: render.results_lines(value, verb, ink=out.ink))
         return 0 if all(result.get("ok") for result in value["results"]) else 1
@@ -580,6 +582,15 @@ def _operation_arguments(what: str) -> Callable[[argparse.ArgumentParser], None]
         _wait_options(parser, what)
 
     return configure
+
+
+def _restart_arguments(parser: argparse.ArgumentParser) -> None:
+    _operation_arguments("ready")(parser)
+    parser.add_argument(
+        "--rolling",
+        action="store_true",
+        help="some at a time, and each new one before the old one, as for a cold patch",
+    )
 
 
 def _scale(session: Session) -> int:
@@ -1664,7 +1675,7 @@ VERBS: Final[Mapping[str, Verb | Mapping[str, Verb]]] = {
     "stop": Verb(
         "stop targets and everything they started", _operation_arguments("the end"), _operation("stop")
     ),
-    "restart": Verb("stop and start targets", _operation_arguments("ready"), _operation("restart")),
+    "restart": Verb("stop and start targets", _restart_arguments, _operation("restart")),
     "reload": Verb(
         "have targets read their resources again", _operation_arguments("the answer"), _operation("reload")
     ),

@@ -443,10 +443,14 @@ class ControlServer:
 
     @method("restart", "operate")
     async def restart(self, call: Call) -> Any:
+        rolling = call.boolean("rolling", False)
+
         async def restart(selection: Selection, *, wait: bool) -> None:
             self.supervisor.refuse_while_stopping()
             self.supervisor.refuse_unisolated(selection.target)
-            await selection.target.restart(selection.instances, asked_by=call.asked_by, wait=wait)
+            await selection.target.restart(
+                selection.instances, asked_by=call.asked_by, wait=wait, rolling=rolling
+            )
 
         return await self._each(call, restart)
 

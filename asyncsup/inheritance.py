@@ -68,7 +68,6 @@ class Inheritance:
         }
         self.patches: dict[int, PatchRecord] = {}
         """What was written down of patches under way, by transaction."""
-        instances = {i.name: i for target in targets.values() for i in target.instances}
         self._records: dict[Instance, InstanceRecord] = {}
         self._leftovers: dict[str, ProcessRecord] = {}
         for key, value in facts.items():
@@ -78,14 +77,26 @@ class Inheritance:
                     self.patches[int(name)] = PatchRecord.from_json(value)
                 if kind != "instance":
                     continue
-                record = InstanceRecord.from_json(value)
+                record, name = InstanceRecord.from_json(value), name.partition("~")[0]
             except (ValueError, TypeError, KeyError) as error:
                 log.error("the journal's record of %s cannot be read (%s)", key, error)  # noqa: TRY400
                 continue
-            if name in instances:
-                self._records[instances[name]] = record
+            if (instance := self._seat(name, record)) is not None:
+                self._records[instance] = record
             elif record.process is not None:
-                self._leftovers[name] = record.process
+                self._leftovers[key.removeprefix("instance ")] = record.process
+
+    def _seat(self, name: str, record: InstanceRecord) -> Instance | None:
+        """Where a process of this record belongs; None when there is no such slot any more."""
+        target = self._targets.get(name.rpartition(":")[0])
+        slots = [] if target is None else [i for i in target.instances if i.name == name]
+        if target is None or not slots:
+            return None
+        (slot,) = slots
+        if record.role == "current":
+            slot.seat = record.seat
+            return slot
+        return target.seat_beside(slot, seat=record.seat) if record.process is not None else None
 
     @property
     def names(self) -> list[str]:
@@ -104,7 +115,7 @@ class Inheritance:
     def _stands(self, patch: PatchRecord) -> bool:
         if patch.standing is None or any(part.target not in self._targets for part in patch.parts):
             return False
-        records = {instance.name: record for instance, record in self._records.items()}
+        records = {i.name: record for i, record in self._records.items() if record.role == "current"}
         return all(name in records and self._is_up(records[name], name, pid) for name, pid in patch.standing)
 
     def _is_up(self, record: InstanceRecord, name: str, pid: int) -> bool:
@@ -142,8 +153,17 @@ class Inheritance:
             target.start_waiting()
             if self.knows(target):
                 tasks.start_soon(self._complete, target)
+        for instance in self._records:
+            self._see_to(instance)
         for name, record in self._leftovers.items():
             self._end_leftover(name, record)
+
+    def _see_to(self, instance: Instance) -> None:
+        """Whoever is in a slot beside the one that counts is let go, unless a patch is to decide that."""
+        name = instance.config.name
+        decided = all(part.target != name for patch in self.patches.values() for part in patch.parts)
+        if instance.role != "current" and (decided or instance.role != "standby"):
+            self._targets[name].let_go(instance, "the supervisor before has replaced it, or given it up")
 
     async def _complete(self, target: Target) -> None:
         """What an operator had asked for, and had come only half the way."""

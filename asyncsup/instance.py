@@ -54,7 +54,7 @@ from asyncsup.logreader import Cursor
 from asyncsup.logs import OutputStream
 from asyncsup.notification import STORED, Notification, Refusal, ReloadHandshake
 from asyncsup.patch import bytecode
-from asyncsup.record import InstanceRecord, ProcessRecord
+from asyncsup.record import InstanceRecord, ProcessRecord, Role
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from asyncsup.sockets import ManagedSockets
 from asyncsup.watch import Watch
@@ -186,7 +186,14 @@ def _policy_of(config: TargetConfig) -> RestartPolicy:
 
 
 class Instance:
-    """A slot for one process, ``NAME:INDEX``. The slot lives as long as its target; processes come and go."""
+    """A seat for one process in the slot ``NAME:INDEX``; processes come and go.
+
+    A slot has one such seat, which lives as long as the target; while one process replaces another without a
+    gap it has several. They share the slot's output, and its name.
+
+    Args:
+        predecessor: whose slot it is, and whom it is to replace.
+    """
 
     def __init__(
         self,
@@ -195,16 +202,23 @@ class Instance:
         runtime: Runtime,
         on_change: Callable[[], None],
         on_old: Callable[[Instance], None],
+        *,
+        seat: int = 0,
+        predecessor: Instance | None = None,
     ) -> None:
         self.config = config
         self.index = index
         self.name = f"{config.name}:{index}"
+        self.seat = seat
+        self.role: Role = "current" if predecessor is None else "successor"
         self.state = State.STOPPED
         self.detail = ""
         self.status_text = ""
         self.failure: str | None = None
         """Why the program says that it cannot do its work, until it is reloaded, started or ready again."""
-        self.restarts = 0
+        self.given_up: str | None = None
+        """Why it will not be a successor, although its process is still there."""
+        self.restarts: int = 0 if predecessor is None else predecessor.restarts
         self.wanted = False
         """It is to be up, also if it is down at this moment for a restart or a patch."""
         self.last_exit: LastExit | None = None
@@ -239,9 +253,9 @@ class Instance:
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._streams: dict[str, OutputStream] = {}
+        self._streams: dict[str, OutputStream] = {} if predecessor is None else predecessor.streams_of_slot
         self._fifos: dict[str, Path] = {}
-        self._store = FdStore(self.name, runtime.keeper)
+        self._store = FdStore(self.name, runtime.keeper) if predecessor is None else predecessor.store_of_slot
         self._time_out: Callable[[], None] | None = None
         """What happens when the timer ends."""
         self._leaving = False
@@ -263,6 +277,11 @@ class Instance:
         return self._child.pid if self._child is not None and self._child.alive else None
 
     @property
+    def generation(self) -> int | None:
+        """Of the resources its process was started on, or has taken up since; None if that is not known."""
+        return self._process.generation if self._process is not None else None
+
+    @property
     def ready(self) -> bool:
         return self.state in lifecycle.READY and self._doomed is None and not self._leaving
 
@@ -276,6 +295,26 @@ class Instance:
         if not self._streams:
             self._open_streams()
         return self._streams
+
+    @property
+    def streams_of_slot(self) -> dict[str, OutputStream]:
+        """Those that are open: one and the same object for all seats."""
+        return self._streams
+
+    @property
+    def store_of_slot(self) -> FdStore:
+        """Likewise."""
+        return self._store
+
+    @property
+    def seat_name(self) -> str:
+        """No other seat has it, in whatever slot."""
+        return f"{self.name}~{self.seat}" if self.seat else self.name
+
+    @property
+    def journal_key(self) -> str:
+        """What the journal knows this seat by."""
+        return f"instance {self.seat_name}"
 
     @property
     def told_by(self) -> ToldBy:
@@ -306,11 +345,18 @@ class Instance:
             "region": self.hello.region if self.hello is not None else None,
             "detail": self.detail,
             "cgroup": None if self._cgroup is None else str(self._cgroup.path),
+            "role": self.role,
         }
 
     def usage(self) -> Usage | None:
         """What its processes take; None without a control group."""
         return None if self._cgroup is None else self._cgroup.usage()
+
+    def take_role(self, role: Role) -> None:
+        """Be something else in the slot from now on."""
+        self.role = role
+        self._remember()
+        self._wake_waiters()
 
     async def wait_until(self, condition: Callable[[Instance], bool]) -> None:
         """Return when the condition holds; it is looked at after every change of state and `failure`."""
@@ -407,6 +453,24 @@ class Instance:
         except (TimeoutError, PeerGoneError, PeerError) as error:
             log.warning("%s was not told that patch %s is off: %s", self.name, patch[:12], error)
 
+    async def drain(self, seconds: float) -> str | None:
+        """Have the program finish what it has begun, and take up nothing new; returns why it has not done so,
+        or None. One without the SDK knows nothing of this.
+        """
+        if self.config.protocol == "sdk" and self.hello is None:
+            with anyio.move_on_after(RECONNECT_SECONDS):
+                await self.wait_until(lambda i: i.hello is not None)
+        if self.hello is None:
+            return None
+        await self._connected()
+        try:
+            await self._runtime.channel.request(self.token, "drain", {"deadline": seconds}, deadline=seconds)
+        except TimeoutError:
+            return f"not drained within {seconds:g} s"
+        except (PeerGoneError, PeerError) as error:
+            return str(error)
+        return None
+
     def abort_later(self, patch: str, *, deadline: float) -> None:
         """As `abort`, for one that will not listen for a while, and is not waited for."""
         task = asyncio.get_running_loop().create_task(self.abort(patch, deadline=deadline))
@@ -434,6 +498,10 @@ class Instance:
         finally:
             if self.state is State.RELOADING:
                 self._apply(Event.RELOADED, f"build {request.build}")
+        if reason is None and self._process is not None:
+            generation = self._runtime.root_facts(self.config.name).generation
+            self._process = replace(self._process, generation=generation)
+            self._remember()
         return ReloadOutcome(told_by=told_by, ok=reason is None, took=time.monotonic() - began, reason=reason)
 
     # --- what the program says ------------------------------------------------------------------------------
@@ -648,8 +716,10 @@ class Instance:
                 watchdog_timeout=self._said_watchdog_timeout,
             )
         self._runtime.journal.put(
-            f"instance {self.name}",
+            self.journal_key,
             InstanceRecord(
+                seat=self.seat,
+                role=self.role,
                 state=self.state,
                 since=self._since,
                 wanted=self.wanted,
@@ -685,9 +755,10 @@ class Instance:
         self._process = self._new_record(hook=self.config.hooks.pre_start is not None)
 
     def _new_record(self, *, hook: bool) -> ProcessRecord:
-        path = None if self.config.cgroup == "off" else self._runtime.cgroups.path_of(self.name)
+        path = None if self.config.cgroup == "off" else self._runtime.cgroups.path_of(self.seat_name)
         cgroup = None if path is None else str(path)
-        return ProcessRecord(token=self.token, start_ticks=ticks_now(), hook=hook, cgroup=cgroup)
+        generation = self._runtime.root_facts(self.config.name).generation
+        return ProcessRecord(token=self.token, start_ticks=ticks_now(), hook=hook, cgroup=cgroup, generation=generation)
 
     def _enter_cgroup(self) -> None:
         """Make the control group of the process that is about to be spawned, if it is to have one.
@@ -697,7 +768,7 @@ class Instance:
         """
         assert self._process is not None
         limits = self.config.cgroup_limits
-        self._cgroup = self._runtime.cgroups.make(self.name, self.config.cgroup, limits)
+        self._cgroup = self._runtime.cgroups.make(self.seat_name, self.config.cgroup, limits)
         before = 0 if self._cgroup is None else self._cgroup.oom_kills
         self._process = replace(self._process, oom_kills=before)
 
@@ -1069,7 +1140,7 @@ class Instance:
     @property
     def _ready_name(self) -> str:
         """What the keeper knows the descriptor by that the program announces its readiness on."""
-        return f"ready/{self.name}"
+        return f"ready/{self.seat_name}"
 
     def _fifo(self, stream: str) -> Path:
         if stream not in self._fifos:
@@ -1110,8 +1181,9 @@ class Instance:
         self._end_watch()
         for task in self._hooks:
             task.cancel()
-        self._store.close()
-        self._close_streams()
+        if self.role == "current":
+            self._store.close()
+            self._close_streams()
 
     def _close_streams(self) -> None:
         for stream in list(self._streams):
@@ -1136,7 +1208,13 @@ class Instance:
     def _start_timed_out(self) -> None:
         last = self._watch.last_failure if self._watch is not None else ""
         because = f" ({last})" if last else ""
-        self._end(f"not ready within {self.config.start_timeout:g} s{because}")
+        reason = f"not ready within {self.config.start_timeout:g} s{because}"
+        if self.role == "successor":
+            # Not ended here and now: it may be serving connections already that its sockets have given it.
+            self.given_up = self.detail = reason
+            self._wake_waiters()
+        else:
+            self._end(reason)
 
     def _end(self, reason: str, number: int | None = None) -> None:
         """End a process that nobody asked to stop; what follows is the restart policy's business."""
@@ -1316,6 +1394,9 @@ class Instance:
         return self._ready_at is None and self.config.readiness not in {"uptime", "exit"}
 
     def _ended(self, ended: Exit | str, oom_kills: int = 0) -> None:
+        if self.role != "current":
+            self._ended_beside(ended)
+            return
         now = time.monotonic()
         uptime = now - self._ready_at if self._ready_at is not None else None
         policy = _policy_of(self.config)
@@ -1339,6 +1420,16 @@ class Instance:
         if decision.event is not Event.CRASHED and self.config.essential:
             self._runtime.essential_ended(self)
 
+    def _ended_beside(self, ended: Exit | str) -> None:
+        """It was not the one that counts in its slot, so nobody starts it again."""
+        self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(ended))
+        if self.role == "successor":
+            self._apply(Event.GAVE_UP, str(ended))
+            return
+        self._apply(Event.STOP, str(ended))
+        if self.state is State.STOPPING:
+            self._apply(Event.GONE, str(ended))
+
     def _backoff_elapsed(self) -> None:
         self._cancel_timer()
         self.restarts += 1
@@ -1351,6 +1442,7 @@ class Instance:
         or sent yet; that is `carry_on`, when everybody is there.
         """
         self.state, self._since, self.wanted = record.state, record.since, record.wanted
+        self.role = record.role
         self.detail, self.status_text, self.restarts = record.detail, record.status_text, record.restarts
         self.failure = record.failure
         self._due, self._doomed = record.due, record.doomed
@@ -1448,6 +1540,8 @@ class Instance:
             self._catch_up(self._missed, process)
         elif self._doubt:
             self._lose(self._doubt)
+        elif self.role != "current":
+            pass  # there is no process, and there is to be none
         elif self.state is State.STARTING:
             self._spawn()
         elif self.state is State.BACKOFF:

@@ -63,7 +63,7 @@ _TARGET: Final = _object(
     name=STRING, state=STRING, ready=BOOLEAN, wanted=_any_of("up", "down"), build=_or_null(NATURAL),
     region=STRING, generation=_or_null(NATURAL), patch=_or_null(STRING), busy=_or_null(OBJECT), waiting=ARRAY,
     uncommitted=_or_null(NATURAL), undecided=_or_null(NATURAL),
-    instances={"type": "array", "items": _INSTANCE},
+    instances={"type": "array", "items": _INSTANCE}, others={"type": "array", "items": _INSTANCE},
 )  # fmt: skip
 _RESULTS: Final = _object(
     results=_array(
@@ -151,9 +151,16 @@ METHODS: Final[Sequence[Schema]] = (
         for verb, summary in (
             ("start", "Start targets."),
             ("stop", "Stop targets and everything they have started."),
-            ("restart", "Stop and start targets."),
             ("reload", "Have targets read their resources again."),
         )
+    ),
+    _method(
+        "restart",
+        "Stop and start targets; `rolling`: some at a time, each new one before the old one if need be.",
+        _RESULTS,
+        optional=["wait", "timeout", "rolling"],
+        rolling=BOOLEAN,
+        **_OPERATION,
     ),
     _method("config.plan", "What applying the configuration file as it is now would change.", _CHANGES),
     _method("config.apply", "Apply it.", _CHANGES, optional=["wait"], wait=BOOLEAN),

@@ -8,7 +8,7 @@ changed is not looked at.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,7 @@ class Reconfigurer:
             )
             for name, change in changes.changed.items()
         )
+        self._keep_settings_of_failed(before, failures)
         await together(
             partial(
                 attempt,
@@ -129,6 +130,17 @@ class Reconfigurer:
                 name: {"code": error.error_code, "message": error.message} for name, error in failures.items()
             },
         }
+
+    def _keep_settings_of_failed(self, before: Config, failed: Iterable[str]) -> None:
+        """Those that have refused the new settings have the old ones: `plan` shows the difference again."""
+        supervisor = self._supervisor
+        kept = {
+            name: before.targets[name]
+            for name in failed
+            if (target := supervisor.targets.get(name)) is not None
+            and target.config is before.targets.get(name)
+        }
+        supervisor.config = replace(supervisor.config, targets={**supervisor.config.targets, **kept})
 
 
 def _without_postponed(before: Any, after: Any) -> Any:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from asyncsup.lifecycle import State
+
+Role = Literal["current", "successor", "standby", "retiring"]
+"""What a process is in its slot: the one that counts; about to replace that one; replaced, but ready to take
+its place again; on its way out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,7 @@ class ProcessRecord:
         hello: what it last said of itself over the SDK.
         ended: how it ended, when that was seen and has not been acted upon.
         hook: it is the `pre_start` hook, before the program.
+        generation: of the resources it was started on, or has taken up since.
         output_from: inode of the log file and offset at which its output begins.
         cgroup: the folder of its control group; None if it has none.
         oom_kills: how many processes the kernel had killed for memory in that group before.
@@ -48,13 +53,15 @@ class ProcessRecord:
     oom_kills: int = 0
     groups: tuple[int, ...] = ()
     watchdog_timeout: float | None = None
+    generation: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceRecord:
-    """A slot, and the process in it.
+    """A slot, and a process in it.
 
     Attributes:
+        seat: tells it from others in the same slot; 0 while there are none.
         wanted: it is to be up, also if it is down at this moment for a patch or a restart.
         due: when its timer (start, stop or back-off) ends.
         doomed: why the supervisor itself was ending the process.
@@ -78,6 +85,8 @@ class InstanceRecord:
     recent_restarts: tuple[float, ...] = ()
     last_exit: Mapping[str, Any] | None = None
     process: ProcessRecord | None = None
+    seat: int = 0
+    role: Role = "current"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

@@ -240,14 +240,11 @@ class Supervisor:
 
     def _pids(self) -> list[int]:
         """Of all instances that have a process."""
-        instances = (instance for target in self.targets.values() for instance in target.instances)
+        instances = (instance for target in self.targets.values() for instance in target.everybody)
         return [instance.pid for instance in instances if instance.pid is not None]
 
     def _close_journal(self) -> None:
-        self.journal.close(
-            empty=self._ended_in_order
-            and all(i.pid is None for target in self.targets.values() for i in target.instances)
-        )
+        self.journal.close(empty=self._ended_in_order and not self._pids())
 
     def _publish(self, topic: bytes, frame: bytes) -> None:
         for publish in self._publishers:
@@ -393,7 +390,7 @@ class Supervisor:
             self._impatient = True
             log.warning("%s again: killing what is left", name)
             for target in self.targets.values():
-                for instance in target.instances:
+                for instance in target.everybody:
                     instance.kill()
 
     async def _reconfigure_on_signal(self) -> None:
@@ -416,7 +413,7 @@ class Supervisor:
 
     def shutdown(self, reason: str) -> int:
         """Begin to end; returns how many instances there are to stop. The caller may watch the events."""
-        alive = sum(instance.pid is not None for t in self.targets.values() for instance in t.instances)
+        alive = len(self._pids())
         if not self._stopping.is_set():
             log.info("stopping (%s)", reason)
             self.events.emit("supervisor.stopping", reason=reason)
@@ -504,7 +501,11 @@ class Supervisor:
         if skip is not None or self._stopping.is_set():
             log.warning("%s: due, but %s", name, skip or "the supervisor is stopping")
             return
-        act = target.start if target.config.oneshot else target.restart
+        act = (
+            target.start
+            if target.config.oneshot
+            else partial(target.restart, rolling=target.config.overlaps)
+        )
         self._tasks.start_soon(
             self._act_on_schedule, partial(act, target.instances, asked_by="schedule", wait=True)
         )
@@ -680,6 +681,7 @@ class Supervisor:
             "busy": target.busy,
             "waiting": target.waiting,
             "instances": [_describe(instance, usage=usage) for instance in target.instances],
+            "others": [_describe(instance, usage=usage) for instance in target.others],
         }
 
     def select(self, names: Sequence[str], *, default_all: bool = False) -> list[Selection]:
@@ -746,12 +748,19 @@ class Supervisor:
             "running": lambda i: i.pid is not None,
             "stopped": lambda i: i.state in {State.STOPPED, State.EXITED, State.FAILED},
         }[what]
-        chosen = [instance for selection in selections for instance in selection.instances]
+        chosen = [(selection.target, i.index) for selection in selections for i in selection.instances]
+
+        async def wait(target: Target, index: int) -> None:
+            """Whoever has the slot: another one may come to have it meanwhile."""
+            while index < len(target.instances) and not reached(target.instances[index]):
+                await target.instances[index].wait_until(lambda i: reached(i) or i.role != "current")
+
         with anyio.move_on_after(timeout) as scope:
-            for instance in chosen:
-                await instance.wait_until(reached)
+            for target, index in chosen:
+                await wait(target, index)
         if scope.cancelled_caught:
-            missing = [f"{i.name} is {i.state.value}" for i in chosen if not reached(i)]
+            present = [target.instances[index] for target, index in chosen if index < len(target.instances)]
+            missing = [f"{i.name} is {i.state.value}" for i in present if not reached(i)]
             raise TimeoutExpiredError(f"not {what} after {timeout:g} s: {', '.join(missing)}")
 
     def stream(self, instance: Instance, name: str) -> OutputStream:

@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,8 @@ from asyncsup.errors import (
 )
 from asyncsup.instance import Instance, ReloadOutcome, Runtime
 from asyncsup.lifecycle import ALIVE, State
+from asyncsup.record import Role
+from asyncsup.rollout import Rollout
 from asyncsup.sockets import Readiness
 from target_sdk.protocol import Reload
 
@@ -46,6 +48,9 @@ STOP_GRACE_SECONDS: Final = 10.0
 SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.FAILED, State.BACKOFF})
 """States that answer the question whether a start has worked."""
 
+
+UP: Final = ALIVE - {State.STOPPING}
+"""States of a process that nobody has asked to end."""
 
 RESTING: Final = frozenset({State.STOPPED, State.EXITED})
 """States of an instance that nobody will start again by himself."""
@@ -134,6 +139,9 @@ class Target:
         self.dependencies: Sequence[Dependency] = ()
         self.dependents: Sequence[Target] = ()
         self.instances: list[Instance] = []
+        """One for each slot: the one that counts there."""
+        self.others: list[Instance] = []
+        """What is in the slots besides: about to replace, or replaced and not gone yet."""
         self._runtime = runtime
         self._spawn_gate = spawn_gate
         self._on_wanted = on_wanted
@@ -142,6 +150,7 @@ class Target:
         self._wake = asyncio.Event()
         self._demand: Readiness | None = None
         self._ends = False
+        self._leaving: set[asyncio.Task[None]] = set()
         self._life = anyio.CancelScope()
         self.resize(config.instances)
 
@@ -225,9 +234,77 @@ class Target:
         while len(self.instances) > number:
             gone = self.instances.pop()
             gone.close()
-            self._runtime.journal.drop(f"instance {gone.name}")
+            self._runtime.journal.drop(gone.journal_key)
         for index in range(len(self.instances), number):
             self.instances.append(Instance(self.config, index, self._runtime, self._changed, self._too_old))
+
+    @property
+    def everybody(self) -> list[Instance]:
+        """Whoever may have a process."""
+        return [*self.instances, *self.others]
+
+    def in_slots_of(self, chosen: Iterable[Instance]) -> list[Instance]:
+        """Whoever counts by now in the slots of instances that were chosen before."""
+        return [self.instances[i.index] for i in chosen if i.index < len(self.instances)]
+
+    # --- several in one slot --------------------------------------------------------------------------------
+
+    def seat_beside(self, instance: Instance, *, seat: int | None = None) -> Instance:
+        """Have another one in the slot of an instance, to be its successor."""
+        taken = {other.seat for other in self.everybody if other.index == instance.index}
+        free = next(number for number in itertools.count() if number not in taken) if seat is None else seat
+        made = Instance(
+            self.config, instance.index, self._runtime, self._changed, self._too_old,
+            seat=free, predecessor=instance,
+        )  # fmt: skip
+        self.others.append(made)
+        return made
+
+    def take_over(self, successor: Instance, role: Role) -> Instance:
+        """From now on this one counts in its slot; whoever did so far has the role given, and is returned."""
+        before = self.instances[successor.index]
+        self.others[self.others.index(successor)] = before
+        self.instances[successor.index] = successor
+        successor.take_role("current")
+        before.take_role(role)
+        self._runtime.events.emit(
+            "instance.replaced",
+            target=self.name,
+            instance=successor.name,
+            pid=successor.pid,
+            before=before.pid,
+        )
+        self._changed()
+        return before
+
+    def let_go(self, instance: Instance, reason: str) -> None:
+        """Let an instance that does not count any more finish what it has begun, and end it."""
+        instance.take_role("retiring")
+        task = asyncio.get_running_loop().create_task(self._see_off(instance, reason))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _see_off(self, instance: Instance, reason: str) -> None:
+        # One that was never ready may have accepted connections all the same.
+        if instance.state in UP:
+            drained = asyncio.ensure_future(instance.drain(self.config.drain_timeout))
+            down = asyncio.ensure_future(instance.wait_until(lambda i: i.state not in UP))
+            try:
+                await asyncio.wait([drained, down], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                down.cancel()
+                drained.cancel()
+            if drained.done() and not drained.cancelled() and (why := drained.result()) is not None:
+                log.warning("%s (pid %s): %s; stopping it", instance.name, instance.pid, why)
+        instance.stop(reason, for_good=True)
+        await instance.wait_until(lambda i: i.state not in {State.STOPPING})
+        self._leave(instance)
+
+    def _leave(self, instance: Instance) -> None:
+        if instance in self.others:
+            self.others.remove(instance)
+            instance.close()
+            self._runtime.journal.drop(instance.journal_key)
 
     # --- the queue ------------------------------------------------------------------------------------------
 
@@ -246,7 +323,9 @@ class Target:
         """Let go of what is open; processes run on."""
         self._ends = True
         self.await_demand()
-        for instance in self.instances:
+        for task in self._leaving:
+            task.cancel()
+        for instance in self.everybody:
             instance.close()
 
     def retire(self) -> None:
@@ -358,14 +437,15 @@ class Target:
         self._want(True)
 
         async def work() -> None:
-            await self.spawn_instances(chosen, f"start by {asked_by}")
-            if wait and not any(instance.state is State.WAITING for instance in chosen):
-                await self.wait_settled(chosen)
+            here = self.in_slots_of(chosen)
+            await self.spawn_instances(here, f"start by {asked_by}")
+            if wait and not any(instance.state is State.WAITING for instance in here):
+                await self.wait_settled(here)
 
         await self._perform("start", asked_by, work)
         if wait:
             # Waiting for a dependency must not keep the queue: its own patch may want both targets.
-            await self.wait_settled(chosen)
+            await self.wait_settled(self.in_slots_of(chosen))
 
     async def stop(self, chosen: Sequence[Instance], *, asked_by: str) -> None:
         """Stop instances, whatever else was going on, and wait until their process groups are empty.
@@ -377,7 +457,11 @@ class Target:
             self._want(False)
         self._preempt(f"{asked_by} asked to stop {self.name}")
         reason = f"stop by {asked_by}"
-        await self._perform("stop", asked_by, lambda: self.stop_instances(chosen, reason, for_good=True))
+        await self._perform(
+            "stop",
+            asked_by,
+            lambda: self.stop_instances(self.in_slots_of(chosen), reason, for_good=True),
+        )
 
     async def shut_down(self) -> None:
         """Stop everything because the supervisor ends; what the operator wants stays as it is.
@@ -392,27 +476,45 @@ class Target:
             "stop", "shutdown", lambda: self.stop_instances(self.instances, "the supervisor is stopping")
         )
 
-    async def restart(self, chosen: Sequence[Instance], *, asked_by: str, wait: bool) -> None:
-        """Stop, then start. A client that gives up in between leaves the instances starting, not stopped."""
+    async def restart(
+        self, chosen: Sequence[Instance], *, asked_by: str, wait: bool, rolling: bool = False
+    ) -> None:
+        """Stop, then start. A client that gives up in between leaves the instances starting, not stopped.
+
+        Args:
+            rolling: some at a time, and each new one before the old one where the target can have both. It is
+                waited for. If a new one does not come up, those that were not replaced by then run on.
+
+        Raises:
+            StartFailedError: one did not become ready.
+        """
         self._want(True)
         reason = f"restart by {asked_by}"
 
         async def work() -> None:
+            here = self.in_slots_of(chosen)
+            if rolling:
+                rollout = Rollout(self, reason)
+                try:
+                    await rollout.run(here)
+                finally:
+                    rollout.finish()
+                return
             try:
-                await self.stop_instances(chosen, reason)
-                await self.spawn_instances(chosen, reason)
+                await self.stop_instances(here, reason)
+                await self.spawn_instances(here, reason)
             except asyncio.CancelledError:
                 if self.wanted:
                     with anyio.CancelScope(shield=True):
-                        await self.stop_instances(chosen, reason)
-                        await self.spawn_instances(chosen, reason)
+                        await self.stop_instances(here, reason)
+                        await self.spawn_instances(here, reason)
                 raise
-            if wait and not any(instance.state is State.WAITING for instance in chosen):
-                await self.wait_settled(chosen)
+            if wait and not any(instance.state is State.WAITING for instance in here):
+                await self.wait_settled(here)
 
         await self._perform("restart", asked_by, work)
-        if wait:
-            await self.wait_settled(chosen)
+        if wait and not rolling:
+            await self.wait_settled(self.in_slots_of(chosen))
 
     async def scale(self, number: int, *, asked_by: str, wait: bool) -> None:
         """Have another number of instances: the last ones go, new ones are started if the target is to be up.
@@ -441,8 +543,9 @@ class Target:
         reason = f"stopped because of {asked_by}"
 
         async def work() -> None:
-            await self.stop_instances(chosen, reason)
-            await self.spawn_instances([i for i in chosen if i.wanted], reason)
+            here = self.in_slots_of(chosen)
+            await self.stop_instances(here, reason)
+            await self.spawn_instances([i for i in here if i.wanted], reason)
 
         await self._perform("replace", asked_by, work)
 
@@ -456,7 +559,8 @@ class Target:
             resize: the number of instances is another one.
 
         Raises:
-            StartFailedError: with ``wait``, an instance did not become ready.
+            StartFailedError: with ``wait``, an instance did not become ready; or one that was to replace
+                another, and the settings are as before.
             StopFailedError: a process survives SIGKILL; nothing was changed.
         """
         started: list[Instance] = []
@@ -466,9 +570,21 @@ class Target:
             reason = f"configuration changed by {asked_by}"
             # One that has failed is tried again: what was wrong with it may be what was changed.
             up = [i for i in self.instances if restart and i.state not in {State.STOPPED, State.EXITED}]
-            await self.stop_instances([i for i in self.instances if i in up or i.index >= number], reason)
+            rolling = [i for i in up if i.ready and i.index < number] if self._can_roll_to(config) else []
+            stopping = [i for i in self.instances if (i in up and i not in rolling) or i.index >= number]
+            await self.stop_instances(stopping, reason)
+            up = [i for i in up if i not in rolling]
             self.resize(min(number, len(self.instances)))
-            self.config = config
+            settings_before, self.config = self.config, config
+            rollout = Rollout(self, reason)
+            try:
+                await rollout.run(rolling)
+            except BaseException:
+                # Those that run were started with these settings, and go on with them.
+                self.config = settings_before
+                rollout.back()
+                raise
+            rollout.finish()
             for instance in self.instances:
                 instance.configure(config)
             before = len(self.instances)
@@ -483,6 +599,13 @@ class Target:
         if wait and self.wanted:
             await self.wait_settled(started)
 
+    def _can_roll_to(self, config: TargetConfig) -> bool:
+        """Whether a process with other settings can be started beside one with these: not if its output goes
+        elsewhere, which belongs to the slot."""
+        here, there = self.config.log, config.log
+        same = (here.stdout, here.stderr, here.format) == (there.stdout, there.stderr, there.format)
+        return config.overlaps and same
+
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.
 
@@ -492,7 +615,7 @@ class Target:
         """
 
         async def work() -> list[tuple[str, ReloadOutcome]]:
-            ready = [instance for instance in chosen if instance.ready]
+            ready = [instance for instance in self.in_slots_of(chosen) if instance.ready]
             if not ready:
                 raise TargetNotRunningError(f"{self.name} has no running instance to reload")
             outcomes = await self.reload_instances(
@@ -516,10 +639,12 @@ class Target:
         pid, reason = instance.pid, f"max_age ({self.config.max_age:g} s)"
 
         async def work() -> None:
-            if instance.pid == pid and instance.ready:
-                await self.stop_instances([instance], reason)
-                await self.spawn_instances([instance], reason)
-                await self.wait_settled([instance])
+            if instance in self.instances and instance.pid == pid and instance.ready:
+                rollout = Rollout(self, reason)
+                try:
+                    await rollout.run([instance])
+                finally:
+                    rollout.finish()
 
         self.enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
 
@@ -553,17 +678,25 @@ class Target:
     async def stop_instances(
         self, chosen: Sequence[Instance], reason: str, *, for_good: bool = False
     ) -> None:
-        """Stop instances; unless ``for_good`` they are to be started again, also if we die before that."""
+        """Stop instances, and whatever is beside them in their slots; unless ``for_good`` they are to be
+        started again, also if we die before that."""
+        slots = {instance.index for instance in chosen}
+        beside = [other for other in self.others if other.index in slots]
         for instance in chosen:
             instance.stop(reason, for_good=for_good)
+        for other in beside:
+            other.stop(reason, for_good=True)
         hooks = self.config.hooks
         limit = self.config.stop_timeout + STOP_GRACE_SECONDS
         limit += hooks.timeout if hooks.post_stop is not None else 0.0
         with anyio.move_on_after(limit) as scope:
-            for instance in chosen:
+            for instance in (*chosen, *beside):
                 await instance.wait_until(lambda i: i.state not in {State.STOPPING})
+        for other in beside:
+            if other.state is not State.STOPPING:
+                self._leave(other)
         if scope.cancelled_caught:
-            left = ", ".join(i.name for i in chosen if i.state is State.STOPPING)
+            left = ", ".join(i.name for i in (*chosen, *beside) if i.state is State.STOPPING)
             raise StopFailedError(f"{left}: a process is still there {limit:g} s after the stop began")
 
     async def wait_settled(self, chosen: Sequence[Instance]) -> None:
@@ -573,7 +706,9 @@ class Target:
             StartFailedError: names the first that failed, and why.
         """
         for instance in chosen:
-            await instance.wait_until(lambda i: i.state in SETTLED or i.state is State.STOPPED)
+            await instance.wait_until(
+                lambda i: i.state in SETTLED or i.state is State.STOPPED or i.given_up is not None
+            )
             if instance.state is State.EXITED or instance.ready:
                 continue
             raise StartFailedError(

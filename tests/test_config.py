@@ -711,14 +711,6 @@ def test_an_unknown_key_says_what_was_probably_meant(text: str, key: str, hint: 
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["overlap", "patch.canary"],
-)
-def test_keys_of_later_versions_are_unknown_and_not_ignored(key: str) -> None:
-    assert problem_of(f"{key} = 1")["problem"] == "unknown key"
-
-
-@pytest.mark.parametrize(
     ("text", "hint"),
     [
         ("[[target.web]]\ncommand = 'x'", "write [target.web] with single brackets"),

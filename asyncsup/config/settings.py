@@ -193,6 +193,12 @@ class TargetPatchConfig(PatchConduct):
 
     allow: Annotated["frozenset[Kind]", values.ALLOW] = field(default_factory=_all_kinds)
     """Kinds of patches the target takes; none at all for `[]`."""
+    canary: Annotated[int, integer(0, 10_000)] = 0
+    """Of a cold patch: so many instances first, with a probation of their own, and then the others."""
+    max_parallel: Annotated[int | None, integer(1, 10_000)] = None
+    """At most so many instances are replaced at a time; by default all."""
+    min_available: Annotated[int, integer(0, 10_000)] = 0
+    """Never fewer than so many are ready, where they have to be stopped before they are started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +303,10 @@ class TargetConfig:
     """Start with the supervisor, or when somebody connects to one of its sockets."""
     sockets: Annotated[tuple[str, ...], values.STRINGS, Takes.AT_START] = ()
     """Sockets of ours that its instances are given, as descriptors from 3 on (LISTEN_FDS)."""
+    overlap: Annotated[bool | None, values.BOOLEAN, Default(words="whether it has `sockets`")] = None
+    """A replacement is started, and ready, before the one it replaces is stopped."""
+    drain_timeout: Duration = 30.0
+    """How long one that was replaced may take to finish what it has begun, before its stop signal."""
     depends_on: Annotated[Mapping[str, Condition], values.DEPENDS] = field(default_factory=_empty)
     """What must have become of which targets before this one is started."""
     oneshot: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
@@ -356,6 +366,17 @@ class TargetConfig:
     )
     """Name to value (`RLIMITS`, `CGROUP_LIMITS`); `UNLIMITED` for no limit."""
     patch: TargetPatchConfig = field(default_factory=TargetPatchConfig)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a replacement is started before the one it replaces is stopped."""
+        return bool(self.sockets) if self.overlap is None else self.overlap
+
+    @property
+    def rolls(self) -> bool:
+        """Whether a cold patch replaces its instances after the switch, some at a time if need be."""
+        patch = self.patch
+        return self.overlaps or bool(patch.canary or patch.min_available) or patch.max_parallel is not None
 
     @property
     def readiness(self) -> Readiness:

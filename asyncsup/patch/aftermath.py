@@ -15,6 +15,7 @@ import anyio.to_thread
 
 from asyncsup.errors import AsyncsupError
 from asyncsup.lifecycle import State
+from asyncsup.rollout import Rollout
 from asyncsup.target import Target, hold_all
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ async def bring_back(
     with anyio.CancelScope() as scope:
         try:
             async with hold_all([target], "recovery", ASKED_BY, on_preempt=lambda _: scope.cancel()):
-                failure = await (_start_anew(target) if cold else _tell(target, store, patch, changed))
+                failure = await (_start_anew(target, store) if cold else _tell(target, store, patch, changed))
         except AsyncsupError as error:
             failure = error.message
         if failure is not None:
@@ -62,10 +63,14 @@ async def bring_back(
             )
 
 
-async def _start_anew(target: Target) -> str | None:
-    alive = [instance for instance in target.instances if instance.pid is not None]
-    await target.stop_instances(alive, "its files were taken back")
-    wanted = [instance for instance in alive if instance.wanted]
+async def _start_anew(target: Target, store: Store) -> str | None:
+    # Those that were replaced without a gap are still there, on the old files; and so are those whose turn
+    # had not come yet.
+    back = Rollout(target, "its files were taken back").back()
+    generation = store.state(target.name).generation
+    stale = [i for i in target.instances if i.pid is not None and i.generation != generation]
+    await target.stop_instances(stale, "its files were taken back")
+    wanted = [i for i in (*stale, *back) if i.wanted]
     await target.spawn_instances(wanted, "its files were taken back", whatever_it_depends_on=True)
     return None
 

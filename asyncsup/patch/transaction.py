@@ -37,6 +37,7 @@ from asyncsup.instance import Instance
 from asyncsup.lifecycle import ALIVE, State
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.store import Store
+from asyncsup.rollout import Rollout
 from asyncsup.target import SETTLED, Target
 from asyncsup.together import each, together
 from target_sdk.protocol import Prepare, ProtocolError, Verdict
@@ -86,6 +87,11 @@ class Participant:
     instances: list[Instance] = field(default_factory=list)
     """Those that have, or are to have, a process: a target that is stopped gets the files only."""
     records: dict[str, InstanceRecord] = field(default_factory=dict)
+
+    @property
+    def present(self) -> list[Instance]:
+        """Whoever counts by now in the slots of those instances."""
+        return self.target.in_slots_of(self.instances)
 
     def enlist(self) -> None:
         """Take down who is concerned, as things stand when the transaction has the target to itself."""
@@ -187,6 +193,9 @@ class Transaction:
         """Who was up at the switch of a warm patch: starting or ready, and after how many restarts."""
         self._undone_because: str | None = None
         """For whoever finds it undone and not reported, should there be no time for that."""
+        self._rollouts = {
+            p.target.name: Rollout(p.target, f"patch {change.patch[:12]}") for p in change.participants
+        }
         self._switched = False
         self._in_force = False
         """It has switched, and no `Undo` has been taken."""
@@ -209,7 +218,7 @@ class Transaction:
             await anyio.to_thread.run_sync(self.change.confirm)
             if self.change.kind is Kind.COLD:
                 undo.push("stopping", self._start_again)
-                undo.touched = bool(self._concerned)
+                undo.touched = any(p.instances for p in self._stopped_first)
                 await self._stop()
             if self.change.kind is Kind.WARM:
                 undo.push("reloading", self._reload_back)
@@ -225,6 +234,7 @@ class Transaction:
             await self._run_hooks("post_patch", "patch.hook_failed")
             await self._prove_itself()
         # Leaving the block without an error is the commit.
+        self._finish()
 
     async def keep(self) -> None:
         """Somebody has decided that an undecided change stays. It is too late to cancel anything."""
@@ -233,6 +243,7 @@ class Transaction:
                 await self._commit()
         except OSError as error:
             raise io_failed(error) from error
+        self._finish()
 
     async def take_back(self, reason: str) -> None:
         """Somebody has decided that an undecided change is taken back: in the order in which `run` would.
@@ -277,6 +288,7 @@ class Transaction:
             if cold:
                 undo.push("starting", self._stop_new)
             await self._prove_itself()
+        self._finish()
 
     async def _prove_itself(self) -> None:
         self.on_standing(self._standing)
@@ -412,7 +424,7 @@ class Transaction:
             if carried:
                 self._note("carry", participant.target.name, None, f"{_files(carried)} the program wrote")
 
-        await together(partial(stop, participant) for participant in self.change.participants)
+        await together(partial(stop, participant) for participant in self._stopped_first)
 
     async def _switch(self) -> None:
         async with self._step("switch") as step:
@@ -483,7 +495,10 @@ class Transaction:
         async def start(participant: Participant) -> None:
             began = time.monotonic()
             async with self._step("start", participant.target.name):
-                standing = await self._bring_up(participant)
+                if participant.target.config.rolls:
+                    standing = await self._roll_out(participant)
+                else:
+                    standing = await self._bring_up(participant)
                 # Whoever came up first may have ended while others were still starting.
                 for instance, pid in standing:
                     self._check_standing(instance, pid)
@@ -494,6 +509,28 @@ class Transaction:
             self._standing += standing
 
         await together(partial(start, participant) for participant in self.change.participants)
+
+    async def _roll_out(self, participant: Participant) -> list[tuple[Instance, int | None]]:
+        """Replace running instances; the first ones may have to stand the test before the others follow."""
+        target, rollout = participant.target, self._rollouts[participant.target.name]
+        left, canary = participant.instances, target.config.patch.canary
+        try:
+            if 0 < canary < len(left):
+                await rollout.run(left[:canary])
+                async with self._step("canary", target.name) as step:
+                    first = self._up_by_now(participant)[:canary]
+                    step["detail"] = f"{', '.join(i.name for i, _ in first)} for {self.change.probation:g} s"
+                    with anyio.move_on_after(self.change.probation):
+                        await together(partial(self._fall, instance, pid) for instance, pid in first)
+                left = left[canary:]
+            await rollout.run(left)
+        except StartFailedError as error:
+            raise PatchError(error.message, code="patch.start_failed", **error.details) from None
+        return self._up_by_now(participant)
+
+    @staticmethod
+    def _up_by_now(participant: Participant) -> list[tuple[Instance, int | None]]:
+        return [(instance, instance.pid) for instance in participant.present if instance.ready]
 
     async def _probation(self) -> None:
         """Nobody may end, stop being ready or say that it has failed, for a while after the change."""
@@ -606,8 +643,15 @@ class Transaction:
 
     async def _start_again(self) -> None:
         async def start(participant: Participant) -> None:
-            for instance in participant.instances:
+            for instance in participant.present:
                 await instance.wait_until(lambda i: i.state is not State.STOPPING)
+            if participant.target.config.rolls:
+                # Those that run on the new files, because they could not be started beside the old ones.
+                rollout = self._rollouts[participant.target.name]
+                try:
+                    await rollout.run([i for i in participant.present if i in rollout.restarted])
+                finally:
+                    rollout.finish()
             await self._bring_up(participant)
 
         await _all(partial(start, participant) for participant in self.change.participants)
@@ -649,12 +693,30 @@ class Transaction:
         await _all(partial(tell, participant) for participant in self.change.participants)
 
     async def _stop_new(self) -> None:
-        await _all(
-            partial(participant.target.stop_instances, participant.instances, "going back")
-            for participant in self.change.participants
-        )
+        async def stop(participant: Participant) -> None:
+            if not participant.target.config.rolls:
+                await participant.target.stop_instances(participant.present, "going back")
+                return
+            # Who was replaced without a gap goes back without one, too. Those that were stopped and started
+            # again are so once more, when the old files are back.
+            rollout = self._rollouts[participant.target.name]
+            back = rollout.back()
+            fallen = [i for i in participant.present if not i.ready and i not in back]
+            await participant.target.stop_instances(fallen, "going back")
+
+        await _all(partial(stop, participant) for participant in self.change.participants)
+
+    def _finish(self) -> None:
+        """The change is here to stay: those that were replaced may go."""
+        for rollout in self._rollouts.values():
+            rollout.finish()
 
     # --- helpers --------------------------------------------------------------------------------------------
+
+    @property
+    def _stopped_first(self) -> list[Participant]:
+        """Those of a cold patch whose instances are all stopped before the switch, and started after it."""
+        return [p for p in self.change.participants if not p.target.config.rolls]
 
     @property
     def _concerned(self) -> list[Instance]:
@@ -664,8 +726,9 @@ class Transaction:
         """Start instances, and wait until each is ready; returns them with the processes that were. One of a
         oneshot may have ended with success instead.
         """
+        present = participant.present
         await participant.target.spawn_instances(
-            participant.instances, f"patch {self.change.patch[:12]}", whatever_it_depends_on=True
+            present, f"patch {self.change.patch[:12]}", whatever_it_depends_on=True
         )
         standing: list[tuple[Instance, int | None]] = []
 
@@ -679,7 +742,7 @@ class Transaction:
                 )
 
         try:
-            await together(partial(come_up, instance) for instance in participant.instances)
+            await together(partial(come_up, instance) for instance in present)
         except StartFailedError as error:
             raise PatchError(error.message, code="patch.start_failed", **error.details) from None
         return standing

@@ -1,0 +1,104 @@
+"""Replacing the instances of a target, some at a time, and without a gap where the target allows it.
+
+With `overlap` a successor is started beside the instance it replaces, on the same sockets, and takes that
+place when it is ready. The old one goes on serving until everything is decided (`finish` or `back`), then
+finishes what it has begun (`Target.let_go`), and ends. So a successor that does not come up, or falls later,
+has never taken anybody's service away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncsup.instance import Instance
+from asyncsup.together import together
+
+if TYPE_CHECKING:
+    from asyncsup.target import Target
+
+
+class Rollout:
+    """One replacement of instances of a target. What an earlier one has left standing by is part of it.
+
+    Args:
+        reason: for whoever looks at the instances.
+    """
+
+    def __init__(self, target: Target, reason: str) -> None:
+        self._target = target
+        self._reason = reason
+        self._standing_by: list[Instance] = [i for i in target.others if i.role == "standby"]
+        self.restarted: list[Instance] = []
+        """Those that had to be stopped before they were started."""
+
+    async def run(self, chosen: Sequence[Instance]) -> None:
+        """Replace instances. After a failure those of earlier batches are new ones, and all others the old.
+
+        Raises:
+            StartFailedError: a new one did not become ready.
+            StopFailedError: an old one cannot be stopped.
+        """
+        left = list(chosen)
+        while left:
+            size = self._batch_size(len(left))
+            batch, left = left[:size], left[size:]
+            await self._replace(batch)
+
+    def _batch_size(self, left: int) -> int:
+        target, patch = self._target, self._target.config.patch
+        size = left if patch.max_parallel is None else min(left, patch.max_parallel)
+        if not target.config.overlaps and patch.min_available:
+            ready = sum(instance.ready for instance in target.instances)
+            size = min(size, max(1, ready - patch.min_available))
+        return size
+
+    async def _replace(self, batch: Sequence[Instance]) -> None:
+        target = self._target
+        beside = [i for i in batch if target.config.overlaps and i.ready]
+        others = [i for i in batch if i not in beside]
+        successors = [target.seat_beside(instance) for instance in beside]
+        try:
+            await together(
+                [
+                    partial(self._start_beside, successors),
+                    partial(self._start_again, others),
+                ]
+            )
+        except BaseException:
+            for successor in successors:
+                target.let_go(successor, f"{self._reason}: given up")
+            raise
+        self._standing_by += [target.take_over(successor, "standby") for successor in successors]
+
+    async def _start_beside(self, successors: Sequence[Instance]) -> None:
+        await self._target.spawn_instances(successors, self._reason, whatever_it_depends_on=True)
+        await together(partial(self._target.wait_settled, [successor]) for successor in successors)
+
+    async def _start_again(self, others: Sequence[Instance]) -> None:
+        if not others:
+            return
+        self.restarted += others
+        await self._target.stop_instances(others, self._reason)
+        await self._target.spawn_instances(others, self._reason, whatever_it_depends_on=True)
+        await together(partial(self._target.wait_settled, [instance]) for instance in others)
+
+    def back(self) -> list[Instance]:
+        """Let the old ones that stand by count again, and the new ones go. Returns the old ones: some may
+        have ended.
+        """
+        returned = []
+        for old in self._standing_by:
+            if old in self._target.others:
+                self._target.let_go(self._target.take_over(old, "retiring"), f"{self._reason}: going back")
+                returned.append(old)
+        self._standing_by.clear()
+        return returned
+
+    def finish(self) -> None:
+        """The new ones stay: let the old ones go, each as soon as it has finished what it has begun."""
+        for old in self._standing_by:
+            if old in self._target.others:
+                self._target.let_go(old, self._reason)
+        self._standing_by.clear()

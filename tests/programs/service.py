@@ -1,0 +1,93 @@
+"""A small service on a managed socket: answers every line with its version and pid.
+
+``VERSION`` and ``MODE`` stand in this file, so a cold patch brings others. Modes: ok, crash (before it is
+ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
+a moment later, as soon as nobody is connected), stubborn (is not drained before its time is up).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+from target_sdk import Target
+
+VERSION = "v1"
+MODE = "ok"
+REGRET_SECONDS = 0.2
+TURNS = 10
+"""Of the loop, from a connection that was accepted to its coroutine."""
+
+target = Target()
+
+
+class Service:
+    def __init__(self) -> None:
+        self.connections: set[asyncio.StreamWriter] = set()
+        self.changed = asyncio.Event()
+        self.draining = False
+        self.server: asyncio.Server | None = None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.add(writer)
+        try:
+            while line := await reader.readline():
+                if line.startswith(b"slow"):
+                    await asyncio.sleep(0.5)
+                last = " bye" if self.draining else ""
+                writer.write(f"{VERSION} {os.getpid()}{last}\n".encode())
+                await writer.drain()
+                if last:
+                    break
+        except ConnectionError:
+            pass
+        finally:
+            self.connections.discard(writer)
+            self.changed.set()
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def drain(self) -> None:
+        self.draining = True
+        assert self.server is not None
+        # Not `close`, which fails for connections that were accepted in this very turn of the loop.
+        asyncio.get_running_loop().remove_reader(self.server.sockets[0].fileno())
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        while self.connections:
+            self.changed.clear()
+            await self.changed.wait()
+
+
+async def main() -> None:
+    if MODE == "crash":
+        sys.exit("this build cannot start")
+    service, stop = Service(), asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+
+    @target.on_drain
+    async def drain(seconds: float) -> None:
+        if MODE == "stubborn":
+            await asyncio.sleep(seconds * 2)
+        await service.drain()
+
+    async with target:
+        service.server = await asyncio.start_server(service.serve, sock=socket.socket(fileno=3))
+        if MODE != "mute":
+            target.ready()
+        target.status(f"{VERSION} serves")
+        if MODE in {"regret", "fall"}:
+            await asyncio.sleep(REGRET_SECONDS)
+            if MODE == "fall":
+                await service.drain()
+                sys.exit("this build falls")
+            target.failed("this build regrets")
+        await stop.wait()
+
+
+asyncio.run(main())

@@ -1,0 +1,438 @@
+"""Cold patches, restarts and other settings without a gap: the new process first, then the old one goes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Asked, Serve, wait_for
+
+from asyncsup.client import ControlClient
+from asyncsup.errors import RemoteError
+from asyncsup.patch.build import build_patch
+from asyncsup.patch.manifest import Kind
+
+PROGRAM = Path(__file__).parent / "programs" / "service.py"
+PATIENCE = 20.0
+STARTS = {("stopped", "starting"), ("starting", "running")}
+
+
+class Client(threading.Thread):
+    """Asks again and again, and takes down what goes wrong.
+
+    Args:
+        keep: one connection for as long as the service keeps it; else a new one for every question.
+    """
+
+    def __init__(self, address: tuple[str, int], *, keep: bool, question: bytes = b"?\n") -> None:
+        super().__init__(daemon=True)
+        self.failures: list[str] = []
+        self.answers: dict[str, int] = {}
+        """How many answers there were of each version."""
+        self._address = address
+        self._keep = keep
+        self._question = question
+        self._ends = threading.Event()
+
+    def run(self) -> None:
+        connection: socket.socket | None = None
+        while not self._ends.is_set():
+            try:
+                if connection is None:
+                    connection = socket.create_connection(self._address, PATIENCE)
+                connection.sendall(self._question)
+                words = connection.recv(1024).decode().split()
+                if not words:
+                    raise ConnectionError("closed without an answer")
+                self.answers[words[0]] = self.answers.get(words[0], 0) + 1
+                if not self._keep or words[-1] == "bye":
+                    connection.close()
+                    connection = None
+            except OSError as error:
+                self.failures.append(repr(error))
+                if connection is not None:
+                    connection.close()
+                connection = None
+            time.sleep(0.002)
+        if connection is not None:
+            connection.close()
+
+    def end(self) -> None:
+        self._ends.set()
+        self.join()
+
+
+class Town:
+    """A supervisor with one service on a managed socket, clients that use it, and patches for it."""
+
+    def __init__(self, serve: Serve) -> None:
+        self.serve = serve
+        self.folder = serve.folder
+        self.root = serve.folder / "app"
+        self.root.mkdir()
+        self.source = PROGRAM.read_text()
+        (self.root / "service.py").write_text(self.source)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.address: tuple[str, int] = probe.getsockname()
+        self.clients: list[Client] = []
+        self.build = 0
+        self.control: ControlClient
+
+    def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
+        command = json.dumps([sys.executable, str(self.root / "service.py")])
+        return (
+            f'[patch]\ntrust = "none"\nprobation = "500ms"\nack_timeout = "5s"\nkeep = 2\n'
+            f'[socket.app]\nlisten = "tcp://127.0.0.1:{self.address[1]}"\n'
+            f'[target.app]\ncommand = {command}\nroot = "app"\nlayout = "{layout}"\nprotocol = "sdk"\n'
+            f'sockets = ["app"]\nstop_timeout = "5s"\nrestart_delay = "50ms"\n{more}\n'
+            f"[target.app.patch]\n{patch}\n"
+        )
+
+    def start(self, more: str = 'start_timeout = "10s"', patch: str = "", *, layout: str = "overlay") -> None:
+        self.control = self.serve.start(self.settings(more, patch, layout=layout))
+        self.wait_ready()
+
+    def again(self) -> None:
+        self.control.close()
+        self.control = self.serve.connect()
+
+    def wait_ready(self) -> None:
+        self.control.call("wait", {"names": ["app"], "for": "ready", "timeout": PATIENCE})
+
+    def use(self) -> None:
+        self.clients = [
+            Client(self.address, keep=False),
+            Client(self.address, keep=True),
+            Client(self.address, keep=False, question=b"slow\n"),
+        ]
+        for client in self.clients:
+            client.start()
+
+    def unharmed(self) -> dict[str, int]:
+        """Let the clients go; nothing must have gone wrong for them. Returns answers by version."""
+        answers: dict[str, int] = {}
+        for client in self.clients:
+            client.end()
+        assert [client.failures for client in self.clients] == [[]] * len(self.clients)
+        for client in self.clients:
+            for version, count in client.answers.items():
+                answers[version] = answers.get(version, 0) + count
+        self.clients = []
+        return answers
+
+    def patch(self, version: str, mode: str = "ok") -> str:
+        self.build += 1
+        old, new = (self.folder / f"{name}-{self.build}" for name in ("old", "new"))
+        text = self.source.replace('VERSION = "v1"', f'VERSION = "{version}"')
+        for folder, content in (
+            (old, (self.root / "service.py").read_text()),
+            (new, text.replace('MODE = "ok"', f'MODE = "{mode}"')),
+        ):
+            folder.mkdir()
+            (folder / "service.py").write_text(content)
+        package = self.folder / f"patch-{self.build}.zip"
+        build_patch(
+            old=old, new=new, output=package, name="app", version=version, build=self.build,
+            kind=Kind.COLD, targets=["app"], regions=["local"],
+        )  # fmt: skip
+        return str(package)
+
+    def apply(self, version: str, mode: str = "ok") -> dict[str, Any]:
+        done: dict[str, Any] = self.control.call(
+            "patch.apply", {"path": self.patch(version, mode)}, timeout=60
+        )
+        return done
+
+    def refused(self, version: str, mode: str) -> RemoteError:
+        with pytest.raises(RemoteError) as caught:
+            self.apply(version, mode)
+        return caught.value
+
+    @property
+    def target(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.control.call("status", {"names": ["app"]})["targets"][0]
+        return found
+
+    @property
+    def pids(self) -> list[int]:
+        return [instance["pid"] for instance in self.target["instances"]]
+
+    def wait_alone(self) -> None:
+        """Until every slot has one process."""
+        wait_for(lambda: not self.target["others"], "those that were replaced to end")
+
+    def ask(self) -> str:
+        with socket.create_connection(self.address, PATIENCE) as connection:
+            connection.sendall(b"?\n")
+            return connection.recv(1024).decode().split()[0]
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.end()
+        if hasattr(self, "control"):
+            self.control.close()
+
+
+@pytest.fixture
+def town(serve: Serve) -> Iterator[Town]:
+    made = Town(serve)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("layout", ["overlay", "tree"])
+def test_a_cold_patch_loses_no_request(town: Town, layout: str) -> None:
+    town.start(layout=layout)
+    before = town.pids
+    town.use()
+    for number in range(2, 6):
+        town.apply(f"v{number}")
+    town.wait_alone()
+    assert town.ask() == "v5"
+    answers = town.unharmed()
+    assert set(answers) <= {f"v{n}" for n in range(1, 6)}
+    assert answers["v1"]
+    assert answers["v5"]
+    assert town.pids != before
+
+
+@pytest.mark.parametrize(
+    ("mode", "code"),
+    [
+        ("crash", "patch.start_failed"),
+        ("mute", "patch.start_failed"),
+        ("regret", "patch.probation_failed"),
+        ("fall", "patch.probation_failed"),
+    ],
+)
+def test_a_broken_build_costs_no_request_and_the_old_process_stays(town: Town, mode: str, code: str) -> None:
+    town.start(f'start_timeout = "{2 if mode == "mute" else 20}s"', patch='probation = "4s"')
+    before = town.pids
+    town.use()
+    error = town.refused("v2", mode)
+    assert error.error_code == "patch.rolled_back"
+    assert error.details["cause"] == code
+    town.wait_alone()
+    assert town.pids == before
+    assert town.ask() == "v1"
+    assert set(town.unharmed()) <= {"v1", "v2"}
+    assert town.target["build"] == 0
+    # And a good one comes through afterwards.
+    town.apply("v3")
+    assert town.ask() in {"v1", "v3"}
+    town.wait_alone()
+    assert town.ask() == "v3"
+
+
+def test_while_a_patch_waits_for_its_commit_both_serve_and_an_abort_costs_nothing(town: Town) -> None:
+    town.start(patch='commit = "manual"')
+    before = town.pids
+    town.use()
+    txn = town.apply("v2")["txn"]
+    (other,) = town.target["others"]
+    assert (other["role"], other["pid"]) == ("standby", before[0])
+    assert town.pids != before
+    town.control.call("patch.abort", {"id": str(txn)})
+    town.wait_alone()
+    assert town.pids == before
+    town.unharmed()
+
+
+def test_several_instances_are_replaced_some_at_a_time(town: Town) -> None:
+    town.start("instances = 3", patch="max_parallel = 1")
+    before = town.pids
+    with ControlClient(town.serve.endpoint) as control:
+        since = control.call("events.since")["seq"]
+        town.use()
+        town.apply("v2")
+        events = control.call("events.since", {"seq": since})["events"]
+    town.wait_alone()
+    assert not set(town.pids) & set(before)
+    assert town.unharmed()["v2"]
+    # Each is spawned after the one before it is ready.
+    order = [
+        (event["instance"], event["to"])
+        for event in events
+        if event["type"] == "instance.state" and (event["from"], event["to"]) in STARTS
+    ]
+    assert order == [(f"app:{index}", state) for index in range(3) for state in ("starting", "running")]
+
+
+def test_a_canary_that_falls_saves_the_others(town: Town) -> None:
+    town.start("instances = 3", patch="canary = 1")
+    before = town.pids
+    with ControlClient(town.serve.endpoint) as control:
+        since = control.call("events.since")["seq"]
+        town.use()
+        town.refused("v2", "regret")
+        events = control.call("events.since", {"seq": since})["events"]
+    town.wait_alone()
+    assert town.pids == before
+    town.unharmed()
+    replaced = {event["instance"] for event in events if event["type"] == "instance.replaced"}
+    assert replaced == {"app:0"}
+    town.apply("v3")
+    town.wait_alone()
+    assert town.ask() == "v3"
+
+
+def test_without_overlap_some_at_a_time_and_never_too_few(town: Town) -> None:
+    town.start("instances = 3\noverlap = false", patch="min_available = 2")
+    before = town.pids
+    low = 3
+    asked = Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
+    while not asked.is_answered:
+        low = min(low, sum(instance["ready"] for instance in town.target["instances"]))
+    asked.result()
+    assert low == 2
+    assert not set(town.pids) & set(before)
+    assert town.ask() == "v2"
+    moved = town.pids
+    town.refused("v3", "crash")
+    town.wait_ready()
+    # Only the first was tried.
+    assert town.pids[1:] == moved[1:]
+    assert town.ask() == "v2"
+
+
+def test_restart_rolling_and_a_broken_program_costs_nothing(town: Town) -> None:
+    town.start("instances = 2")
+    before = town.pids
+    town.use()
+    town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=60)
+    town.wait_alone()
+    after = town.pids
+    assert not set(before) & set(after)
+    (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "crash"'))
+    with pytest.raises(RemoteError, match="did not become ready"):
+        town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=60)
+    town.wait_alone()
+    assert town.pids == after
+    town.unharmed()
+
+
+def test_other_settings_and_max_age_replace_without_a_gap(town: Town) -> None:
+    town.start()
+    before = town.pids
+    town.use()
+    town.serve.write(town.settings("env = { COLOUR = 'blue' }"))
+    assert town.control.call("config.apply", {"wait": True}, timeout=60)["failed"] == {}
+    town.wait_alone()
+    after = town.pids
+    assert after != before
+    # What does not come up keeps nobody from working, and the difference is shown again.
+    town.serve.write(
+        town.settings("env = { COLOUR = 'red' }\nstart_timeout = '1s'\nready.http = 'http://127.0.0.1:1/'")
+    )
+    assert "app" in town.control.call("config.apply", {"wait": True}, timeout=60)["failed"]
+    town.wait_alone()
+    assert town.pids == after
+    assert "env" in town.control.call("config.plan")["restarted"]["app"]
+    town.serve.write(town.settings("env = { COLOUR = 'blue' }\nmax_age = '1s'"))
+    town.control.call("config.apply", {"wait": True}, timeout=60)
+    wait_for(lambda: town.pids != after, "the old one to be too old")
+    town.unharmed()
+
+
+def test_a_service_that_is_not_drained_in_time_is_stopped(town: Town) -> None:
+    (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "stubborn"'))
+    town.start('drain_timeout = "300ms"')
+    (pid,) = town.pids
+    with socket.create_connection(town.address, PATIENCE):
+        town.apply("v2")
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the old one to end")
+    town.wait_alone()
+    assert "not drained within 0.3 s" in town.serve.errors()
+
+
+def test_one_after_the_other_while_the_first_are_not_drained_yet(town: Town) -> None:
+    town.start()
+    held = []
+    for number in range(2, 5):
+        held.append(socket.create_connection(town.address, PATIENCE))
+        held[-1].sendall(b"?\n")
+        assert held[-1].recv(1024).decode().startswith(f"v{number - 1} ")
+        town.apply(f"v{number}")
+    # Three old ones, each held by its client, beside the new one.
+    wait_for(lambda: [o["role"] for o in town.target["others"]] == ["retiring"] * 3, "all to be let go")
+    for number, connection in enumerate(held, 1):
+        connection.sendall(b"?\n")
+        assert connection.recv(1024).decode().split()[::2] == [f"v{number}", "bye"]
+        connection.close()
+    town.wait_alone()
+    assert town.ask() == "v4"
+
+
+def test_a_stop_ends_also_those_that_are_on_their_way_out(town: Town) -> None:
+    town.start()
+    with socket.create_connection(town.address, PATIENCE) as connection:
+        connection.sendall(b"?\n")
+        connection.recv(1024)
+        old = town.pids
+        town.apply("v2")
+        assert [other["pid"] for other in town.target["others"]] == old
+        town.control.call("stop", {"names": ["app"]}, timeout=60)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in old)
+    assert town.target["others"] == []
+
+
+# --- while supervisors come and go --------------------------------------------------------------------------
+
+
+def test_who_is_on_the_way_out_is_known_to_the_next_supervisor(town: Town) -> None:
+    town.start()
+    with socket.create_connection(town.address, PATIENCE) as connection:
+        connection.sendall(b"?\n")
+        connection.recv(1024)
+        town.apply("v2")
+        others, pids = town.target["others"], town.pids
+        town.serve.kill_supervisor()
+        town.again()
+        wait_for(lambda: [o["pid"] for o in town.target["others"]] == [o["pid"] for o in others], "it")
+        assert town.pids == pids
+        connection.sendall(b"?\n")
+        assert connection.recv(1024).decode().split()[::2] == ["v1", "bye"]
+    town.wait_alone()
+    assert town.pids == pids
+    assert town.ask() == "v2"
+
+
+@pytest.mark.parametrize("decision", ["commit", "abort"])
+def test_a_supervisor_killed_while_both_serve_leaves_the_choice(town: Town, decision: str) -> None:
+    town.start(patch='commit = "manual"')
+    before = town.pids
+    town.use()
+    txn = town.apply("v2")["txn"]
+    after = town.pids
+    town.serve.kill_supervisor()
+    town.again()
+    wait_for(lambda: town.target.get("uncommitted") == txn, "the patch to wait again")
+    assert [other["pid"] for other in town.target["others"]] == before
+    town.control.call(f"patch.{decision}", {"id": str(txn)}, timeout=60)
+    wait_for(lambda: not town.target["others"], "the other one to go")
+    assert town.pids == (after if decision == "commit" else before)
+    assert town.ask() == ("v2" if decision == "commit" else "v1")
+    town.unharmed()
+
+
+def test_a_supervisor_killed_while_the_new_one_starts_leaves_the_old_one(town: Town) -> None:
+    town.start('start_timeout = "60s"')
+    before = town.pids
+    town.use()
+    Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2", "mute"))
+    wait_for(lambda: [o["state"] for o in town.target["others"]] == ["starting"], "the new one to start")
+    (new,) = [other["pid"] for other in town.target["others"]]
+    town.serve.kill_supervisor()
+    town.again()
+    wait_for(lambda: not Path(f"/proc/{new}").exists(), "the new one to go")
+    town.wait_alone()
+    assert town.pids == before
+    assert town.ask() == "v1"
+    town.unharmed()
