@@ -51,7 +51,11 @@ class PeerGoneError(Exception):
 
 
 class PeerError(Exception):
-    """The instance answered with a JSON-RPC error; the message is its own."""
+    """The instance answered with a JSON-RPC error; the message and the code are its own."""
+
+    def __init__(self, message: str, code: object = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(slots=True)
@@ -206,7 +210,7 @@ class TargetChannel:
         if isinstance(answer, Result):
             waiting[1].set_result(answer.result)
         else:
-            waiting[1].set_exception(PeerError(answer.message))
+            waiting[1].set_exception(PeerError(answer.message, (answer.data or {}).get("code")))
 
     def _fail(
         self, identity: bytes, request_id: RequestId, number: int, message: str, code: str | None = None

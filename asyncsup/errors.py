@@ -159,6 +159,12 @@ class StopFailedError(AsyncsupError):
     code = "target.stop_failed"
 
 
+class HandoverFailedError(AsyncsupError):
+    """An instance could not hand what it has over to its successor; it goes on with it."""
+
+    code = "handover.failed"
+
+
 class ReloadFailedError(AsyncsupError):
     """A target answered a reload with a failure, or not at all; it keeps running with what it had."""
 

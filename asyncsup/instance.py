@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import stat
 import time
@@ -43,7 +45,7 @@ from asyncsup.compressor import Compressor
 from asyncsup.config import LogConfig, TargetConfig
 from asyncsup.config.settings import SOCKET
 from asyncsup.environment import build_environment
-from asyncsup.errors import SpawnError, TargetNotRunningError
+from asyncsup.errors import HandoverFailedError, SpawnError, TargetNotRunningError
 from asyncsup.events import EventStream, timestamp
 from asyncsup.fd_store import FdStore
 from asyncsup.journal import Journal
@@ -456,6 +458,9 @@ class Instance:
     async def drain(self, seconds: float) -> str | None:
         """Have the program finish what it has begun, and take up nothing new; returns why it has not done so,
         or None. One without the SDK knows nothing of this.
+
+        Raises:
+            HandoverFailedError: it still has what its successor was to have, and goes on with it.
         """
         if self.config.protocol == "sdk" and self.hello is None:
             with anyio.move_on_after(RECONNECT_SECONDS):
@@ -467,7 +472,13 @@ class Instance:
             await self._runtime.channel.request(self.token, "drain", {"deadline": seconds}, deadline=seconds)
         except TimeoutError:
             return f"not drained within {seconds:g} s"
-        except (PeerGoneError, PeerError) as error:
+        except PeerError as error:
+            if error.code == protocol.HANDOVER_FAILED:
+                raise HandoverFailedError(
+                    f"{self.name} (pid {self.pid}) keeps what it has: {error}"
+                ) from None
+            return str(error)
+        except PeerGoneError as error:
             return str(error)
         return None
 
@@ -693,6 +704,8 @@ class Instance:
 
     def _settle_store(self) -> None:
         """Stored descriptors are for the next start, and go when there is to be none."""
+        if self.role != "current":
+            return  # it is the store of the whole slot
         is_down = self.state is State.STOPPED and not self.wanted
         if is_down or self.state in {State.EXITED, State.FAILED}:
             self._store.clear()
@@ -758,7 +771,9 @@ class Instance:
         path = None if self.config.cgroup == "off" else self._runtime.cgroups.path_of(self.seat_name)
         cgroup = None if path is None else str(path)
         generation = self._runtime.root_facts(self.config.name).generation
-        return ProcessRecord(token=self.token, start_ticks=ticks_now(), hook=hook, cgroup=cgroup, generation=generation)
+        return ProcessRecord(
+            token=self.token, start_ticks=ticks_now(), hook=hook, cgroup=cgroup, generation=generation
+        )
 
     def _enter_cgroup(self) -> None:
         """Make the control group of the process that is about to be spawned, if it is to have one.
@@ -1076,6 +1091,8 @@ class Instance:
             if config.user is None:
                 bytecode.lay_out(home, config.name, generation, config.root)
             own["PYTHONPYCACHEPREFIX"] = str(bytecode.prefix(home, config.name, generation))
+        if config.protocol == "sdk":
+            own[protocol.ENV_HANDOVER] = str(self._rendezvous())
         if config.speaks_notify:
             own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)
             if config.watchdog_timeout is not None:
@@ -1083,6 +1100,19 @@ class Instance:
             if config.fd_store_max:
                 own["FDSTORE"] = str(config.fd_store_max)
         return own
+
+    def _rendezvous(self) -> Path:
+        """Where those that follow one another in this slot find each other. The program makes the socket, so
+        the folder is its user's. Named by a digest: the path of a socket must be short."""
+        digest = hashlib.blake2b(self.config.name.encode(), digest_size=8).hexdigest()
+        folder = self._runtime.runtime_dir / "handover" / digest
+        with contextlib.suppress(OSError):  # without it there is no hand-over, and nothing else is missing
+            folder.parent.mkdir(mode=0o711, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if self.config.user is not None:
+                owner = self.config.user
+                shutil.chown(folder, user=int(owner) if owner.isdigit() else owner)
+        return folder / str(self.index)
 
     def _expand(self, text: str) -> str:
         """Put in what is known at the start only: the index, and the numbers of sockets."""
@@ -1450,10 +1480,11 @@ class Instance:
         self._history = RestartHistory(early_ends=record.early_ends, restarts=record.recent_restarts)
         if record.last_exit is not None:
             self.last_exit = LastExit.from_json(record.last_exit)
-        self._store.restore(self.config.fd_store_max)
+        if self.role == "current":
+            self._store.restore(self.config.fd_store_max)
         if record.process is not None:
             self._find_process(record.process)
-        if self._process is not None or self._held_streams():
+        if not self._streams and (self._process is not None or self._held_streams()):
             self._reopen_streams()
 
     def _find_process(self, record: ProcessRecord) -> None:

@@ -114,6 +114,7 @@ METHODS: Final[Sequence[Schema]] = (
             trust=STRING,
             inbox=STRING,
             stopping=BOOLEAN,
+            tasks=NATURAL,
             isolation=_object(
                 by=_any_of("cgroup", "process group"),
                 cgroup=_or_null(STRING),

@@ -502,9 +502,7 @@ class Supervisor:
             log.warning("%s: due, but %s", name, skip or "the supervisor is stopping")
             return
         act = (
-            target.start
-            if target.config.oneshot
-            else partial(target.restart, rolling=target.config.overlaps)
+            target.start if target.config.oneshot else partial(target.restart, rolling=target.config.overlaps)
         )
         self._tasks.start_soon(
             self._act_on_schedule, partial(act, target.instances, asked_by="schedule", wait=True)
@@ -662,6 +660,7 @@ class Supervisor:
             "sockets": self.sockets.describe(),
             "targets": len(self.targets),
             "stopping": self._stopping.is_set(),
+            "tasks": len(asyncio.all_tasks()),
             "isolation": self.cgroups.to_json(),
             "counters": dict(sorted(counters.items())),
         }

@@ -26,6 +26,7 @@ from asyncsup.config.values import Condition
 from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
+    HandoverFailedError,
     ReloadFailedError,
     SpawnError,
     StartFailedError,
@@ -48,6 +49,9 @@ STOP_GRACE_SECONDS: Final = 10.0
 SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.FAILED, State.BACKOFF})
 """States that answer the question whether a start has worked."""
 
+
+FIRST_HANDOVER_PAUSE_SECONDS: Final = 1.0
+LONGEST_HANDOVER_PAUSE_SECONDS: Final = 30.0
 
 UP: Final = ALIVE - {State.STOPPING}
 """States of a process that nobody has asked to end."""
@@ -287,18 +291,31 @@ class Target:
     async def _see_off(self, instance: Instance, reason: str) -> None:
         # One that was never ready may have accepted connections all the same.
         if instance.state in UP:
-            drained = asyncio.ensure_future(instance.drain(self.config.drain_timeout))
+            drained = asyncio.ensure_future(self._drain(instance))
             down = asyncio.ensure_future(instance.wait_until(lambda i: i.state not in UP))
             try:
                 await asyncio.wait([drained, down], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 down.cancel()
                 drained.cancel()
-            if drained.done() and not drained.cancelled() and (why := drained.result()) is not None:
-                log.warning("%s (pid %s): %s; stopping it", instance.name, instance.pid, why)
         instance.stop(reason, for_good=True)
         await instance.wait_until(lambda i: i.state not in {State.STOPPING})
         self._leave(instance)
+
+    async def _drain(self, instance: Instance) -> None:
+        pause = FIRST_HANDOVER_PAUSE_SECONDS
+        while True:
+            try:
+                why = await instance.drain(self.config.drain_timeout)
+            except HandoverFailedError as error:
+                # To stop it would be to lose that. Its successor may be another one by then.
+                log.warning("%s; trying again in %g s", error.message, pause)
+                await anyio.sleep(pause)
+                pause = min(2 * pause, LONGEST_HANDOVER_PAUSE_SECONDS)
+                continue
+            if why is not None:
+                log.warning("%s (pid %s): %s; stopping it", instance.name, instance.pid, why)
+            return
 
     def _leave(self, instance: Instance) -> None:
         if instance in self.others:

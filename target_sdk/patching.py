@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from target_sdk.protocol import (
     APPLICATION_ERROR,
+    HANDOVER_FAILED,
     INTERNAL_ERROR,
     INVALID_PARAMS,
     METHOD_NOT_FOUND,
@@ -79,7 +80,7 @@ DrainHandler = Callable[[float], object]
 class HandoverError(Exception):
     """Nothing was handed over. The predecessor still has all of it, and the successor has nothing."""
 
-    code = "handover.failed"
+    code = HANDOVER_FAILED
 
 
 class StoppingError(Exception):

@@ -380,6 +380,9 @@ COMMIT: Final = "commit"
 REFUSE: Final = "refuse"
 """Successor to predecessor, with a ``reason``: it takes nothing."""
 
+HANDOVER_FAILED: Final = "handover.failed"
+"""The code of the answer to `drain` of a predecessor that still has everything, and goes on with it."""
+
 MAX_HANDOVER_PACKET: Final = 1 << 16
 """Bytes of one packet, its kind included."""
 
