@@ -50,9 +50,6 @@ SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.
 """States that answer the question whether a start has worked."""
 
 
-FIRST_HANDOVER_PAUSE_SECONDS: Final = 1.0
-LONGEST_HANDOVER_PAUSE_SECONDS: Final = 30.0
-
 UP: Final = ALIVE - {State.STOPPING}
 """States of a process that nobody has asked to end."""
 
@@ -303,19 +300,28 @@ class Target:
         self._leave(instance)
 
     async def _drain(self, instance: Instance) -> None:
-        pause = FIRST_HANDOVER_PAUSE_SECONDS
         while True:
+            successor = self.instances[instance.index]
+            pid = successor.pid
             try:
                 why = await instance.drain(self.config.drain_timeout)
             except HandoverFailedError as error:
-                # To stop it would be to lose that. Its successor may be another one by then.
-                log.warning("%s; trying again in %g s", error.message, pause)
-                await anyio.sleep(pause)
-                pause = min(2 * pause, LONGEST_HANDOVER_PAUSE_SECONDS)
+                # To stop it would be to lose what it has, and so would a drain that no successor waits for.
+                log.warning("%s; trying again when its next successor is ready", error.message)
+                await self._next_in_slot(instance.index, pid)
                 continue
             if why is not None:
                 log.warning("%s (pid %s): %s; stopping it", instance.name, instance.pid, why)
             return
+
+    async def _next_in_slot(self, index: int, pid: int | None) -> None:
+        """Wait until whoever counts in a slot is ready, and another process than this one."""
+
+        def has_come(instance: Instance) -> bool:
+            return instance.ready and instance.pid != pid
+
+        while index < len(self.instances) and not has_come(self.instances[index]):
+            await self.instances[index].wait_until(lambda i: has_come(i) or i.role != "current")
 
     def _leave(self, instance: Instance) -> None:
         if instance in self.others:
