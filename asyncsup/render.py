@@ -270,8 +270,7 @@ def status_lines(value: Value, *, width: int | None = None, ink: Ink = PLAIN) ->
     for target in targets:
         instances: Sequence[Value] = target.get("instances") or ()
         rows.append(_target_row(target, instances))
-        if len(instances) > 1:
-            rows.extend(_instance_row(instance) for instance in instances)
+        rows.extend(_instance_row(instance) for instance in _shown_alone(target))
     header = ("NAME", "STATE", "READY", "PID", "UPTIME", "RESTARTS", "BUILD", "DETAIL")
     right, drop = ("PID", "RESTARTS", "BUILD"), ("RESTARTS", "UPTIME", "BUILD", "READY")
     if "isolation" not in value:
@@ -292,6 +291,19 @@ def status_lines(value: Value, *, width: int | None = None, ink: Ink = PLAIN) ->
     ]
 
 
+def _shown_alone(target: Value) -> list[Value]:
+    """The instances with a row of their own, each before whoever is beside it in its slot."""
+    instances: Sequence[Value] = target.get("instances") or ()
+    others: Sequence[Value] = target.get("others") or ()
+    shown = list(instances) if len(instances) > 1 else []
+    return sorted([*shown, *others], key=lambda each: _slot_of(each, instances))
+
+
+def _slot_of(instance: Value, instances: Sequence[Value]) -> int:
+    names = [each.get("name") for each in instances]
+    return names.index(instance.get("name")) if instance.get("name") in names else len(names)
+
+
 def _usage_columns(targets: Sequence[Value]) -> list[list[Cell]]:
     """What each row's instance takes; in the row of a target with several, all of them together."""
     cells: list[list[Cell]] = []
@@ -299,8 +311,7 @@ def _usage_columns(targets: Sequence[Value]) -> list[list[Cell]]:
         instances: Sequence[Value] = target.get("instances") or ()
         taken = [instance.get("usage") or {} for instance in instances]
         cells.append(_usage_cells(taken))
-        if len(instances) > 1:
-            cells.extend(_usage_cells([each]) for each in taken)
+        cells.extend(_usage_cells([each.get("usage") or {}]) for each in _shown_alone(target))
     return cells
 
 
@@ -391,7 +402,7 @@ def _instance_row(instance: Value) -> list[Cell]:
     restarts = int(instance.get("restarts") or 0)
     return [
         (f"  {clean(instance.get('name', ''))}", ""),
-        (clean(instance.get("state", "unknown")), _state_colour(instance)),
+        (_state_in_slot(instance), _state_colour(instance)),
         (_yes(instance, "ready"), ""),
         (_number(instance.get("pid")), ""),
         (duration(instance.get("uptime")), ""),
@@ -399,6 +410,14 @@ def _instance_row(instance: Value) -> list[Cell]:
         ("", ""),
         (_instance_detail(instance), ""),
     ]
+
+
+def _state_in_slot(instance: Value) -> str:
+    """The state; of whoever does not count in its slot what it is there for."""
+    state, role = clean(instance.get("state", "unknown")), clean(instance.get("role") or "current")
+    if role == "current":
+        return state
+    return role if state == "running" else f"{role}, {state}"
 
 
 def _instance_detail(instance: Value) -> str:

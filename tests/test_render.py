@@ -425,3 +425,27 @@ def test_a_verified_package_lists_its_files_with_sizes_and_what_it_was_not_check
 
 def test_trust_none_is_loud() -> None:
     assert "UNVERIFIED" in text(render.info_lines({"trust": "none"}))
+
+
+def test_whoever_is_beside_an_instance_in_its_slot_has_a_row_of_its_own() -> None:
+    def instance(name: str, pid: int, **more: object) -> dict[str, object]:
+        return {"name": name, "state": "running", "ready": True, "pid": pid, "role": "current", **more}
+
+    def column(target: dict[str, object]) -> list[list[str]]:
+        rows = render.status_lines(
+            {"targets": [{"name": "web", "state": "running", "ready": True, **target}]}
+        )
+        return [row.split()[:2] for row in rows[1:]]
+
+    one = {"instances": [instance("web:0", 1)], "others": [instance("web:0", 2, role="standby")]}
+    assert column(one) == [["web", "running"], ["web:0", "standby"]]
+    several = {
+        "instances": [instance("web:0", 1), instance("web:1", 2)],
+        "others": [
+            instance("web:1", 3, role="successor", state="starting"),
+            instance("web:0", 4, role="retiring"),
+            instance("web:7", 5, role="retiring"),
+        ],
+    }
+    assert [row[0] for row in column(several)] == ["web", "web:0", "web:0", "web:1", "web:1", "web:7"]
+    assert column(several)[4] == ["web:1", "successor,"]

@@ -502,9 +502,9 @@ class Transaction:
                 # Whoever came up first may have ended while others were still starting.
                 for instance, pid in standing:
                     self._check_standing(instance, pid)
-            for instance in participant.instances:
+            for instance in participant.present:
                 record = participant.records[instance.name]
-                record.told_by, record.reload = "restart", "ok"
+                record.told_by, record.reload, record.pid_after = "restart", "ok", instance.pid
                 record.reload_took = time.monotonic() - began
             self._standing += standing
 
