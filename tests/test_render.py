@@ -428,10 +428,10 @@ def test_trust_none_is_loud() -> None:
 
 
 def test_whoever_is_beside_an_instance_in_its_slot_has_a_row_of_its_own() -> None:
-    def instance(name: str, pid: int, **more: object) -> dict[str, object]:
+    def instance(name: str, pid: int, **more: object) -> dict[str, Any]:
         return {"name": name, "state": "running", "ready": True, "pid": pid, "role": "current", **more}
 
-    def column(target: dict[str, object]) -> list[list[str]]:
+    def column(target: dict[str, Any]) -> list[list[str]]:
         rows = render.status_lines(
             {"targets": [{"name": "web", "state": "running", "ready": True, **target}]}
         )
