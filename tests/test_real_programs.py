@@ -30,6 +30,8 @@ from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
 
 PAGE = Path(__file__).parent.parent / "docs" / "programs.md"
+COLD = "Replaced without a gap"
+"""The heading of the second part; `test_cold_recipes.py` runs that."""
 
 # The programs of the test extra are beside the interpreter, some of Debian's where only root looks for them.
 SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
@@ -37,8 +39,14 @@ SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
 
 @functools.cache
 def recipes() -> dict[str, list[str]]:
-    """The code blocks of the page, by heading."""
-    sections = re.split(r"^## (.+)\n", PAGE.read_text(), flags=re.MULTILINE)
+    """The code blocks of the page's first part, by heading."""
+    text, _, _ = PAGE.read_text().partition(f"\n## {COLD}\n")
+    return code_blocks(text, level=2)
+
+
+def code_blocks(text: str, *, level: int) -> dict[str, list[str]]:
+    """By heading of that level, in small letters."""
+    sections = re.split(rf"^{'#' * level} (.+)\n", text, flags=re.MULTILINE)
     blocks = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
     return {
         name.lower(): blocks.findall(text) for name, text in zip(sections[1::2], sections[2::2], strict=True)
@@ -160,23 +168,29 @@ def free_port() -> int:
 
 
 class Stage:
-    """A program under a real supervisor, with the page's configuration."""
+    """A program under a real supervisor, with the page's configuration.
 
-    def __init__(self, serve: Serve, program: Program) -> None:
+    Args:
+        blocks: its recipe.
+        kind: of its patches.
+    """
+
+    def __init__(self, serve: Serve, program: Program, blocks: list[str], kind: Kind = Kind.WARM) -> None:
         self.serve, self.program, self.port = serve, program, free_port()
         self.home = serve.folder / "srv"
         serve.folder.chmod(0o755)
-        settings, *files = map(self.adapted, recipes()[program.name])
-        (self.name,) = re.findall(r"^\[target\.(\w+)\]", settings)
-        self.folder = self.home / self.name
-        for name in ("conf", *program.folders):
-            (self.folder / name).mkdir(parents=True)
+        settings, *files = map(self.adapted, blocks)
+        (self.name,) = re.findall(r"^\[target\.(\w+)\]", settings, flags=re.MULTILINE)
+        (root,) = re.findall(r'^root = "(.+)"', settings, flags=re.MULTILINE)
+        self.folder, self.root = self.home / self.name, Path(root)
+        for path in (self.root, *(self.folder / name for name in program.folders)):
+            path.mkdir(parents=True)
         for text in files:
             first, _, content = text.partition("\n")
-            Path(first.removeprefix("# ")).write_text(content)
+            Path(first.split(" ", 1)[1]).write_text(content)
         program.prepare(self.folder)
-        self.root = self.folder / "conf"
-        shutil.copytree(self.root, serve.folder / "old")
+        self.kind, self.old = kind, serve.folder / "old"
+        shutil.copytree(self.root, self.old)
         serve.environ["PATH"] = SEARCH_PATH
         self.client: ControlClient = serve.start(
             f'[defaults]\nrestart_delay = "100ms"\n[patch]\ntrust = "none"\nprobation = "0s"\n{settings}'
@@ -205,18 +219,24 @@ class Stage:
         return self.now
 
     def patch(self, before: str, after: str) -> Any:
+        """
+        Raises:
+            RemoteError: it was refused or undone.
+        """
         self.build += 1
-        old, new = self.serve.folder / "old", self.serve.folder / f"new-{self.build}"
-        shutil.copytree(old, new)
+        new = self.serve.folder / f"new-{self.build}"
+        shutil.copytree(self.old, new)
         text = (new / self.program.file).read_text()
         assert text.count(before) == 1
         (new / self.program.file).write_text(text.replace(before, after))
         package = self.serve.folder / f"{self.build}.zip"
         build_patch(
-            old=old, new=new, output=package, name="settings", version=str(self.build), build=self.build,
-            kind=Kind.WARM, targets=[self.name], regions=["local"],
+            old=self.old, new=new, output=package, name="settings", version=str(self.build),
+            build=self.build, kind=self.kind, targets=[self.name], regions=["local"],
         )  # fmt: skip
-        return self.client.call("patch.apply", path=str(package))
+        report = self.client.call("patch.apply", {"path": str(package)}, timeout=60)
+        self.old = new
+        return report
 
     def processes(self) -> list[str]:
         """Whatever runs with, in or from the program's folder; some show no command line that says so."""
@@ -236,14 +256,18 @@ class Stage:
         return left
 
 
+def need(program: Program) -> None:
+    if not (program.binary and shutil.which(program.binary, path=SEARCH_PATH)):
+        pytest.skip(f"{program.name} is not installed")
+
+
 @pytest.fixture(params=PROGRAMS, ids=lambda program: program.name)
 def stage(serve: Serve, request: pytest.FixtureRequest) -> Iterator[Stage]:
     program = request.param
-    if not (program.binary and shutil.which(program.binary, path=SEARCH_PATH)):
-        pytest.skip(f"{program.name} is not installed")
+    need(program)
     if "user" in recipes()[program.name][0] and os.geteuid() != 0:
         pytest.skip("only root can start it as another user")
-    made = Stage(serve, program)
+    made = Stage(serve, program, recipes()[program.name])
     yield made
     made.client.close()
 
