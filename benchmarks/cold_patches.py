@@ -1,0 +1,274 @@
+"""What cold patches cost those who use the service, beside a replacement done by hand in the same run.
+
+    python benchmarks/cold_patches.py [--patches 100] [--rate 200]
+                                      [--modes new keep-alive "slow in flight" websocket]
+
+A real `asyncsup serve` patches `examples/asgi_service.py` again and again under a load, once as it is (with
+the SDK's drain) and once as a stock uvicorn service; then broken builds are pushed at it. A window is the
+time from the order until the old process (or the broken one) has gone; steady is all other time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from load import Load, Results, Sample, Summary
+from reference_handover import CASES, EXAMPLES, service
+from rig import folder, median, supervisor
+
+from asyncsup.client import ControlClient
+from asyncsup.errors import RemoteError
+from asyncsup.patch.build import build_patch
+from asyncsup.patch.manifest import Kind
+
+Fault = Literal["crashes", "is never ready", "is ready, then fails"]
+
+DRAINED: Final = "app = Drain(service, target)\n"
+"""The line of the example that is changed for everything else."""
+
+FAULTS: Final[dict[Fault, str]] = {
+    "crashes": "raise SystemExit('this build cannot be imported')\n",
+    "is never ready": "import time\ntime.sleep(3600)\n",
+    "is ready, then fails": DRAINED
+    + """
+import threading
+say_ready = target.ready
+
+def ready():
+    say_ready()
+    threading.Timer(0.2, target.failed, ["this build regrets"]).start()
+
+target.ready = ready
+""",
+}
+PROBATION_SECONDS: Final = 20.0
+"""Of a build that is going to fail in it; the others have none."""
+START_SECONDS: Final = 8
+"""Within which a build has to be ready."""
+WAIT_SECONDS: Final = 60.0
+POLL_SECONDS: Final = 0.02
+
+
+class Patched:
+    """A service on a managed socket of a running supervisor; each change is a cold patch.
+
+    Args:
+        stock: without the SDK: readiness is read from its output, and it is told to end by its stop signal.
+    """
+
+    def __init__(self, home: Path, *, stock: bool = False) -> None:
+        self.home = home
+        source = (EXAMPLES / "asgi_service.py").read_text()
+        assert source.count(DRAINED) == 1
+        self._source = source.replace(DRAINED, "app = service\n") if stock else source
+        self._builds = 0
+        self._current = home / "app"
+        self._current.mkdir()
+        (self._current / "asgi_service.py").write_text(self._source)
+        self._old = self._new(self._source)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port: int = probe.getsockname()[1]
+        uvicorn = [
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "--fd",
+            "$(socket.web)",
+            "--no-access-log",
+            "asgi_service:app",
+        ]
+        kind = 'ready.log = "Uvicorn running"' if stock else 'protocol = "sdk"'
+        self.settings = (
+            f'[patch]\ntrust = "none"\nprobation = "0s"\nkeep = 2\n'
+            f'[socket.web]\nlisten = "tcp://127.0.0.1:{self.port}"\nbacklog = 1024\n'
+            f'[target.web]\ncommand = {json.dumps(uvicorn)}\ndirectory = "app"\nroot = "app"\n'
+            f'sockets = ["web"]\n'
+            f'{kind}\nstart_timeout = "{START_SECONDS}s"\n'
+        )
+
+    def _new(self, source: str) -> Path:
+        self._builds += 1
+        made = self.home / f"build-{self._builds}"
+        made.mkdir()
+        (made / "asgi_service.py").write_text(
+            f"{source}# build {self._builds}\n" if self._builds > 1 else source
+        )
+        return made
+
+    def change(self, control: ControlClient, fault: Fault | None = None) -> Callable[[], None]:
+        """Prepare the next patch; what is returned applies it, and returns when one process is left.
+
+        Raises (what is returned):
+            RemoteError: a good build was refused or undone.
+            RuntimeError: a broken build was kept, or took the old process with it.
+            TimeoutError: whoever has to go does not.
+        """
+        new = self._new(self._source.replace(DRAINED, FAULTS[fault]) if fault else self._source)
+        package = self.home / f"{self._builds}.zip"
+        build_patch(
+            old=self._old, new=new, output=package, name="web", version=str(self._builds),
+            build=self._builds, kind=Kind.COLD, targets=["web"], regions=["local"],
+            probation=PROBATION_SECONDS if fault else None,
+        )  # fmt: skip
+
+        def apply() -> None:
+            before = self.pid(control)
+            try:
+                control.call("patch.apply", {"path": str(package)}, timeout=WAIT_SECONDS)
+            except RemoteError as error:
+                if fault is None or error.error_code != "patch.rolled_back":
+                    raise
+            deadline = time.monotonic() + WAIT_SECONDS
+            while self.others(control):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"two processes serve {WAIT_SECONDS:g} s after the patch")
+                time.sleep(POLL_SECONDS)
+            if (self.pid(control) == before) != (fault is not None):
+                raise RuntimeError(
+                    f"another process serves than should, after a build that {fault or 'is good'}"
+                )
+
+        if fault is None:
+            self._old = new
+        return apply
+
+    @staticmethod
+    def pid(control: ControlClient) -> int:
+        return int(control.call("status", names=["web"])["targets"][0]["instances"][0]["pid"])
+
+    @staticmethod
+    def others(control: ControlClient) -> list[object]:
+        return list(control.call("status", names=["web"])["targets"][0]["others"])
+
+
+Prepare = Callable[[Fault | None], Callable[[], object]]
+
+
+@contextlib.contextmanager
+def patched(*, stock: bool = False) -> Iterator[tuple[int, Prepare]]:
+    """The port of such a service, and what prepares its next change."""
+    with folder() as home:
+        one = Patched(home, stock=stock)
+        with supervisor(home, one.settings) as (control, _):
+            control.call("wait", {"names": ["web"], "for": "ready", "timeout": WAIT_SECONDS})
+            yield one.port, lambda fault: one.change(control, fault)
+
+
+@contextlib.contextmanager
+def by_hand() -> Iterator[tuple[int, Prepare]]:
+    with service("asgi") as slot:
+        yield slot.port, lambda _: slot.replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The requests that were due in the windows, those that were not, and the longest gap of each window
+    (milliseconds)."""
+
+    windows: int
+    during: Summary
+    steady: Summary
+    gaps: list[float]
+
+
+def measured(results: Results, windows: Sequence[tuple[float, float]]) -> Measured:
+    inside: list[Sample] = []
+    outside: list[Sample] = []
+    for sample in results.samples:
+        among = any(start <= sample.due < end for start, end in windows)
+        (inside if among else outside).append(sample)
+    return Measured(
+        windows=len(windows),
+        during=Results(inside).between(),
+        steady=Results(outside).between(),
+        gaps=[results.between(start, end).gap for start, end in windows],
+    )
+
+
+def run(
+    port: int,
+    prepare: Prepare,
+    case: str,
+    *,
+    changes: Sequence[Fault | None],
+    rate: float,
+    pause: float = 1.0,
+) -> Measured:
+    """One change after the other under load.
+
+    Args:
+        case: of `reference_handover.CASES`.
+        pause: seconds of load without a change, before the first and after each.
+    """
+    path, mode, share = CASES[case]
+    scheme = "ws" if mode == "websocket" else "http"
+    windows = []
+    with Load(f"{scheme}://127.0.0.1:{port}{path}", mode=mode, rate=rate * share) as load:
+        time.sleep(2 * pause)
+        for fault in changes:
+            change = prepare(fault)
+            began = time.monotonic()
+            change()
+            windows.append((began, time.monotonic()))
+            time.sleep(pause)
+    return measured(load.results, windows)
+
+
+HEAD: Final = (
+    "| service | connections | changes | requests | failed (per change) | of which | p50 / p99 / max, ms "
+    "| steady p99, ms | p99 x by hand | longest gap: median / max, ms | median x by hand |\n"
+    "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"
+)
+
+
+def line(who: str, case: str, seen: Measured, hand: Measured | None) -> None:
+    during = seen.during
+    kinds = ", ".join(f"{count} {name}" for name, count in during.outcomes.items() if name != "ok")
+    p99 = f"{during.p99 / hand.during.p99:.2f}" if hand else ""
+    gap = f"{median(seen.gaps) / median(hand.gaps):.2f}" if hand else ""
+    print(
+        f"| {who} | {case} | {seen.windows} | {during.requests} "
+        f"| {during.failed} ({during.failed / seen.windows:.2g}) | {kinds} "
+        f"| {during.p50:.1f} / {during.p99:.1f} / {during.max:.1f} | {seen.steady.p99:.1f} | {p99} "
+        f"| {median(seen.gaps):.0f} / {max(seen.gaps):.0f} | {gap} |",
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Cold patches of a service under load.")
+    parser.add_argument("--patches", type=int, default=100, help="in each mode (default: 100)")
+    parser.add_argument("--rate", type=float, default=200.0, help="requests a second (default: 200)")
+    parser.add_argument("--modes", nargs="*", choices=CASES, default=list(CASES))
+    options = parser.parse_args()
+    good: list[Fault | None] = [None] * options.patches
+    failed = 0
+    print(HEAD, flush=True)
+    for case in options.modes:
+        with by_hand() as (port, prepare):
+            hand = run(port, prepare, case, changes=good, rate=options.rate)
+        line("replaced by hand", case, hand, None)
+        with patched() as (port, prepare):
+            seen = run(port, prepare, case, changes=good, rate=options.rate)
+            line("cooperating", case, seen, hand)
+            failed += seen.during.failed + seen.steady.failed
+            for fault in FAULTS:
+                broken = run(port, prepare, case, changes=[fault], rate=options.rate)
+                line(f"a build that {fault}", case, broken, None)
+                failed += broken.during.failed + broken.steady.failed
+        with patched(stock=True) as (port, prepare):
+            line("stock uvicorn", case, run(port, prepare, case, changes=good, rate=options.rate), hand)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
