@@ -18,7 +18,6 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,6 +28,7 @@ from asyncinotify import Inotify, Mask
 
 from asyncsup.errors import PatchNotFoundError
 from asyncsup.events import EventStream
+from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.checksum import has_checksum
 

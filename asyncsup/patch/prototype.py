@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from asyncsup.errors import UsageError
+from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.manifest import (
     MAX_INTEGER,
     FileChange,

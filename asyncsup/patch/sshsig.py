@@ -13,9 +13,11 @@ import hashlib
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Final, NamedTuple
+
+from asyncsup.lazy_dataclass import dataclass
 
 MAGIC: Final = b"SSHSIG"
 VERSION: Final = 1
