@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import re
 import socket
 from collections.abc import Awaitable, Callable
@@ -52,6 +51,8 @@ def probe_of(config: ProbeConfig, run_command: RunCommand, expand: Callable[[str
 
 async def ask_http(url: str, timeout: float) -> str | None:
     """GET a URL; an answer from 200 to 399 is a good one, and redirects are not followed."""
+    import http.client  # noqa: PLC0415 - with a parser of mail; most configurations have no such probe
+
     try:
         with anyio.fail_after(timeout):
             status = await anyio.to_thread.run_sync(_get, url, timeout, abandon_on_cancel=True)
@@ -63,6 +64,8 @@ async def ask_http(url: str, timeout: float) -> str | None:
 
 
 def _get(url: str, timeout: float) -> int:
+    import http.client  # noqa: PLC0415
+
     parts = urlsplit(url)
     assert parts.hostname is not None, "the configuration was checked"
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

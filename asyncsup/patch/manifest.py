@@ -7,7 +7,6 @@ each. ``docs/patch-format.md`` is the specification.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import unicodedata
@@ -323,6 +322,8 @@ class Reader:
 
     def known(self, value: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
         """Every key must be one of `keys` or begin with ``x-``."""
+        import difflib  # noqa: PLC0415 - only on the way to an error
+
         known = tuple(keys)
         for key in value:
             if key in known or key.startswith("x-"):
