@@ -168,14 +168,16 @@ class Drain:
             received = True
             return await receive()
 
-        async with self._target:
+        async with contextlib.AsyncExitStack() as managed:
+            await managed.enter_async_context(self._target)
+            tell = self._telling(send, managed)
             try:
-                await self._app(scope, receive_too, self._tell_startup(send))
+                await self._app(scope, receive_too, tell)
             except Exception:
                 if received:
                     raise
                 # An application without a lifespan refuses the scope at once; the target needs one.
-                await self._lifespan_of_ours(receive, self._tell_startup(send))
+                await self._lifespan_of_ours(receive, tell)
 
     async def _lifespan_of_ours(self, receive: Receive, send: Send) -> None:
         while True:
@@ -184,8 +186,11 @@ class Drain:
             if message["type"] == "lifespan.shutdown":
                 return
 
-    def _tell_startup(self, send: Send) -> Send:
+    def _telling(self, send: Send, managed: contextlib.AsyncExitStack) -> Send:
         async def tell(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown."):
+                # Some servers (hypercorn) cancel the lifespan as soon as they have heard that.
+                await managed.aclose()
             await send(message)
             if message["type"] == "lifespan.startup.complete" and self._ready_at == "startup":
                 self._target.ready()

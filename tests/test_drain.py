@@ -580,6 +580,9 @@ COMMANDS = {
         sys.executable, "-m", "uvicorn", "asgi_service:app", "--app-dir", str(EXAMPLES), "--fd", "3",
         "--log-level", "warning", "--loop", "uvloop", "--http", "httptools",
     ],
+    "hypercorn": [
+        sys.executable, "-m", "hypercorn", "--workers", "0", "--bind", "fd://3", f"{EXAMPLES}/asgi_service:app",
+    ],
     "aiohttp_service": [sys.executable, str(EXAMPLES / "aiohttp_service.py")],
 }  # fmt: skip
 
