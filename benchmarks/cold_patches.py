@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -56,6 +56,8 @@ START_SECONDS: Final = 8
 """Within which a build has to be ready."""
 WAIT_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.02
+TURN: Final = 5
+"""So many changes of one service, then as many of the next."""
 
 
 class Patched:
@@ -169,46 +171,51 @@ def by_hand() -> Iterator[tuple[int, Prepare]]:
         yield slot.port, lambda _: slot.replace
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+@dataclass(slots=True)
+class Seen:
     """The requests that were due in the windows, those that were not, and the longest gap of each window
     (milliseconds)."""
 
-    windows: int
-    during: Summary
-    steady: Summary
-    gaps: list[float]
+    inside: list[Sample] = field(default_factory=list)
+    outside: list[Sample] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
 
+    def take(self, results: Results, windows: Sequence[tuple[float, float]]) -> None:
+        for sample in results.samples:
+            among = any(start <= sample.due < end for start, end in windows)
+            (self.inside if among else self.outside).append(sample)
+        self.gaps += [results.between(start, end).gap for start, end in windows]
 
-def measured(results: Results, windows: Sequence[tuple[float, float]]) -> Measured:
-    inside: list[Sample] = []
-    outside: list[Sample] = []
-    for sample in results.samples:
-        among = any(start <= sample.due < end for start, end in windows)
-        (inside if among else outside).append(sample)
-    return Measured(
-        windows=len(windows),
-        during=Results(inside).between(),
-        steady=Results(outside).between(),
-        gaps=[results.between(start, end).gap for start, end in windows],
-    )
+    @property
+    def during(self) -> Summary:
+        return Results(self.inside).between()
+
+    @property
+    def steady(self) -> Summary:
+        return Results(self.outside).between()
+
+    @property
+    def failed(self) -> int:
+        return self.during.failed + self.steady.failed
 
 
 def run(
-    port: int,
-    prepare: Prepare,
+    place: tuple[int, Prepare],
     case: str,
+    seen: Seen,
     *,
     changes: Sequence[Fault | None],
     rate: float,
     pause: float = 1.0,
-) -> Measured:
+) -> None:
     """One change after the other under load.
 
     Args:
         case: of `reference_handover.CASES`.
+        seen: what is added to.
         pause: seconds of load without a change, before the first and after each.
     """
+    port, prepare = place
     path, mode, share = CASES[case]
     scheme = "ws" if mode == "websocket" else "http"
     windows = []
@@ -220,7 +227,7 @@ def run(
             change()
             windows.append((began, time.monotonic()))
             time.sleep(pause)
-    return measured(load.results, windows)
+    seen.take(load.results, windows)
 
 
 HEAD: Final = (
@@ -230,14 +237,14 @@ HEAD: Final = (
 )
 
 
-def line(who: str, case: str, seen: Measured, hand: Measured | None) -> None:
+def line(who: str, case: str, seen: Seen, hand: Seen | None = None) -> None:
     during = seen.during
     kinds = ", ".join(f"{count} {name}" for name, count in during.outcomes.items() if name != "ok")
     p99 = f"{during.p99 / hand.during.p99:.2f}" if hand else ""
     gap = f"{median(seen.gaps) / median(hand.gaps):.2f}" if hand else ""
     print(
-        f"| {who} | {case} | {seen.windows} | {during.requests} "
-        f"| {during.failed} ({during.failed / seen.windows:.2g}) | {kinds} "
+        f"| {who} | {case} | {len(seen.gaps)} | {during.requests} "
+        f"| {during.failed} ({during.failed / len(seen.gaps):.2g}) | {kinds} "
         f"| {during.p50:.1f} / {during.p99:.1f} / {during.max:.1f} | {seen.steady.p99:.1f} | {p99} "
         f"| {median(seen.gaps):.0f} / {max(seen.gaps):.0f} | {gap} |",
         flush=True,
@@ -250,23 +257,25 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second (default: 200)")
     parser.add_argument("--modes", nargs="*", choices=CASES, default=list(CASES))
     options = parser.parse_args()
-    good: list[Fault | None] = [None] * options.patches
     failed = 0
     print(HEAD, flush=True)
     for case in options.modes:
-        with by_hand() as (port, prepare):
-            hand = run(port, prepare, case, changes=good, rate=options.rate)
-        line("replaced by hand", case, hand, None)
-        with patched() as (port, prepare):
-            seen = run(port, prepare, case, changes=good, rate=options.rate)
-            line("cooperating", case, seen, hand)
-            failed += seen.during.failed + seen.steady.failed
+        with by_hand() as hand, patched() as ours, patched(stock=True) as stock:
+            places = {"replaced by hand": hand, "cooperating": ours, "stock uvicorn": stock}
+            seen = {who: Seen() for who in places}
+            # In turns, so that a change of the machine's mood meets all of them.
+            for done in range(0, options.patches, TURN):
+                good: list[Fault | None] = [None] * min(TURN, options.patches - done)
+                for who, place in places.items():
+                    run(place, case, seen[who], changes=good, rate=options.rate)
+            for who in places:
+                line(who, case, seen[who], seen["replaced by hand"])
+            failed += seen["cooperating"].failed
             for fault in FAULTS:
-                broken = run(port, prepare, case, changes=[fault], rate=options.rate)
-                line(f"a build that {fault}", case, broken, None)
-                failed += broken.during.failed + broken.steady.failed
-        with patched(stock=True) as (port, prepare):
-            line("stock uvicorn", case, run(port, prepare, case, changes=good, rate=options.rate), hand)
+                broken = Seen()
+                run(ours, case, broken, changes=[fault], rate=options.rate)
+                line(f"a build that {fault}", case, broken)
+                failed += broken.failed
     return 1 if failed else 0
 
 
