@@ -581,7 +581,8 @@ COMMANDS = {
         "--log-level", "warning", "--loop", "uvloop", "--http", "httptools",
     ],
     "hypercorn": [
-        sys.executable, "-m", "hypercorn", "--workers", "0", "--bind", "fd://3", f"{EXAMPLES}/asgi_service:app",
+        sys.executable, "-m", "hypercorn", "--workers", "0", "--bind", "fd://3",
+        f"{EXAMPLES}/asgi_service:app",
     ],
     "aiohttp_service": [sys.executable, str(EXAMPLES / "aiohttp_service.py")],
 }  # fmt: skip
