@@ -15,6 +15,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
@@ -129,15 +130,12 @@ def _find_by_token(record: ProcessRecord, output: Path) -> Finding:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return Finding(verdict=Verdict.GONE, record=record, why=f"pid {pid} is gone")
-    complete = ProcessRecord(
-        token=record.token,
+    complete = replace(
+        record,
         pid=pid,
         start_ticks=facts.start_ticks,
         inode=pidfd_inode(pidfd),
         spawned=time.monotonic(),
-        hook=record.hook,
-        cgroup=record.cgroup,
-        oom_kills=record.oom_kills,
     )
     return Finding(verdict=Verdict.OURS, record=complete, pidfd=pidfd)
 

@@ -13,7 +13,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -85,6 +85,8 @@ class Inheritance:
                 self._records[instance] = record
             elif record.process is not None:
                 self._leftovers[key.removeprefix("instance ")] = record.process
+            else:
+                runtime.journal.drop(key)
 
     def _seat(self, name: str, record: InstanceRecord) -> Instance | None:
         """Where a process of this record belongs; None when there is no such slot any more."""
@@ -101,7 +103,7 @@ class Inheritance:
     @property
     def names(self) -> list[str]:
         """The instances there are or were, as far as anybody knows."""
-        instances = [i.name for target in self._targets.values() for i in target.instances]
+        instances = [i.seat_name for target in self._targets.values() for i in target.everybody]
         return [*instances, *self._leftovers]
 
     def knows(self, target: Target) -> bool:
@@ -145,8 +147,12 @@ class Inheritance:
             took = (time.monotonic() - began) * 1000
             log.info("%d of %d instances taken back in %.0f ms", self.adopted, len(self._records), took)
 
-    def carry_on(self, tasks: anyio.abc.TaskGroup) -> None:
-        """Go on with everything."""
+    def carry_on(self, tasks: anyio.abc.TaskGroup, *, undecided: Collection[str]) -> None:
+        """Go on with everything.
+
+        Args:
+            undecided: targets with a patch that is still to be decided about, and with it who is to go.
+        """
         for instance in self._records:
             instance.carry_on()
         for target in self._targets.values():
@@ -154,16 +160,14 @@ class Inheritance:
             if self.knows(target):
                 tasks.start_soon(self._complete, target)
         for instance in self._records:
-            self._see_to(instance)
+            if instance.role != "current" and not (
+                instance.role == "standby" and instance.config.name in undecided
+            ):
+                self._targets[instance.config.name].let_go(
+                    instance, "the supervisor before has replaced it, or given it up"
+                )
         for name, record in self._leftovers.items():
             self._end_leftover(name, record)
-
-    def _see_to(self, instance: Instance) -> None:
-        """Whoever is in a slot beside the one that counts is let go, unless a patch is to decide that."""
-        name = instance.config.name
-        decided = all(part.target != name for patch in self.patches.values() for part in patch.parts)
-        if instance.role != "current" and (decided or instance.role != "standby"):
-            self._targets[name].let_go(instance, "the supervisor before has replaced it, or given it up")
 
     async def _complete(self, target: Target) -> None:
         """What an operator had asked for, and had come only half the way."""
@@ -192,7 +196,7 @@ class Inheritance:
 
     def _end_leftover(self, name: str, record: ProcessRecord) -> None:
         """An instance that is not configured any more."""
-        fifo = self._runtime.runtime_dir / "output" / f"{name}.stdout"
+        fifo = self._runtime.runtime_dir / "output" / f"{name.partition('~')[0]}.stdout"
         finding = adoption.find(record, fifo)
         if finding.verdict is not adoption.Verdict.OURS:
             if finding.pidfd >= 0:

@@ -358,6 +358,9 @@ class Instance:
     def take_role(self, role: Role) -> None:
         """Be something else in the slot from now on."""
         self.role = role
+        if role == "retiring" and self.ready:
+            # It need not answer questions any more: a time-out of its own ends it.
+            self._end_watch()
         self._remember()
         self._wake_waiters()
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncsup.errors import StartFailedError
 from asyncsup.instance import Instance
 from asyncsup.together import together
 
@@ -30,8 +31,8 @@ class Rollout:
         self._target = target
         self._reason = reason
         self._standing_by: list[Instance] = [i for i in target.others if i.role == "standby"]
-        self.restarted: list[Instance] = []
-        """Those that had to be stopped before they were started."""
+        self.came_up: list[tuple[Instance, int | None]] = []
+        """New ones, each with the process that has become ready."""
 
     async def run(self, chosen: Sequence[Instance]) -> None:
         """Replace instances. After a failure those of earlier batches are new ones, and all others the old.
@@ -66,6 +67,8 @@ class Rollout:
                     partial(self._start_again, others),
                 ]
             )
+            # Whoever came up first may have ended while others were still starting.
+            await target.wait_settled(successors)
         except BaseException:
             for successor in successors:
                 target.let_go(successor, f"{self._reason}: given up")
@@ -74,31 +77,39 @@ class Rollout:
 
     async def _start_beside(self, successors: Sequence[Instance]) -> None:
         await self._target.spawn_instances(successors, self._reason, whatever_it_depends_on=True)
-        await together(partial(self._target.wait_settled, [successor]) for successor in successors)
+        await together(partial(self._come_up, successor) for successor in successors)
 
     async def _start_again(self, others: Sequence[Instance]) -> None:
         if not others:
             return
-        self.restarted += others
         await self._target.stop_instances(others, self._reason)
         await self._target.spawn_instances(others, self._reason, whatever_it_depends_on=True)
-        await together(partial(self._target.wait_settled, [instance]) for instance in others)
+        await together(partial(self._come_up, instance) for instance in others)
+
+    async def _come_up(self, instance: Instance) -> None:
+        await self._target.wait_settled([instance])
+        if instance.ready:
+            self.came_up.append((instance, instance.pid))
+        elif not instance.config.oneshot:
+            raise StartFailedError(
+                f"{instance.name} ended before it was ready: {instance.detail}", instance=instance.name
+            )
 
     def back(self) -> list[Instance]:
         """Let the old ones that stand by count again, and the new ones go. Returns the old ones: some may
         have ended.
         """
-        returned = []
-        for old in self._standing_by:
-            if old in self._target.others:
-                self._target.let_go(self._target.take_over(old, "retiring"), f"{self._reason}: going back")
-                returned.append(old)
-        self._standing_by.clear()
+        returned = self._still_standing_by()
+        for old in returned:
+            self._target.let_go(self._target.take_over(old, "retiring"), f"{self._reason}: going back")
         return returned
 
     def finish(self) -> None:
         """The new ones stay: let the old ones go, each as soon as it has finished what it has begun."""
-        for old in self._standing_by:
-            if old in self._target.others:
-                self._target.let_go(old, self._reason)
-        self._standing_by.clear()
+        for old in self._still_standing_by():
+            self._target.let_go(old, self._reason)
+
+    def _still_standing_by(self) -> list[Instance]:
+        """Those that nobody else has decided about meanwhile. They are ours no more."""
+        left, self._standing_by = self._standing_by, []
+        return [old for old in left if old in self._target.others and old.role == "standby"]

@@ -312,8 +312,7 @@ class Supervisor:
                 with self._signals():
                     self.events.emit("supervisor.started", pid=os.getpid(), version=asyncsup.__version__)
                     # Before the loop gets its turn, and with it a program that has something to say.
-                    self._go_on_with_patches()
-                    self._inheritance.carry_on(tasks)
+                    self._inheritance.carry_on(tasks, undecided=self._go_on_with_patches())
                     self.keeper.drop_the_rest()
                     self.cgroups.tidy_up(self._inheritance.names)
                     if not self.keeper.reaps:
@@ -341,21 +340,29 @@ class Supervisor:
                 tasks.cancel_scope.cancel()
         return self._exit_status
 
-    def _go_on_with_patches(self) -> None:
-        """See to the processes of patches that were under way; their files recovery has seen to."""
+    def _go_on_with_patches(self) -> set[str]:
+        """See to the processes of patches that were under way; their files recovery has seen to.
+
+        Returns the targets about whose patch is still to be decided.
+        """
+        undecided = {name for name in self.targets if self.overseer.undecided(name) is not None}
         recovered = {each.txn: each for each in self._recovered if each.txn is not None}
         for txn, record in self._inheritance.patches.items():
             found = recovered.pop(txn, None)
             if found is not None and found.action == "kept":
                 self.overseer.go_on(record)
+                undecided |= {part.target for part in record.parts}
             elif record.switched and self.store.is_undone(txn):
                 names = [part.target for part in record.parts]
                 self.overseer.bring_back(txn, names, record.patch, record)
+                undecided.update(names)
             else:
                 self.journal.drop(f"transaction {txn}")
         for txn, found in recovered.items():
             if found.action == "switched_back":
                 self.overseer.bring_back(txn, found.targets, found.patch, None)
+                undecided.update(found.targets)
+        return undecided
 
     @contextlib.contextmanager
     def _signals(self) -> Any:

@@ -269,6 +269,8 @@ class Target:
         self.instances[successor.index] = successor
         successor.take_role("current")
         before.take_role(role)
+        if before.state not in ALIVE:
+            before.stop("replaced", for_good=False)  # it is not tried again beside the one that counts
         self._runtime.events.emit(
             "instance.replaced",
             target=self.name,
@@ -521,6 +523,9 @@ class Target:
                 rollout = Rollout(self, reason)
                 try:
                     await rollout.run(here)
+                except asyncio.CancelledError:
+                    await self._up_again(here, reason)
+                    raise
                 finally:
                     rollout.finish()
                 return
@@ -606,7 +611,7 @@ class Target:
             except BaseException:
                 # Those that run were started with these settings, and go on with them.
                 self.config = settings_before
-                rollout.back()
+                await self._up_again([*rollout.back(), *up], reason)
                 raise
             rollout.finish()
             for instance in self.instances:
@@ -629,6 +634,14 @@ class Target:
         here, there = self.config.log, config.log
         same = (here.stdout, here.stderr, here.format) == (there.stdout, there.stderr, there.format)
         return config.overlaps and same
+
+    async def _up_again(self, chosen: Sequence[Instance], reason: str) -> None:
+        """What was to stop and start instances is given up: none of them stays down for that."""
+        if self.wanted:
+            with anyio.CancelScope(shield=True):
+                await self.spawn_instances(
+                    self.in_slots_of(chosen), f"{reason}: given up", whatever_it_depends_on=True
+                )
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.

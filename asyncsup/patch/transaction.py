@@ -197,6 +197,8 @@ class Transaction:
         self._rollouts = {
             p.target.name: Rollout(p.target, f"patch {change.patch[:12]}") for p in change.participants
         }
+        self._taken_back: dict[str, int] = {}
+        """The generation of each target whose instances replaced others, and were to go again."""
         self._switched = False
         self._in_force = False
         """It has switched, and no `Undo` has been taken."""
@@ -519,7 +521,7 @@ class Transaction:
             if 0 < canary < len(left):
                 await rollout.run(left[:canary])
                 async with self._step("canary", target.name) as step:
-                    first = self._up_by_now(participant)[:canary]
+                    first = list(rollout.came_up)
                     step["detail"] = f"{', '.join(i.name for i, _ in first)} for {self.change.probation:g} s"
                     with anyio.move_on_after(self.change.probation):
                         await together(partial(self._fall, instance, pid) for instance, pid in first)
@@ -527,11 +529,7 @@ class Transaction:
             await rollout.run(left)
         except StartFailedError as error:
             raise PatchError(error.message, code="patch.start_failed", **error.details) from None
-        return self._up_by_now(participant)
-
-    @staticmethod
-    def _up_by_now(participant: Participant) -> list[tuple[Instance, int | None]]:
-        return [(instance, instance.pid) for instance in participant.present if instance.ready]
+        return rollout.came_up
 
     async def _probation(self) -> None:
         """Nobody may end, stop being ready or say that it has failed, for a while after the change."""
@@ -647,10 +645,13 @@ class Transaction:
             for instance in participant.present:
                 await instance.wait_until(lambda i: i.state is not State.STOPPING)
             if participant.target.config.rolls:
-                # Those that run on the new files, because they could not be started beside the old ones.
+                # Those that run on the new files, because nobody stands by in their slots who does not.
                 rollout = self._rollouts[participant.target.name]
+                stale = self._taken_back.get(participant.target.name, -1)
                 try:
-                    await rollout.run([i for i in participant.present if i in rollout.restarted])
+                    await rollout.run(
+                        [i for i in participant.present if i.pid is not None and i.generation == stale]
+                    )
                 finally:
                     rollout.finish()
             await self._bring_up(participant)
@@ -698,8 +699,9 @@ class Transaction:
             if not participant.target.config.rolls:
                 await participant.target.stop_instances(participant.present, "going back")
                 return
-            # Who was replaced without a gap goes back without one, too. Those that were stopped and started
-            # again are so once more, when the old files are back.
+            # Who was replaced without a gap goes back without one, too. Whoever else runs on the new files is
+            # replaced once more, when the old ones are back.
+            self._taken_back[participant.target.name] = self._store.state(participant.target.name).generation
             rollout = self._rollouts[participant.target.name]
             back = rollout.back()
             fallen = [i for i in participant.present if not i.ready and i not in back]

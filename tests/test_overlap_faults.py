@@ -1,0 +1,186 @@
+"""What goes wrong while a target has two processes in one place; what is left has to be one that serves,
+on the files in force.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Asked, Serve, wait_for
+from test_overlap import Town
+
+from asyncsup.client import ControlClient
+
+START = '        if MODE != "mute":\n'
+LATE = """        if MODE == "late":
+            while not os.path.exists("go"):
+                await asyncio.sleep(0.01)
+        if MODE == "in-turn":
+            if os.environ["ASYNCSUP_INSTANCE"].endswith(":0"):
+                target.ready()
+                with open("first.new", "w") as file:
+                    file.write(str(os.getpid()))
+                os.replace("first.new", "first")
+                await asyncio.sleep(REGRET_SECONDS)
+                sys.exit("this build falls")
+            while not os.path.exists("first") or os.path.exists(f"/proc/{open('first').read()}"):
+                await asyncio.sleep(0.01)
+"""
+"""Further modes: late (ready when there is a file ``go``), in-turn (the first instance is ready and falls,
+then the others become ready)."""
+LONG = 'restart_delay = "1h"\nrestart_max_delay = "1h"\nmin_uptime = "1h"\n'
+"""Whoever is killed waits for a long time."""
+
+
+class FaultyTown(Town):
+    def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
+        text = super().settings(more, patch, layout=layout)
+        return text.replace('restart_delay = "50ms"\n', "") if "restart_delay" in more else text
+
+
+@pytest.fixture
+def town(serve: Serve) -> Iterator[Town]:
+    made = FaultyTown(serve)
+    made.source = made.source.replace(START, LATE + START)
+    (made.root / "service.py").write_text(made.source)
+    yield made
+    made.close()
+
+
+def killed(town: Town, pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "it to be gone")
+
+
+def settled_on(town: Town, version: str) -> None:
+    """Every slot has one process, and that is of a version."""
+    town.wait_ready()
+    town.wait_alone()
+    said = {f"{version} serves"}
+    wait_for(lambda: {i["status_text"] for i in town.target["instances"]} == said, f"all to be {version}")
+
+
+def test_a_new_one_that_falls_while_another_starts_takes_nobodys_place(town: Town) -> None:
+    town.start("instances = 2")
+    before = town.pids
+    town.use()
+    error = town.refused("v2", "in-turn")
+    assert error.details["cause"] == "patch.start_failed"
+    assert town.pids == before
+    settled_on(town, "v1")
+    town.unharmed()
+
+
+def test_one_of_an_earlier_batch_that_has_fallen_fails_the_patch(town: Town) -> None:
+    town.start(f"instances = 2\noverlap = false\n{LONG}", patch="max_parallel = 1")
+    error = town.refused("v2", "in-turn")
+    assert error.details["cause"] == "patch.probation_failed"
+    settled_on(town, "v1")
+
+
+def test_those_that_were_stopped_first_go_back_too_whoever_takes_the_patch_back(town: Town) -> None:
+    town.start("instances = 2\noverlap = false", patch='max_parallel = 1\ncommit = "manual"')
+    txn = town.apply("v2")["txn"]
+    town.serve.kill_supervisor()
+    town.again()
+    wait_for(lambda: town.target.get("uncommitted") == txn, "the patch to wait again")
+    town.control.call("patch.abort", {"id": str(txn)}, timeout=60)
+    wait_for(lambda: town.target.get("uncommitted") is None, "it to be taken back")
+    settled_on(town, "v1")
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "restart", "rolling", "stopped", "killed"])
+def test_an_undecided_patch_is_taken_back_whatever_has_become_of_the_processes(
+    town: Town, meanwhile: str
+) -> None:
+    town.start("instances = 2", patch='rollback = "manual"\nprobation = "5s"')
+    before = town.pids
+    error = town.refused("v2", "regret")
+    assert error.error_code == "patch.undecided"
+    txn = town.target["undecided"]
+    assert [other["role"] for other in town.target["others"]] == ["standby"] * 2
+    if meanwhile in {"restart", "rolling"}:
+        town.control.call("restart", {"names": ["app"], "rolling": meanwhile == "rolling"}, timeout=60)
+    elif meanwhile == "stopped":
+        town.control.call("stop", {"names": ["app"]}, timeout=60)
+        town.control.call("start", {"names": ["app"]}, timeout=60)
+    elif meanwhile == "killed":
+        town.serve.kill_supervisor()
+        town.again()
+        assert [other["role"] for other in town.target["others"]] == ["standby"] * 2
+    town.control.call("patch.abort", {"id": str(txn)}, timeout=60)
+    settled_on(town, "v1")
+    if meanwhile in {"nothing", "killed"}:
+        assert town.pids == before
+
+
+def test_an_old_one_that_has_crashed_is_not_started_beside_the_new_one(town: Town) -> None:
+    town.start(LONG, patch='commit = "manual"')
+    (before,) = town.pids
+    with ControlClient(town.serve.endpoint) as other:
+        path = town.patch("v2", "late")
+        asked = Asked(town.serve.endpoint, "patch.apply", path=path)
+        wait_for(lambda: [o["state"] for o in town.target["others"]] == ["starting"], "the new one")
+        killed(town, before)
+        wait_for(lambda: town.target["state"] == "backoff", "the end to be seen")
+        (town.serve.folder / "go").touch()
+        txn = asked.result()["txn"]
+        assert [o["state"] for o in town.target["others"]] == ["stopped"]
+        other.call("patch.abort", {"id": str(txn)}, timeout=60)
+    settled_on(town, "v1")
+
+
+def test_settings_that_cannot_be_taken_up_leave_nobody_down(town: Town) -> None:
+    town.start(f"instances = 2\n{LONG}")
+    stays, falls = town.pids
+    killed(town, falls)
+    wait_for(lambda: town.target["state"] == "backoff", "the end to be seen")
+    town.serve.write(
+        town.settings(
+            f"instances = 2\n{LONG}env = {{ COLOUR = 'red' }}\n"
+            "start_timeout = '1s'\nready.http = 'http://127.0.0.1:1/'"
+        )
+    )
+    assert "app" in town.control.call("config.apply", {"wait": True}, timeout=60)["failed"]
+    settled_on(town, "v1")
+    assert town.pids[0] == stays
+
+
+def test_a_supervisor_killed_right_after_the_commit_lets_the_old_one_go(town: Town) -> None:
+    wish = town.folder / "wish"
+    wish.write_text("store.commit.tidied:kill")
+    town.serve.environ["ASYNCSUP_FAILPOINT"] = f"@{wish}"
+    town.start()
+    before = town.pids
+    Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
+    first = town.serve.supervisor
+    wait_for(lambda: town.serve.supervisor not in {0, first}, "another supervisor")
+    wish.write_text("")
+    town.again()
+    settled_on(town, "v2")
+    assert town.pids != before
+
+
+def test_who_is_on_the_way_out_is_asked_no_more_whether_it_lives(town: Town) -> None:
+    sick = town.folder / "sick"
+    town.start(
+        f"liveness.exec = ['test', '!', '-e', '{sick}']\n"
+        "liveness.interval = '50ms'\nliveness.failure_threshold = 1"
+    )
+    with socket.create_connection(town.address, 20) as connection:
+        connection.sendall(b"?\n")
+        connection.recv(1024)
+        (old,) = town.pids
+        town.apply("v2")
+        (new,) = town.pids
+        sick.touch()
+        wait_for(lambda: town.pids != [new], "the new one to be restarted")
+        sick.unlink()
+        connection.sendall(b"?\n")
+        assert connection.recv(1024).decode().split()[:2] == ["v1", str(old)]
+    settled_on(town, "v2")
