@@ -280,6 +280,10 @@ def _serve(session: Session) -> int:
         value = describe(_load_config(session))
         out.result(value, lambda: [f"asyncsup {value['version']} would start with this configuration"])
         return 0
+    import gc
+
+    # Nothing of what is imported becomes garbage: looking for some would be a good part of the start.
+    gc.disable()
     from asyncsup.serve import serve
 
     return serve(lambda: _load_config(session), channel=args.channel, keeper_wanted=args.keeper_wanted)

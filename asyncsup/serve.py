@@ -6,6 +6,7 @@ takes everything back. Before that the new program was asked whether it would st
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,10 @@ def serve(load: Callable[[], Config], *, channel: int | None, keeper_wanted: boo
 
 def _run(config: Config, link: KeeperLink) -> tuple[int, Successor | None]:
     from asyncsup.supervisor import Supervisor  # noqa: PLC0415 - most of the start-up; the keeper goes first
+
+    # Modules and classes stay: no collection has to look at them again.
+    gc.freeze()
+    gc.enable()
 
     logging.basicConfig(
         level=config.supervisor.log_level.upper(),
