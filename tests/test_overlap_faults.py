@@ -4,6 +4,7 @@ on the files in force.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from conftest import Asked, Serve, wait_for
 from test_overlap import Town
 
 from asyncsup.client import ControlClient
+from asyncsup.errors import TimeoutExpiredError
 
 START = '        if MODE != "mute":\n'
 LATE = """        if MODE == "late":
@@ -184,3 +186,34 @@ def test_who_is_on_the_way_out_is_asked_no_more_whether_it_lives(town: Town) -> 
         connection.sendall(b"?\n")
         assert connection.recv(1024).decode().split()[:2] == ["v1", str(old)]
     settled_on(town, "v2")
+
+
+def test_a_client_that_gives_up_a_rolling_restart_leaves_nobody_down(town: Town) -> None:
+    town.start("overlap = false")
+    (before,) = town.pids
+    os.kill(before, signal.SIGSTOP)
+    with pytest.raises(TimeoutExpiredError):
+        town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=0.5)
+    wait_for(lambda: town.target["busy"] is None, "the request to be gone")
+    settled_on(town, "v1")
+    assert town.pids != [before]
+
+
+def test_nothing_is_left_of_those_that_were_replaced(town: Town) -> None:
+    town.start("instances = 2")
+
+    journal = next(town.folder.glob(".asyncsup/**/journal"))
+
+    def facts() -> set[str]:
+        known = dict(map(json.loads, journal.read_text().splitlines()[1:]))
+        return {key for key, value in known.items() if value is not None and key.startswith("instance ")}
+
+    town.apply("v2")
+    settled_on(town, "v2")
+    folder = Path(f"/proc/{town.serve.supervisor}/fd")
+    before = len(list(folder.iterdir()))
+    for number in range(3, 6):
+        town.apply(f"v{number}")
+        settled_on(town, f"v{number}")
+    assert len(facts()) == 2
+    assert len(list(folder.iterdir())) <= before
