@@ -15,14 +15,13 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
 from asyncsup.child import Child, ProcessFacts, group_members, pidfd_inode, read_facts, read_proc
 from asyncsup.keeper_link import KeeperLink
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.record import ProcessRecord
 from asyncsup.restart import Exit
 from target_sdk.protocol import ENV_TOKEN

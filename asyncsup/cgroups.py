@@ -24,11 +24,11 @@ import os
 import select
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from asyncsup.errors import CgroupUnavailableError
-from asyncsup.lazy_dataclass import dataclass
 
 log = logging.getLogger("asyncsup.cgroups")
 

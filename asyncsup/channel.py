@@ -12,11 +12,10 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from asyncsup.ipc import Origin, Router
-from asyncsup.lazy_dataclass import dataclass
 from target_sdk.protocol import (
     APPLICATION_ERROR,
     INVALID_PARAMS,

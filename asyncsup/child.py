@@ -19,12 +19,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from asyncsup.errors import SpawnError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.restart import Exit
 
 # dash's names for the limits; `ulimit -u` of other shells is `-p` there.

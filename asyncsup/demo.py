@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.build import build_patch, build_prototype_patch
 from asyncsup.patch.manifest import Kind
 from asyncsup.render import Ink, report_lines

@@ -32,10 +32,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from asyncsup.lazy_dataclass import dataclass
 
 VARIABLE: Final = "ASYNCSUP_FAILPOINT"
 _HANG_SECONDS: Final = 3600.0

@@ -16,12 +16,12 @@ import os
 import select
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote
 
 from asyncsup.child import out_of_the_way
 from asyncsup.keeper_link import KeeperLink
-from asyncsup.lazy_dataclass import dataclass
 
 log = logging.getLogger("asyncsup.instance")
 

@@ -6,10 +6,9 @@ import ctypes
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from asyncsup.lazy_dataclass import dataclass
 
 _AT_FDCWD: Final = -100
 _BASIC_AND_BIRTH: Final = 0x7FF | 0x800

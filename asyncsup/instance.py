@@ -19,7 +19,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -50,7 +50,6 @@ from asyncsup.events import EventStream, timestamp
 from asyncsup.fd_store import FdStore
 from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.lifecycle import Event, State
 from asyncsup.logfile import LogLimits, RotatingFile
 from asyncsup.logreader import Cursor

@@ -16,9 +16,8 @@ import signal
 import struct
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
-
-from asyncsup.lazy_dataclass import dataclass
 
 BLOCK_BYTES = 256 << 10
 """Content of a block."""

@@ -11,6 +11,7 @@ import logging
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,6 @@ from typing import Any, Final
 from asyncsup import logarchive
 from asyncsup.errors import RequestError
 from asyncsup.filefacts import look
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.logfile import PACKED, RotatingFile
 
 log = logging.getLogger("asyncsup.logs")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from asyncsup.adoption import token_of
 from asyncsup.child import pidfd_inode, read_facts
-from asyncsup.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,8 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeVar
-
-from asyncsup.lazy_dataclass import dataclass
 
 T = TypeVar("T")
 

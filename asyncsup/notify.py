@@ -13,10 +13,10 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.notification import (
     DATAGRAM_BYTES,
     BadNotificationError,

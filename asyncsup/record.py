@@ -7,10 +7,9 @@ after a reboot, and neither does the record.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.lifecycle import State
 
 Role = Literal["current", "successor", "standby", "retiring"]

@@ -9,9 +9,9 @@ earlier waits ``restart_delay``, then twice that, and so on up to ``restart_max_
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from typing import Literal
 
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.lifecycle import Event
 
 RestartMode = Literal["always", "on-failure", "unless-stopped", "never"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,6 @@ from asyncsup import __version__, keeper
 from asyncsup.child import SpawnSpec, spawn
 from asyncsup.config import Config
 from asyncsup.errors import ReexecError, SpawnError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.restart import Exit
 
 CHECK_SECONDS: Final = 30.0

@@ -16,6 +16,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -46,7 +47,6 @@ from asyncsup.ipc import Publisher, Router, private_directory
 from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.keys import KeyStore
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.lifecycle import State
 from asyncsup.logs import OutputStream
 from asyncsup.notification import Notification, Refusal

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -35,7 +35,6 @@ from asyncsup.errors import (
     TargetNotRunningError,
 )
 from asyncsup.instance import Instance, ReloadOutcome, Runtime
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.lifecycle import ALIVE, State
 from asyncsup.record import Role
 from asyncsup.rollout import Rollout

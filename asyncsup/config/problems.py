@@ -7,13 +7,13 @@ warnings, so that all of them are told at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from asyncsup.config.toml_lines import BARE_KEY, find_lines
 from asyncsup.config.values import quoted, toml_text
 from asyncsup.errors import ConfigError
-from asyncsup.lazy_dataclass import dataclass
 
 MAX_SHOWN_VALUE = 60
 """Characters; a longer value is cut."""

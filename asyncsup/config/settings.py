@@ -10,7 +10,7 @@ There is no ``from __future__ import annotations`` here because the annotations 
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum, auto
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, ca
 from asyncsup.config import values
 from asyncsup.config.address import Address
 from asyncsup.config.values import UNLIMITED, Condition, ValueType, choice, integer, toml_text
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.paths import MAX_DEPTH
 
 if TYPE_CHECKING:

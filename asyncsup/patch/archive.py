@@ -18,11 +18,11 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import paths
 
 inflater: Any = zlib

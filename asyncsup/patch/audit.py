@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
-
-from asyncsup.lazy_dataclass import dataclass
 
 FORMAT: Final = "asyncsup.audit/1"
 NOTHING_BEFORE: Final = "0" * 64

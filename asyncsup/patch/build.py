@@ -17,14 +17,13 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchBuildError, PatchMalformedError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import archive, paths
 from asyncsup.patch import delta as deltas
 from asyncsup.patch.archive import CHUNK, DEFAULT_LIMITS, DEFLATED, MAX16, MAX32, STORED

@@ -17,13 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from asyncsup.errors import PatchNotFoundError, StateError, TargetNotFoundError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import audit
 from asyncsup.patch.audit import Head, Row
 from asyncsup.patch.marks import Marks

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.delta import INSTALL
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.plan import FilePlan, what_would_do

@@ -10,11 +10,10 @@ import contextlib
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.look import split
 from asyncsup.patch.plan import Found, PlanError, Presence

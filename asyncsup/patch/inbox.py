@@ -18,17 +18,17 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import anyio
 import anyio.abc
 import orjson
+from asyncinotify import Inotify, Mask
 
 from asyncsup.errors import PatchNotFoundError
 from asyncsup.events import EventStream
-from asyncsup.folder_watch import FolderWatch
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.checksum import has_checksum
 
@@ -116,12 +116,14 @@ class Inbox:
 
     async def watch(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Notice changes until cancelled."""
-        with FolderWatch(self.folder) as changes:
+        mask = Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM
+        with Inotify() as inotify:
+            inotify.add_watch(self.folder, mask)
             task_status.started()
             self._arrived.set()
-            while True:
+            async for event in inotify:
                 # A name need not be text: whoever reads of it is given what can be shown.
-                name = (await changes.next()).decode("utf-8", "replace")
+                name = os.fsencode(str(event.name or "")).decode("utf-8", "replace")
                 if name.startswith(".") or not name.endswith((".zip", ".zip.sha256")):
                     continue
                 # A checksum that comes after its package is what the package was waiting for.

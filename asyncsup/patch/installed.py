@@ -10,11 +10,10 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncsup.errors import PatchNotFoundError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs, paths
 from asyncsup.patch.build import Source
 from asyncsup.patch.database import FileRow, TargetRow

@@ -6,13 +6,12 @@ Works beside a running supervisor: everything is read in one SQLite snapshot.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from asyncsup.errors import StateError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.audit import MOST_FAULTS, Examiner, Fault, Head, Row, decode
 from asyncsup.patch.database import Database, Phase
 from asyncsup.patch.replay import Replay

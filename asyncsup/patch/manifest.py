@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final, NoReturn, TypeVar
@@ -19,7 +19,6 @@ from typing import Any, Final, NoReturn, TypeVar
 import orjson
 
 from asyncsup.errors import PatchMalformedError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import paths
 
 SCHEMA: Final = "asyncsup.patch/1"

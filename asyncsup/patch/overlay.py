@@ -12,13 +12,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
 from asyncsup.patch.look import TEMPORARY_PREFIX, aside, blocked, identity, presence_of, regular, split

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,6 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.failpoints import step_failpoint
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import delta, fs
 from asyncsup.patch.aftermath import bring_back
 from asyncsup.patch.audit import Head

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
-
-from asyncsup.lazy_dataclass import dataclass
 
 MAX_COMPONENT_BYTES: Final = 255
 """What Linux file systems take as one name."""

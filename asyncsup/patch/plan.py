@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, get_args
 
 from asyncsup.errors import PatchRefusedError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.manifest import FileChange, Op
 
 SHOWN_PROBLEMS: Final = 5

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncsup.errors import UsageError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.manifest import (
     MAX_INTEGER,
     FileChange,

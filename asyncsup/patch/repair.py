@@ -13,13 +13,13 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from asyncsup.actor import Actor
 from asyncsup.errors import AsyncsupError, NotAllowedError, StateError, StateLockedError
 from asyncsup.failpoints import failpoint
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow, timestamp
 from asyncsup.patch.doctor import Diagnosis, Finding, Progress, diagnose, is_torn, places

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from asyncsup.errors import (
@@ -16,7 +16,6 @@ from asyncsup.errors import (
 )
 from asyncsup.events import timestamp
 from asyncsup.instance import RootFacts
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.gates import Assessment, Gate
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op
 from asyncsup.patch.package import Package

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from asyncsup.errors import AllowedSignersError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch.sshsig import (
     KeyType,
     PublicKey,

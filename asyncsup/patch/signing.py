@@ -19,12 +19,12 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError, PatchSignError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import archive, fs
 from asyncsup.patch.archive import CHUNK, MAX16, MAX32, STORED
 from asyncsup.patch.checksum import checksum_file, read_checksum

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from asyncsup.lazy_dataclass import dataclass
 
 BLOCK_BYTES: Final = 4096
 """What a folder, a link or the last piece of a file takes at least."""

@@ -13,11 +13,9 @@ import hashlib
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
-
-from asyncsup.lazy_dataclass import dataclass
 
 MAGIC: Final = b"SSHSIG"
 VERSION: Final = 1

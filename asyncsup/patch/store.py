@@ -23,7 +23,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,6 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.failpoints import failpoint
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import audit, bytecode, fs
 from asyncsup.patch.audit import Head, Row
 from asyncsup.patch.database import (

@@ -15,13 +15,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, StateError
 from asyncsup.failpoints import failpoint
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.database import ChangeRow, Database, FileRow, GenerationRow, KeptRow, PartRow, TargetRow
 from asyncsup.patch.guarded import Guard

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -34,7 +34,6 @@ from asyncsup.errors import (
 from asyncsup.events import EventStream, timestamp
 from asyncsup.failpoints import step_failpoint
 from asyncsup.instance import Instance
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.lifecycle import ALIVE, State
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.store import Store

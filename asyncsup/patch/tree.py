@@ -13,13 +13,13 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.database import FileRow
 from asyncsup.patch.look import (

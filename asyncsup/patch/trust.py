@@ -11,12 +11,12 @@ has signed it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncsup.errors import AllowedSignersError, PatchMalformedError, TrustUnavailableError
-from asyncsup.lazy_dataclass import dataclass
 from asyncsup.patch import fs
 from asyncsup.patch.signers import Signer, parse_allowed_signers
 from asyncsup.patch.sshsig import (

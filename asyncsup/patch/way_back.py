@@ -7,9 +7,9 @@ operator says ``only``, on one that is named. It is never dug out from under a l
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, UsageError
-from asyncsup.lazy_dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
