@@ -68,13 +68,13 @@ from asyncsup.patch.report import (
 from asyncsup.patch.space import Need
 from asyncsup.patch.store import INTERRUPTED, MIN_PREFIX, PatchInfo, StagedTarget, Undecided
 from asyncsup.patch.transaction import Change, Participant, Progress, Standing, Transaction, io_failed
-from asyncsup.patch.trust import Endorsement, check_package, load_signers
 from asyncsup.patch.uploads import Uploads
 from asyncsup.patch.way_back import Extent, Stacks, goals_of_patch, goals_of_target
 from asyncsup.record import PartRecord, PatchRecord
 from asyncsup.target import Target, hold_all
 
 if TYPE_CHECKING:
+    from asyncsup.patch.trust import Endorsement
     from asyncsup.supervisor import Supervisor
 
 log = logging.getLogger("asyncsup.patch")
@@ -1330,6 +1330,9 @@ class PatchOverseer:
         if settings.trust != "required":
             return None
         assert settings.allowed_signers is not None, "the configuration was checked"
+        # Loaded with such a configuration already, by its check.
+        from asyncsup.patch.trust import check_package, load_signers  # noqa: PLC0415
+
         # Read each time: a key that is taken out of the file counts no longer.
         signers = load_signers(settings.allowed_signers)
         now, seen = self._time()
