@@ -571,8 +571,8 @@ def _operation(verb: str) -> Callable[[Session], int]:
         args, out = session.args, session.out
         limit = None if args.timeout is None else args.timeout + GRACE_SECONDS
         params = {"names": args.names, "wait": args.wait, "timeout": args.timeout}
-        if verb == "restart":
-            params["rolling"] = args.rolling
+        if verb == "restart" and args.rolling:
+            params["rolling"] = True
         value = session.client.call(verb, params, timeout=limit)
         out.result(value, lambda: render.results_lines(value, verb, ink=out.ink))
         return 0 if all(result.get("ok") for result in value["results"]) else 1

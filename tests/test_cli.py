@@ -282,6 +282,12 @@ def test_operations_pass_on_what_was_asked(run: Run, supervisor: FakeSupervisor,
     ]
 
 
+def test_a_rolling_restart_is_asked_for(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.handlers["restart"] = lambda _: {"results": []}
+    assert run("restart", "web", "--rolling").status == 0
+    assert supervisor.called("restart") == [{"names": ["web"], "wait": True, "rolling": True}]
+
+
 def test_an_operation_that_failed_for_one_of_several_is_1(run: Run, supervisor: FakeSupervisor) -> None:
     supervisor.handlers["start"] = lambda _: {
         "results": [{"target": "a", "ok": True}, {"target": "b", "ok": False, "detail": "no such program"}]
