@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
@@ -257,6 +258,8 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second (default: 200)")
     parser.add_argument("--modes", nargs="*", choices=CASES, default=list(CASES))
     options = parser.parse_args()
+    # With it each new process would compile all of its modules.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     failed = 0
     print(HEAD, flush=True)
     for case in options.modes:
