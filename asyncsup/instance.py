@@ -354,13 +354,27 @@ class Instance:
         """What its processes take; None without a control group."""
         return None if self._cgroup is None else self._cgroup.usage()
 
-    def take_role(self, role: Role) -> None:
-        """Be something else in the slot from now on."""
-        self.role = role
-        if role == "retiring" and self.ready:
+    def take_over_from(self, before: Instance, role: Role) -> None:
+        """Be the one that counts in the slot; the one that did so far has another role from now on. Both are
+        written down at once.
+        """
+        self.role, before.role = "current", role
+        self._runtime.journal.put_together(
+            {self.journal_key: self._record(), before.journal_key: before._record()}
+        )
+        for each in (self, before):
+            each._role_changed()
+
+    def retire(self) -> None:
+        """It is on its way out."""
+        self.role = "retiring"
+        self._remember()
+        self._role_changed()
+
+    def _role_changed(self) -> None:
+        if self.role == "retiring" and self.ready:
             # It need not answer questions any more: a time-out of its own ends it.
             self._end_watch()
-        self._remember()
         self._wake_waiters()
 
     async def wait_until(self, condition: Callable[[Instance], bool]) -> None:
@@ -722,6 +736,9 @@ class Instance:
 
     def _remember(self) -> None:
         """Write down what the next supervisor must know, should this one die now."""
+        self._runtime.journal.put(self.journal_key, self._record())
+
+    def _record(self) -> InstanceRecord:
         process = self._process
         if process is not None:
             hello = None if self.hello is None else self.hello.params()
@@ -731,27 +748,24 @@ class Instance:
                 hello=hello,
                 watchdog_timeout=self._said_watchdog_timeout,
             )
-        self._runtime.journal.put(
-            self.journal_key,
-            InstanceRecord(
-                seat=self.seat,
-                role=self.role,
-                state=self.state,
-                since=self._since,
-                wanted=self.wanted,
-                detail=self.detail,
-                status_text=self.status_text,
-                failure=self.failure,
-                restarts=self.restarts,
-                due=self._due,
-                doomed=self._doomed,
-                leaving=self._leaving,
-                said_error=self._said_error,
-                early_ends=self._history.early_ends,
-                recent_restarts=self._history.restarts,
-                last_exit=self.last_exit.to_json() if self.last_exit is not None else None,
-                process=process,
-            ),
+        return InstanceRecord(
+            seat=self.seat,
+            role=self.role,
+            state=self.state,
+            since=self._since,
+            wanted=self.wanted,
+            detail=self.detail,
+            status_text=self.status_text,
+            failure=self.failure,
+            restarts=self.restarts,
+            due=self._due,
+            doomed=self._doomed,
+            leaving=self._leaving,
+            said_error=self._said_error,
+            early_ends=self._history.early_ends,
+            recent_restarts=self._history.restarts,
+            last_exit=self.last_exit.to_json() if self.last_exit is not None else None,
+            process=process,
         )
 
     def _start_over(self, event: Event, reason: str) -> None:

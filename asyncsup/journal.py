@@ -61,6 +61,12 @@ class Journal:
         self._facts[key] = text
         self._append(_line(key, text))
 
+    def put_together(self, facts: Mapping[str, object]) -> None:
+        """Write down several facts of which nobody may ever find only some."""
+        texts = {key: orjson.dumps(value) for key, value in facts.items()}
+        self._facts |= texts
+        self._append(b"".join(_line(key, text) for key, text in texts.items()))
+
     def drop(self, key: str) -> None:
         """Forget a fact; harmless when there is none."""
         if self._facts.pop(key, None) is not None:

@@ -266,8 +266,7 @@ class Target:
         before = self.instances[successor.index]
         self.others[self.others.index(successor)] = before
         self.instances[successor.index] = successor
-        successor.take_role("current")
-        before.take_role(role)
+        successor.take_over_from(before, role)
         if before.state not in ALIVE:
             before.stop("replaced", for_good=False)  # it is not tried again beside the one that counts
         self._runtime.events.emit(
@@ -282,7 +281,7 @@ class Target:
 
     def let_go(self, instance: Instance, reason: str) -> None:
         """Let an instance that does not count any more finish what it has begun, and end it."""
-        instance.take_role("retiring")
+        instance.retire()
         task = asyncio.get_running_loop().create_task(self._see_off(instance, reason))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)

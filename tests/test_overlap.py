@@ -302,6 +302,20 @@ def test_without_overlap_some_at_a_time_and_never_too_few(town: Town) -> None:
     assert town.ask() == "v2"
 
 
+def test_who_had_no_turn_in_a_patch_that_is_kept_all_the_same_gets_it_then(town: Town) -> None:
+    town.start("instances = 3", patch='max_parallel = 1\nrollback = "manual"')
+    before = town.pids
+    (town.folder / "uneven").touch()
+    town.use()
+    assert town.refused("v2", "uneven").error_code == "patch.undecided"
+    assert [pid in before for pid in town.pids] == [False, True, True]
+    (town.folder / "uneven").unlink()
+    town.control.call("patch.commit", {"id": str(town.target["undecided"])}, timeout=60)
+    town.wait_alone()
+    assert not set(town.pids) & set(before)
+    town.unharmed()
+
+
 def test_restart_rolling_and_a_broken_program_costs_nothing(town: Town) -> None:
     town.start("instances = 2")
     before = town.pids

@@ -245,7 +245,17 @@ class Transaction:
                 await self._commit()
         except OSError as error:
             raise io_failed(error) from error
+        if self.change.kind is Kind.COLD:
+            # What failed may have kept others from their turn. Whoever cannot be replaced runs on as it is.
+            self.note_failures("start", await each(map(self._the_rest_of, self.change.participants)))
         self._finish()
+
+    def _the_rest_of(self, participant: Participant) -> Callable[[], Awaitable[None]]:
+        """Replace the processes of a target that have not taken the change up."""
+        target = participant.target
+        generation = self._store.state(target.name).generation
+        stale = [i for i in target.instances if i.pid is not None and i.generation not in {None, generation}]
+        return partial(self._rollouts[target.name].run, stale)
 
     async def take_back(self, reason: str) -> None:
         """Somebody has decided that an undecided change is taken back: in the order in which `run` would.

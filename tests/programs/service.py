@@ -2,7 +2,8 @@
 
 ``VERSION`` and ``MODE`` stand in this file, so a cold patch brings others. Modes: ok, crash (before it is
 ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
-a moment later, as soon as nobody is connected), stubborn (is not drained before its time is up).
+a moment later, as soon as nobody is connected), stubborn (is not drained before its time is up), uneven (all
+but the first instance crash while there is a file of that name in the working directory).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from target_sdk import Target
 
@@ -65,7 +67,8 @@ class Service:
 
 
 async def main() -> None:
-    if MODE == "crash":
+    uneven = MODE == "uneven" and Path("uneven").exists() and target.instance != "app:0"
+    if MODE == "crash" or uneven:
         sys.exit("this build cannot start")
     service, stop = Service(), asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
