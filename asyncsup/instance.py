@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 
 import anyio
 
-from asyncsup import adoption, lifecycle, listen_fds, main_process
+from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
 from asyncsup.cgroups import Cgroup, Cgroups, Usage
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
@@ -938,6 +938,7 @@ class Instance:
             expand=self._expand,
             run_command=lambda command, deadline: self.run_command(command, {}, deadline),
             ping=lambda deadline: self._runtime.channel.request(self.token, "ping", {}, deadline=deadline),
+            accepts=self._why_it_does_not_accept,
             on_ready=self._became_ready,
             on_dead=self._end,
             on_old=self._too_old,
@@ -950,6 +951,15 @@ class Instance:
         if self._said_watchdog_timeout is None:
             return self.config.watchdog_timeout
         return self._said_watchdog_timeout or None
+
+    def _why_it_does_not_accept(self) -> str | None:
+        try:
+            sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
+        except SpawnError as error:
+            return error.message
+        return listeners.why_not(
+            group_members(*self._child.groups) if self._child is not None else [], sockets
+        )
 
     def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
         """Spawn the program; with its output, where that begins, and the descriptor on which it says that it

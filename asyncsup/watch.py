@@ -30,6 +30,7 @@ class Watch:
         run_command: runs a command as the instance; see `asyncsup.probes`.
         ping: asks the process itself for a sign of life within so many seconds; raises as
             `TargetChannel.request` does when there is none.
+        accepts: why it does not wait for connections at its sockets yet; None when it does.
         on_ready: told why it counts as ready.
         on_dead: told why it is to be ended, and by which signal if not by the usual one.
         on_old: `max_age` is over.
@@ -43,6 +44,7 @@ class Watch:
         expand: Callable[[str], str],
         run_command: RunCommand,
         ping: Callable[[float], Awaitable[object]],
+        accepts: Callable[[], str | None],
         on_ready: Callable[[str], None],
         on_dead: Callable[[str, int | None], None],
         on_old: Callable[[], None],
@@ -54,6 +56,7 @@ class Watch:
         self._expand = expand
         self._run_command = run_command
         self._ping = ping
+        self._accepts = accepts
         self._on_ready = on_ready
         self._on_dead = on_dead
         self._on_old = on_old
@@ -87,6 +90,8 @@ class Watch:
             self._loop.add_reader(descriptor, self._read_descriptor)
         elif ready.log is not None:
             self._readiness = self._start(self._await_line(output, begin, ready.log))
+        elif config.readiness == "accepts":
+            self._readiness = self._start(self._await_probe(self._ask_whether_it_accepts))
         elif (probe := self._probe(ready)) is not None:
             self._readiness = self._start(self._await_probe(probe))
 
@@ -97,6 +102,9 @@ class Watch:
     async def _await_probe(self, probe: Probe) -> None:
         await until_ready(probe, self._config.ready.interval, self._note_failure)
         self._on_ready("its readiness probe succeeded")
+
+    async def _ask_whether_it_accepts(self) -> str | None:
+        return self._accepts()
 
     def _note_failure(self, failure: str) -> None:
         self.last_failure = failure

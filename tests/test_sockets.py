@@ -254,6 +254,43 @@ def test_several_targets_and_instances_share_a_socket(serve: Serve, clients: Cli
     assert ask(address)["pid"] in pids
 
 
+SLOW_TO_LISTEN = """
+import os, select, socket, sys, time
+given = socket.socket(fileno=3)
+while not os.path.exists("go"):
+    time.sleep(0.01)
+match sys.argv[1]:
+    case "accept":
+        given.accept()
+    case "epoll":
+        with select.epoll() as epoll:
+            epoll.register(given, select.EPOLLIN)
+            epoll.poll()
+    case "select":
+        select.select([given], [], [])
+"""
+
+
+@pytest.mark.parametrize("how", ["accept", "epoll", "select"])
+def test_who_waits_for_connections_is_seen_from_outside(serve: Serve, clients: Clients, how: str) -> None:
+    _, table = tcp()
+    command = json.dumps([sys.executable, "-S", "-c", SLOW_TO_LISTEN, how])
+    timeout = "1s" if how == "select" else "20s"
+    client = clients.start(
+        f'{table}[target.web]\ncommand = {command}\nsockets = ["web"]\nready.accepts = true\n'
+        f'ready.interval = "20ms"\nstart_timeout = "{timeout}"\nrestart = "never"\n'
+    )
+    wait_for(lambda: instance(client)["pid"], "the process")
+    assert not instance(client)["ready"]
+    (serve.folder / "go").touch()
+    if how != "select":
+        wait_ready(client)
+        return
+    # It cannot be seen, which is better than to take for ready what is not.
+    wait_for(lambda: instance(client)["state"] == "failed", "the time-out")
+    assert "nobody waits for connections yet" in instance(client)["exit"]["reason"]
+
+
 # --- on demand ----------------------------------------------------------------------------------------------
 
 
@@ -368,6 +405,7 @@ def test_the_backlog_and_the_mode_are_changed_in_place(serve: Serve, clients: Cl
             "$(socket.wep) is not among the sockets",
         ),
         ('[target.web]\ncommand = "true"\nautostart = "on-demand"\n', "it has none"),
+        ('[target.web]\ncommand = "true"\nready.accepts = true\n', "only for a target with sockets"),
         (
             '[socket.web]\nlisten = "tcp://127.0.0.1:80"\n'
             '[target.web]\ncommand = "true"\nsockets = ["web"]\nready.fd = 3\n',

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asyncsup.config.reader import SocketRead, TableRead, TargetRead
 
 RELOADS: Final = ("reload_signal", "reload_command")
-READY_KEYS: Final = ("http", "tcp", "exec", "log", "fd", "notify")
+READY_KEYS: Final = ("http", "tcp", "exec", "log", "fd", "accepts", "notify")
 LIVENESS_KEYS: Final = ("http", "tcp", "exec")
 COMMANDS: Final = ("command", "stop_command", "reload_command")
 _SHELL_WORDS: Final = frozenset({"|", "||", "&", "&&", ">", ">>", "<", "2>", "2>&1"})
@@ -297,6 +297,12 @@ class Checks:
                 target.tables["ready"].place("fd"),
                 f"is the number of a socket: those have {listen_fds.FIRST} to {last}",
                 f"choose {last + 1} or more",
+            )
+        if config.ready.accepts and not config.sockets and "sockets" not in top.failed:
+            self._report.problem(
+                target.tables["ready"].place("accepts"),
+                "has a meaning only for a target with sockets",
+                'set sockets = ["NAME"]',
             )
         if config.autostart == "on-demand" and not config.sockets and "sockets" not in top.failed:
             self._report.problem(

@@ -68,7 +68,7 @@ CgroupMode = Literal["auto", "required", "optional", "off"]
 LogFormat = Literal["raw", "timestamp", "json"]
 LogCompression = Literal["none", "gzip"]
 Commit = Literal["auto", "manual"]
-Readiness = Literal["exit", "http", "tcp", "exec", "log", "fd", "notify", "sdk", "uptime"]
+Readiness = Literal["exit", "http", "tcp", "exec", "log", "fd", "accepts", "notify", "sdk", "uptime"]
 Drift = Literal["refuse", "keep", "overwrite"]
 Rollback = Literal["auto", "manual"]
 
@@ -244,6 +244,8 @@ class ReadyConfig(ProbeConfig):
     """A line of its output matches."""
     fd: Annotated[int | None, integer(3, 255), Takes.AT_START] = None
     """It writes a newline to this descriptor (s6)."""
+    accepts: Annotated[bool, values.BOOLEAN] = False
+    """It waits for connections at one of its `sockets`, which shows from outside."""
     notify: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
     """It says READY=1 to NOTIFY_SOCKET (sd_notify), whatever its protocol."""
 
@@ -387,6 +389,8 @@ class TargetConfig:
         for key in asked:
             if getattr(self.ready, key) is not None:
                 return key
+        if self.ready.accepts:
+            return "accepts"
         if self.speaks_notify:
             return "notify"
         return "sdk" if self.protocol == "sdk" else "uptime"
