@@ -672,7 +672,8 @@ def test_every_failpoint_is_passed_by_a_play(
         submit_to_be_decided(scene)
         passed |= set(scene.passed())
         scene.kill()
-    unpassed = named - passed - {"store.recover.one"}
+    # A canary is one of several instances: `test_overlap` fails there.
+    unpassed = named - passed - {"store.recover.one", "transaction.canary"}
     if not any(dry.variant.apart for dry in dries):
         unpassed.discard("store.convert.copied")
     assert unpassed == set()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import Asked, Serve, wait_for
 
+from asyncsup import failpoints
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError
 from asyncsup.patch.build import build_patch
@@ -281,6 +282,33 @@ def test_a_canary_that_falls_saves_the_others(town: Town) -> None:
     town.apply("v3")
     town.wait_alone()
     assert town.ask() == "v3"
+
+
+@pytest.mark.parametrize("fault", ["kill", "error", "hang"])
+def test_a_supervisor_that_is_killed_fails_or_hangs_at_a_canary_leaves_everything_as_it_was(
+    town: Town, fault: str
+) -> None:
+    town.serve.environ[failpoints.VARIABLE] = f"transaction.canary:{fault}"
+    town.start("instances = 2", patch="canary = 1")
+    before = town.pids
+    town.use()
+    if fault == "error":
+        assert town.refused("v2", "ok").error_code == "patch.rolled_back"
+    else:
+        supervisor = town.serve.supervisor
+        Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
+        if fault == "kill":
+            wait_for(lambda: town.serve.supervisor not in {0, supervisor}, "the next supervisor")
+            town.again()
+        else:
+            wait_for(lambda: [o["role"] for o in town.target["others"]] == ["standby"], "the canary")
+            town.control.call("patch.abort", {"id": "1"}, timeout=60)
+    wait_for(lambda: town.pids == before, "the old ones to count again")
+    town.wait_alone()
+    assert town.pids == before
+    assert town.ask() == "v1"
+    assert town.target["build"] == 0
+    town.unharmed()
 
 
 def test_without_overlap_some_at_a_time_and_never_too_few(town: Town) -> None:
