@@ -29,6 +29,7 @@ LATE = """        if MODE == "late":
                     file.write(str(os.getpid()))
                 os.replace("first.new", "first")
                 await asyncio.sleep(REGRET_SECONDS)
+                await service.drain()
                 sys.exit("this build falls")
             while not os.path.exists("first") or os.path.exists(f"/proc/{open('first').read()}"):
                 await asyncio.sleep(0.01)
