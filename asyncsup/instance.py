@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import signal
 import stat
 import time
@@ -27,7 +26,7 @@ from typing import Any, Final, Literal
 
 import anyio
 
-from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process
+from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process, owners
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
 from asyncsup.cgroups import Cgroup, Cgroups, Usage
 from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
@@ -255,9 +254,11 @@ class Instance:
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._streams: dict[str, OutputStream] = {} if predecessor is None else predecessor.streams_of_slot
+        self._streams: dict[str, OutputStream] = {} if predecessor is None else predecessor._streams
         self._fifos: dict[str, Path] = {}
-        self._store = FdStore(self.name, runtime.keeper) if predecessor is None else predecessor.store_of_slot
+        self._store: FdStore = (
+            FdStore(self.name, runtime.keeper) if predecessor is None else predecessor._store
+        )
         self._time_out: Callable[[], None] | None = None
         """What happens when the timer ends."""
         self._leaving = False
@@ -297,16 +298,6 @@ class Instance:
         if not self._streams:
             self._open_streams()
         return self._streams
-
-    @property
-    def streams_of_slot(self) -> dict[str, OutputStream]:
-        """Those that are open: one and the same object for all seats."""
-        return self._streams
-
-    @property
-    def store_of_slot(self) -> FdStore:
-        """Likewise."""
-        return self._store
 
     @property
     def seat_name(self) -> str:
@@ -1136,9 +1127,7 @@ class Instance:
         with contextlib.suppress(OSError):  # without it there is no hand-over, and nothing else is missing
             folder.parent.mkdir(mode=0o711, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-            if self.config.user is not None:
-                owner = self.config.user
-                shutil.chown(folder, user=int(owner) if owner.isdigit() else owner)
+            owners.give(folder, user=self.config.user)
         return folder / str(self.index)
 
     def _expand(self, text: str) -> str:

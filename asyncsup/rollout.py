@@ -47,6 +47,13 @@ class Rollout:
             batch, left = left[:size], left[size:]
             await self._replace(batch)
 
+    async def complete(self, chosen: Sequence[Instance]) -> None:
+        """`run`, and whatever has been replaced by its end stays so (`finish`)."""
+        try:
+            await self.run(chosen)
+        finally:
+            self.finish()
+
     def _batch_size(self, left: int) -> int:
         target, patch = self._target, self._target.config.patch
         size = left if patch.max_parallel is None else min(left, patch.max_parallel)

@@ -12,12 +12,12 @@ import contextlib
 import ctypes
 import logging
 import os
-import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from asyncsup import owners
 from asyncsup.child import out_of_the_way
 from asyncsup.config.address import EVERY, Address
 from asyncsup.config.settings import SocketConfig
@@ -205,15 +205,7 @@ def _furnish(bound: socket.socket, config: SocketConfig) -> None:
         bound.listen(config.backlog)
     if config.listen.is_path:
         os.chmod(config.listen.host, config.mode)  # noqa: PTH101 - a text
-        if config.user is not None or config.group is not None:
-            try:
-                shutil.chown(config.listen.host, _number(config.user), _number(config.group))  # type: ignore[arg-type]
-            except LookupError as error:
-                raise OSError(str(error)) from None
-
-
-def _number(name: str | None) -> str | int | None:
-    return int(name) if name is not None and name.isdecimal() else name
+        owners.give(config.listen.host, user=config.user, group=config.group)
 
 
 def _family(address: Address) -> socket.AddressFamily:

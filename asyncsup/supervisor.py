@@ -11,7 +11,6 @@ import fcntl
 import fnmatch
 import logging
 import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ import anyio.abc
 import zmq
 
 import asyncsup
+from asyncsup import owners
 from asyncsup.actor import Actor
 from asyncsup.cgroups import Cgroups
 from asyncsup.channel import TargetChannel
@@ -256,10 +256,9 @@ class Supervisor:
         if group is None:
             return
         try:
-            shutil.chown(path, group=int(group) if group.isdecimal() else group)
-        except (OSError, LookupError) as error:
-            why = error.strerror if isinstance(error, OSError) else "there is no such group"
-            raise StateError(f"cannot give {path} to group {group}: {why}") from None
+            owners.give(path, group=group)
+        except OSError as error:
+            raise StateError(f"cannot give {path} to group {group}: {error.strerror}") from None
 
     def refused(self, actor: Actor, method: str, why: str) -> None:
         """Somebody with a key has asked for what it does not allow."""

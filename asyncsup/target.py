@@ -302,8 +302,7 @@ class Target:
 
     async def _drain(self, instance: Instance) -> None:
         while True:
-            successor = self.instances[instance.index]
-            pid = successor.pid
+            pid = self.instances[instance.index].pid
             try:
                 why = await instance.drain(self.config.drain_timeout)
             except HandoverFailedError as error:
@@ -518,14 +517,11 @@ class Target:
         async def work() -> None:
             here = self.in_slots_of(chosen)
             if rolling:
-                rollout = Rollout(self, reason)
                 try:
-                    await rollout.run(here)
+                    await Rollout(self, reason).complete(here)
                 except asyncio.CancelledError:
                     await self._up_again(here, reason)
                     raise
-                finally:
-                    rollout.finish()
                 return
             try:
                 await self.stop_instances(here, reason)
@@ -675,11 +671,7 @@ class Target:
 
         async def work() -> None:
             if instance in self.instances and instance.pid == pid and instance.ready:
-                rollout = Rollout(self, reason)
-                try:
-                    await rollout.run([instance])
-                finally:
-                    rollout.finish()
+                await Rollout(self, reason).complete([instance])
 
         self.enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
 

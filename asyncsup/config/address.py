@@ -6,10 +6,9 @@ import os
 import re
 from typing import Final, Literal, NamedTuple, Self, cast
 
-Scheme = Literal["tcp", "udp", "unix", "unixgram"]
+from asyncsup.endpoint import MAX_SOCKET_PATH_BYTES
 
-MAX_SOCKET_PATH: Final = 107
-"""Bytes: what `sun_path` of a UNIX socket address holds without its final NUL."""
+Scheme = Literal["tcp", "udp", "unix", "unixgram"]
 
 EVERY: Final = "*"
 """As a host: all addresses, of IPv4 and, where the machine has it, IPv6."""
@@ -33,8 +32,10 @@ class Address(NamedTuple):
         if scheme in {"unix", "unixgram"}:
             if not rest.startswith("/"):
                 raise ValueError("not an absolute path")
-            if (size := len(os.fsencode(rest))) > MAX_SOCKET_PATH:
-                raise ValueError(f"a socket's path has at most {MAX_SOCKET_PATH} bytes, this one has {size}")
+            if (size := len(os.fsencode(rest))) > MAX_SOCKET_PATH_BYTES:
+                raise ValueError(
+                    f"a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, this one has {size}"
+                )
             return cls(cast(Scheme, scheme), rest)
         found = _INTERNET.fullmatch(text)
         if found is None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from asyncsup import listen_fds
-from asyncsup.config.address import MAX_SOCKET_PATH
 from asyncsup.config.machine import Machine
 from asyncsup.config.problems import Report
 from asyncsup.config.settings import SOCKET, PatchConfig, SupervisorConfig
 from asyncsup.config.values import INSTANCE, UNLIMITED, format_duration, format_size, nearest, quoted
+from asyncsup.endpoint import MAX_SOCKET_PATH_BYTES
 from asyncsup.errors import AllowedSignersError, TrustUnavailableError
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ class Checks:
 
     def _socket_path(self, read: TableRead, key: str, path: Path) -> None:
         size = len(os.fsencode(path))
-        if size > MAX_SOCKET_PATH and key not in read.failed:
+        if size > MAX_SOCKET_PATH_BYTES and key not in read.failed:
             self._report.problem(
                 read.place(key),
-                f"a socket's path has at most {MAX_SOCKET_PATH} bytes, {path} has {size}",
+                f"a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, {path} has {size}",
                 f'set supervisor.{key} to a shorter path, such as "/run/asyncsup"'
                 if key == "runtime_dir"
                 else "choose a shorter path",

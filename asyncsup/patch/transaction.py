@@ -657,12 +657,9 @@ class Transaction:
                 # Those that run on the new files, because nobody stands by in their slots who does not.
                 rollout = self._rollouts[participant.target.name]
                 stale = self._taken_back.get(participant.target.name, -1)
-                try:
-                    await rollout.run(
-                        [i for i in participant.present if i.pid is not None and i.generation == stale]
-                    )
-                finally:
-                    rollout.finish()
+                await rollout.complete(
+                    [i for i in participant.present if i.pid is not None and i.generation == stale]
+                )
             await self._bring_up(participant)
 
         await _all(partial(start, participant) for participant in self.change.participants)
