@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import select
 import shutil
@@ -21,6 +23,7 @@ import pytest
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError, TimeoutExpiredError
+from asyncsup.patch import bytecode
 from target_sdk.protocol import ENV_ENDPOINT
 
 MARK = "TESTS_OF_ASYNCSUP"
@@ -81,6 +84,14 @@ def wait_for(condition: Condition, what: str, timeout: float = 20.0, *, every: f
     raise AssertionError(f"waited {timeout:g} s in vain for {what}")
 
 
+@functools.cache
+def shared_bytecode() -> Path:
+    """A folder for the bytecode of Python's library, for as long as the tests run."""
+    folder = tempfile.mkdtemp(prefix="as-bytecode-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -132,6 +143,7 @@ class Serve:
         """Start, and return a client once it answers."""
         if text is not None:
             self.write(text)
+        self._share_bytecode()
         with self.stderr.open("ab") as stderr:
             self.process = subprocess.Popen(
                 self.command(),
@@ -141,6 +153,14 @@ class Serve:
                 env={**os.environ, **self.environ},
             )
         return self.connect()
+
+    def _share_bytecode(self) -> None:
+        """Lest the first target of every test compile Python's library for a new state directory, which takes
+        it longer than all else it does."""
+        shared = self.folder / ".asyncsup" / bytecode.PYCACHE / bytecode.SHARED
+        with contextlib.suppress(FileExistsError):
+            shared.parent.mkdir(mode=0o700, parents=True)
+            shared.symlink_to(shared_bytecode())
 
     def connect(self) -> ControlClient:
         def answers() -> ControlClient | None:
