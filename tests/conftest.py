@@ -92,8 +92,21 @@ def shared_bytecode() -> Path:
     return Path(folder)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs. It may go at any moment, also while it is looked at; a zombie is dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
+
+
 def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The children of a process' first thread; none when the process is gone."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def end_process(pid: int) -> None:
@@ -206,10 +219,11 @@ class Serve:
         supervisor = self.supervisor
         with contextlib.ExitStack() as stack:
             if supervisor and not self.alone:
-                # It ends with its keeper, a moment later.
-                pidfd = os.pidfd_open(supervisor)
-                stack.callback(os.close, pidfd)
-                stack.callback(select.select, [pidfd], [], [], 20)
+                # It ends with its keeper, a moment later, if it has not ended by now.
+                with contextlib.suppress(ProcessLookupError):
+                    pidfd = os.pidfd_open(supervisor)
+                    stack.callback(os.close, pidfd)
+                    stack.callback(select.select, [pidfd], [], [], 20)
             self.process.kill()
             self.process.wait()
 

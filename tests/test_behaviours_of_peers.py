@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, children_of, wait_for
-from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, alive, fails, instance, reached, target
+from conftest import Serve, alive, children_of, wait_for
+from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.child import SpawnSpec, spawn
 from asyncsup.client import ControlClient

@@ -20,6 +20,7 @@ from typing import Final
 
 import pytest
 import step_kit
+from conftest import alive
 from power_kit import check_recovered
 from power_plays import BOTH_LAYOUTS, PLAYS, Play, play_recovery
 from store_kit import memory_folder
@@ -36,7 +37,7 @@ from syscall_kit import (
     points_in,
     survive,
 )
-from traced import attached, has_ended, require_strace
+from traced import attached, require_strace
 from workers import in_workers
 
 from asyncsup.errors import AsyncsupError, RemoteError
@@ -235,9 +236,9 @@ def fail_serve(scene: step_kit.Scene, fault: Fault) -> str:
         attached(scene.process.pid, *options, trace=scene.folder / "trace"),
         step_kit.asked(goal.act, scene) as outcome,
     ):
-        scene.wait_for(lambda: outcome or has_ended(scene.process.pid), "an answer, or the end")
+        scene.wait_for(lambda: outcome or not alive(scene.process.pid), "an answer, or the end")
     passed = scene.passed()
-    if has_ended(scene.process.pid):
+    if not alive(scene.process.pid):
         scene.killed()
         expect_old_or_new(scene, goal, passed)
         return "killed"

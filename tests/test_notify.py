@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
-from test_supervisor import QUICK, SLEEPER, alive, fails, instance, reached
+from conftest import Serve, alive, wait_for
+from test_supervisor import QUICK, SLEEPER, fails, instance, reached
 
 from asyncsup.client import ControlClient
 from asyncsup.notification import (

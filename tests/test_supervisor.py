@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Serve, alive, wait_for
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError, TimeoutExpiredError
@@ -36,12 +37,15 @@ def reached(client: ControlClient, name: str, state: str) -> Any:
     )
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+def group(leader: int) -> list[int]:
+    """The members of a process group, zombies included."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(int(entry.name)) == leader:
+                    pids.append(int(entry.name))
+    return pids
 
 
 def fails(client: ControlClient, method: str, /, **params: Any) -> RemoteError:
@@ -159,12 +163,7 @@ def test_stop_means_the_whole_group_is_gone(serve: Serve) -> None:
     wait_for(lambda: "child" in client.call("logs", name="tree")["chunks"][0]["text"], "the children")
     leader = instance(client, "tree")["pid"]
     client.call("stop", names=["tree"])
-    left = [
-        entry
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and alive(int(entry.name)) and os.getpgid(int(entry.name)) == leader
-    ]
-    assert left == []
+    assert [pid for pid in group(leader) if alive(pid)] == []
     client.close()
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, children_of, end_process, processes_of_this_run, wait_for
+from conftest import Serve, alive, children_of, end_process, processes_of_this_run, wait_for
 from test_patching import Field
-from test_supervisor import QUICK, SLEEPER, alive, instance, reached, target
+from test_supervisor import QUICK, SLEEPER, instance, reached, target
 
 from asyncsup.child import pidfd_inode, read_facts
 from asyncsup.client import ControlClient

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from conftest import alive
 
 _PR_SET_PTRACER: Final = 0x59616D61
 _ANYBODY: Final = ctypes.c_ulong(-1)
@@ -90,7 +91,7 @@ def attached(pid: int, *options: str, trace: Path) -> Iterator[None]:
         finally:
             # Of a process with threads that was killed in a call strace may wait for the end for ever; of one
             # that lives it lets go.
-            (strace.kill if has_ended(pid) else strace.terminate)()
+            (strace.terminate if alive(pid) else strace.kill)()
 
 
 @contextlib.contextmanager
@@ -106,14 +107,6 @@ def _strace(pid: int, *options: str, trace: Path) -> Iterator[subprocess.Popen[b
         assert b"attached" in greeting, (greeting + strace.stderr.read()).decode(errors="replace")
         yield strace
         strace.stderr.read()
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process has, be it that its tracer has not noticed yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
 
 
 @functools.cache
