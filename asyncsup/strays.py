@@ -34,6 +34,9 @@ class StrayReaper:
         """Children of an earlier program in this process must have been taken back before."""
         become_subreaper()
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        # Hundreds may end in one turn of the loop. Python would print a traceback for each signal that finds
+        # the loop's socket full, where one byte is enough to wake it.
+        signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
         self._reap()
 
     def close(self) -> None:

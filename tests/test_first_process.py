@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,29 @@ def test_a_supervisor_that_is_killed_is_there_again(serve: FirstProcess) -> None
     client = serve.connect()
     assert client.call("status")["targets"][0]["instances"][0]["pid"] == before
     client.close()
+
+
+def test_a_thousand_that_end_at_once_are_reaped_without_a_word() -> None:
+    program = """
+import asyncio, os, signal
+from asyncsup.strays import StrayReaper
+
+async def main():
+    reaper = StrayReaper()
+    reaper.start()
+    if not (child := os.fork()):
+        signal.pause()
+    os.kill(child, signal.SIGKILL)
+    for _ in range(1000):
+        os.kill(os.getpid(), signal.SIGCHLD)
+    while os.path.exists(f"/proc/{child}"):
+        await asyncio.sleep(0.01)
+    reaper.close()
+    print("reaped")
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("reaped\n", "")
