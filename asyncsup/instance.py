@@ -58,6 +58,7 @@ from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord, Role
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from asyncsup.sockets import ManagedSockets
+from asyncsup.steering import SETTLE_SECONDS, steer_away
 from asyncsup.watch import Watch
 from target_sdk import protocol
 from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswer
@@ -465,7 +466,7 @@ class Instance:
 
     async def drain(self, seconds: float) -> str | None:
         """Have the program finish what it has begun, and take up nothing new; returns why it has not done so,
-        or None. One without the SDK knows nothing of this.
+        or None. From one that goes on waiting for connections these are steered away.
 
         Raises:
             HandoverFailedError: it still has what its successor was to have, and goes on with it.
@@ -473,8 +474,13 @@ class Instance:
         if self.config.protocol == "sdk" and self.hello is None:
             with anyio.move_on_after(RECONNECT_SECONDS):
                 await self.wait_until(lambda i: i.hello is not None)
-        if self.hello is None:
-            return None
+        # One without the SDK knows nothing of a drain.
+        why = None if self.hello is None else await self._ask_to_drain(seconds)
+        if seconds and self._steered_away():
+            await asyncio.sleep(min(seconds, SETTLE_SECONDS))
+        return why
+
+    async def _ask_to_drain(self, seconds: float) -> str | None:
         await self._connected()
         try:
             await self._runtime.channel.request(self.token, "drain", {"deadline": seconds}, deadline=seconds)
@@ -489,6 +495,24 @@ class Instance:
         except PeerGoneError as error:
             return str(error)
         return None
+
+    def _steered_away(self) -> bool:
+        """See to it that the program takes no more connections. Returns whether it has taken any so far."""
+        if self._child is None or not self.config.sockets:
+            return False
+        try:
+            sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
+            return steer_away(group_members(*self._child.groups), sockets) > 0
+        except SpawnError:
+            return False  # a socket that is there no more brings no connections
+        except OSError as error:
+            log.warning(
+                "%s (pid %s): new connections cannot be steered away from it before its stop: %s",
+                self.name,
+                self.pid,
+                error.strerror,
+            )
+            return False
 
     def abort_later(self, patch: str, *, deadline: float) -> None:
         """As `abort`, for one that will not listen for a while, and is not waited for."""

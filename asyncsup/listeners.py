@@ -12,8 +12,8 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Container, Iterable, Iterator
+from typing import Final, NamedTuple
 
 from asyncsup.child import read_proc
 
@@ -21,6 +21,18 @@ EPOLLIN: Final = 1
 _WATCHED: Final = re.compile(rb"^tfd:\s*(\d+) events:\s*([0-9a-f]+) .*?ino:\s*([0-9a-f]+)", re.MULTILINE)
 _ACCEPTS: Final = {"x86_64": (43, 288), "aarch64": (202, 242)}.get(platform.machine(), ())
 """The numbers of accept(2) and accept4(2)."""
+
+
+class Watch(NamedTuple):
+    """A process waits, with an epoll descriptor, for what comes in at a socket."""
+
+    pid: int
+    epoll: int
+    """The descriptor's number in the process."""
+    number: int
+    """The socket's number there, when it was put in."""
+    inode: int
+    """The socket's."""
 
 
 def why_not(pids: Iterable[int], sockets: Iterable[socket.socket]) -> str | None:
@@ -34,9 +46,15 @@ def why_not(pids: Iterable[int], sockets: Iterable[socket.socket]) -> str | None
             continue  # it has ended, or is somebody else's
         looked = True
         ours = {number for number, link in links.items() if _inode(link) in wanted}
-        if ours and (_is_watched(pid, links, wanted) or _is_accepting(pid, ours)):
+        if ours and (any(_watches(pid, links, wanted)) or _is_accepting(pid, ours)):
             return None
     return "nobody waits for connections yet" if looked else "its processes may not be looked at"
+
+
+def watches(pid: int, wanted: Container[int]) -> Iterator[Watch]:
+    """Where a process waits for sockets that are wanted, by inode: nowhere, if it may not be looked at."""
+    with contextlib.suppress(OSError):
+        yield from _watches(pid, _links(pid), wanted)
 
 
 def _links(pid: int) -> dict[int, str]:
@@ -52,23 +70,17 @@ def _inode(link: str) -> int | None:
     return int(link[8:-1]) if link.startswith("socket:[") else None
 
 
-def _is_watched(pid: int, links: dict[int, str], wanted: set[int]) -> bool:
-    return any(
-        events & EPOLLIN and inode in wanted
-        for number, link in links.items()
-        if link == "anon_inode:[eventpoll]"
-        for events, inode in _watched_by(pid, number)
-    )
-
-
-def _watched_by(pid: int, epoll: int) -> Iterator[tuple[int, int]]:
-    """Events and inode of everything that an epoll descriptor watches."""
-    try:
-        text = read_proc(pid, f"fdinfo/{epoll}")
-    except OSError:
-        return
-    for _, events, inode in _WATCHED.findall(text):
-        yield int(events, 16), int(inode, 16)
+def _watches(pid: int, links: dict[int, str], wanted: Container[int]) -> Iterator[Watch]:
+    for epoll, link in links.items():
+        if link != "anon_inode:[eventpoll]":
+            continue
+        try:
+            text = read_proc(pid, f"fdinfo/{epoll}")
+        except OSError:
+            continue
+        for number, events, inode in _WATCHED.findall(text):
+            if int(events, 16) & EPOLLIN and int(inode, 16) in wanted:
+                yield Watch(pid, epoll, int(number), int(inode, 16))
 
 
 def _is_accepting(pid: int, ours: set[int]) -> bool:

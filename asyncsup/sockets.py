@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import socket
@@ -23,11 +22,9 @@ from asyncsup.config.address import EVERY, Address
 from asyncsup.config.settings import SocketConfig
 from asyncsup.errors import SpawnError
 from asyncsup.keeper_link import KeeperLink
+from asyncsup.pidfds import copy_descriptor
 
 log = logging.getLogger("asyncsup.sockets")
-
-_SYS_PIDFD_GETFD: Final = 438
-"""The same number on all architectures since Linux 5.6."""
 
 _KINDS: Final = {
     "tcp": socket.SOCK_STREAM,
@@ -282,23 +279,17 @@ def _is_socket(path: str) -> bool:
 
 def _copy_from(pid: int, address: Address) -> socket.socket | None:
     """The socket of this address that a process has, as a descriptor of ours; None if we may not look."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return None
     try:
         for number in map(int, os.listdir(f"/proc/{pid}/fd")):  # noqa: PTH208 - numbers
             if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):  # noqa: PTH115
                 continue
-            copied = libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
-            if copied < 0:
+            try:
+                copied = copy_descriptor(pid, number)
+            except OSError:
                 continue
             found = _if_it_is(address, socket.socket(fileno=copied))
             if found is not None:
                 return found
     except OSError:
-        return None
-    finally:
-        os.close(pidfd)
+        pass
     return None

@@ -1,0 +1,298 @@
+"""New connections are steered away from a program before its stop, whatever the program knows."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from conftest import Serve, wait_for
+from test_overlap import PATIENCE, Client, Town
+
+from asyncsup.steering import steer_away
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from cold_patches import Patched
+from load import Load
+
+PROGRAM = Path(__file__).parent / "programs" / "greedy.py"
+T = TypeVar("T")
+
+SYS_PIDFD_GETFD = 438
+
+ECHO = """
+import asyncio, os, socket, sys
+
+async def echo(reader, writer):
+    while data := await reader.read(100):
+        writer.write(f"{os.getpid()}\\n".encode())
+    writer.close()
+
+async def main():
+    for number in map(int, sys.argv[2:]):
+        listening = socket.socket(fileno=os.dup(number))
+        start = asyncio.start_unix_server if listening.family == socket.AF_UNIX else asyncio.start_server
+        servers.append(await start(echo, sock=listening))
+    print("up", flush=True)
+    await asyncio.Event().wait()
+
+servers = []
+if sys.argv[1] == "uvloop":
+    import uvloop
+    uvloop.run(main())
+else:
+    asyncio.run(main())
+"""
+"""Answers everything with its pid, on the sockets that are its arguments."""
+
+
+@contextlib.contextmanager
+def echo(loop: str, *sockets: socket.socket) -> Iterator[int]:
+    numbers = [each.fileno() for each in sockets]
+    process = subprocess.Popen(
+        [sys.executable, "-c", ECHO, loop, *map(str, numbers)], pass_fds=numbers, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    with process, process.stdout:
+        try:
+            assert process.stdout.readline() == b"up\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def connected(listening: socket.socket) -> socket.socket:
+    made = socket.socket(listening.family)
+    made.settimeout(PATIENCE)
+    made.connect(listening.getsockname())
+    return made
+
+
+def asked(connection: socket.socket) -> int:
+    connection.sendall(b"?")
+    return int(connection.recv(100))
+
+
+def descriptors() -> list[Path]:
+    return sorted(Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture(params=["tcp", "ipv6", "unix"])
+def listening(request: pytest.FixtureRequest, short_tmp: Path) -> Iterator[socket.socket]:
+    try:
+        if request.param == "unix":
+            made = socket.socket(socket.AF_UNIX)
+            made.bind(str(short_tmp / "s"))
+            made.listen()
+        elif request.param == "ipv6":
+            made = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        else:
+            made = socket.create_server(("127.0.0.1", 0))
+    except OSError as error:
+        pytest.skip(f"no {request.param} here: {error}")
+    with made:
+        yield made
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_who_is_steered_away_from_goes_on_with_what_it_has_and_takes_nothing_new(
+    listening: socket.socket, loop: str
+) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    with echo(loop, listening) as old, connected(listening) as kept:
+        assert asked(kept) == old
+        ours = descriptors()
+        assert steer_away([old], [listening]) == 1
+        assert descriptors() == ours
+        assert asked(kept) == old
+        with connected(listening) as waiting:
+            waiting.sendall(b"?")
+            with echo(loop, listening) as new:
+                assert int(waiting.recv(100)) == new
+                assert asked(kept) == old
+        assert steer_away([old], [listening]) == 0
+
+
+def test_all_processes_and_sockets_at_once_and_no_others() -> None:
+    with contextlib.ExitStack() as stack:
+        first, second, other = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3))
+        pids = [stack.enter_context(echo("asyncio", first, second, other)) for _ in range(2)]
+        assert steer_away([*pids, os.getpid()], [first, second]) == 4
+        with connected(other) as connection:
+            assert asked(connection) in pids
+        with connected(first) as connection:
+            stack.enter_context(echo("asyncio", first))
+            assert asked(connection) not in pids
+
+
+def test_who_is_gone_waits_for_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        with echo("asyncio", listening) as pid:
+            pass
+        assert steer_away([pid], [listening]) == 0
+
+
+def without_pidfd_getfd(work: Callable[[], T]) -> T:
+    """What comes of some work, of a thread to which the kernel refuses that call, and its child processes."""
+    load, equal, answer = 0x20, 0x15, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    program = b"".join(
+        struct.pack("HBBI", *one)
+        for one in (
+            (load, 0, 0, 0),  # the number of the call
+            (equal, 0, 1, SYS_PIDFD_GETFD),
+            (answer, 0, 0, refuse),
+            (answer, 0, 0, allow),
+        )
+    )
+
+    def confined() -> T:
+        libc = ctypes.CDLL(None, use_errno=True)
+        code = ctypes.create_string_buffer(program)
+        place = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+        filters = ctypes.create_string_buffer(place)
+        # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP with SECCOMP_MODE_FILTER
+        if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, filters, 0, 0):
+            pytest.skip(f"no seccomp here: {os.strerror(ctypes.get_errno())}")
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(confined).result()
+
+
+def test_a_host_that_refuses_is_told_apart_from_a_program_that_waits_for_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, echo("asyncio", listening) as pid:
+        with pytest.raises(PermissionError):
+            without_pidfd_getfd(lambda: steer_away([pid], [listening]))
+        with connected(listening) as connection:
+            assert asked(connection) == pid
+
+
+class Steered(Town):
+    """Clients come with a new connection for each question, to a program that does the worst at its stop."""
+
+    def __init__(self, serve: Serve) -> None:
+        super().__init__(serve)
+        self.source = PROGRAM.read_text()
+        (self.root / "service.py").write_text(self.source)
+        self.readiness = 'ready.log = "up"'
+
+    def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
+        return super().settings(more, patch, layout=layout).replace('protocol = "sdk"', self.readiness)
+
+    def use(self) -> None:
+        self.clients = [Client(self.address, keep=False) for _ in range(3)]
+        for client in self.clients:
+            client.start()
+
+
+@pytest.fixture
+def town(serve: Serve) -> Iterator[Steered]:
+    made = Steered(serve)
+    yield made
+    made.close()
+
+
+def test_cold_patches_of_a_program_that_knows_nothing_lose_no_new_connection(town: Steered) -> None:
+    town.start()
+    town.use()
+    for number in range(2, 12):
+        town.apply(f"v{number}")
+        town.wait_alone()
+    assert set(town.unharmed()) == {f"v{number}" for number in range(1, 12)}
+
+
+def test_several_instances_in_turn(town: Steered) -> None:
+    town.start("instances = 3", patch="max_parallel = 1")
+    before = town.pids
+    town.use()
+    town.apply("v2")
+    town.wait_alone()
+    town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=60)
+    town.wait_alone()
+    assert not set(town.pids) & set(before)
+    assert town.unharmed()["v2"]
+
+
+def test_one_with_the_sdk_and_no_handler_for_a_drain(town: Steered) -> None:
+    (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "deaf"'))
+    town.readiness = 'protocol = "sdk"'
+    town.start()
+    town.use()
+    town.apply("v2", "deaf")
+    town.wait_alone()
+    town.unharmed()
+
+
+def test_a_build_that_serves_and_is_never_ready_goes_as_quietly(town: Steered) -> None:
+    town.start('start_timeout = "3s"')
+    before = town.pids
+    town.use()
+    assert town.refused("v2", "mute").details["cause"] == "patch.start_failed"
+    town.wait_alone()
+    assert town.pids == before
+    town.unharmed()
+
+
+def test_a_patch_that_is_taken_back_by_hand_costs_nothing(town: Steered) -> None:
+    town.start(patch='commit = "manual"')
+    before = town.pids
+    town.use()
+    txn = town.apply("v2")["txn"]
+    town.control.call("patch.abort", {"id": str(txn)})
+    town.wait_alone()
+    assert town.pids == before
+    town.unharmed()
+
+
+def test_a_supervisor_killed_while_the_old_one_is_on_its_way_out(town: Steered) -> None:
+    town.start()
+    town.use()
+    town.apply("v2")
+    town.serve.kill_supervisor()
+    town.again()
+    town.wait_alone()
+    assert town.ask() == "v2"
+    town.unharmed()
+
+
+def test_where_the_host_refuses_everything_else_is_done_and_it_is_said(town: Steered) -> None:
+    without_pidfd_getfd(town.start)
+    town.apply("v2")
+    town.wait_alone()
+    assert town.ask() == "v2"
+    assert "cannot be steered away" in town.serve.errors()
+
+
+def test_a_drain_of_no_time_steers_nothing(town: Steered) -> None:
+    town.start('drain_timeout = "0s"')
+    town.apply("v2")
+    town.wait_alone()
+    assert town.ask() == "v2"
+
+
+@pytest.mark.timeout(300)
+def test_a_stock_server_loses_no_new_connection(serve: Serve) -> None:
+    service = Patched(serve.folder, stock=True)
+    with (
+        serve.start(service.settings) as control,
+        Load(f"http://127.0.0.1:{service.port}/", rate=100) as load,
+    ):
+        control.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        begin = len(load.results.samples)
+        for _ in range(10):
+            service.change(control)()
+        wait_for(lambda: len(load.results.samples) > begin + 50, "requests after the last one")
+    assert load.results.between().failed == 0, load.results.between()
