@@ -58,7 +58,7 @@ from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord, Role
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
 from asyncsup.sockets import ManagedSockets
-from asyncsup.steering import SETTLE_SECONDS, steer_away
+from asyncsup.steering import SETTLE_SECONDS
 from asyncsup.watch import Watch
 from target_sdk import protocol
 from target_sdk.protocol import Hello, PrepareAnswer, ProtocolError, ReloadAnswer
@@ -476,7 +476,7 @@ class Instance:
                 await self.wait_until(lambda i: i.hello is not None)
         # One without the SDK knows nothing of a drain.
         why = None if self.hello is None else await self._ask_to_drain(seconds)
-        if seconds and self._steered_away():
+        if seconds and self._runtime.sockets.steer_away(self._pids(), self.config.sockets):
             await asyncio.sleep(min(seconds, SETTLE_SECONDS))
         return why
 
@@ -495,24 +495,6 @@ class Instance:
         except PeerGoneError as error:
             return str(error)
         return None
-
-    def _steered_away(self) -> bool:
-        """See to it that the program takes no more connections. Returns whether it has taken any so far."""
-        if self._child is None or not self.config.sockets:
-            return False
-        try:
-            sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
-            return steer_away(group_members(*self._child.groups), sockets) > 0
-        except SpawnError:
-            return False  # a socket that is there no more brings no connections
-        except OSError as error:
-            log.warning(
-                "%s (pid %s): new connections cannot be steered away from it before its stop: %s",
-                self.name,
-                self.pid,
-                error.strerror,
-            )
-            return False
 
     def abort_later(self, patch: str, *, deadline: float) -> None:
         """As `abort`, for one that will not listen for a while, and is not waited for."""
@@ -972,9 +954,10 @@ class Instance:
             sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
         except SpawnError as error:
             return error.message
-        return listeners.why_not(
-            group_members(*self._child.groups) if self._child is not None else [], sockets
-        )
+        return listeners.why_not(self._pids(), sockets)
+
+    def _pids(self) -> list[int]:
+        return group_members(*self._child.groups) if self._child is not None else []
 
     def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
         """Spawn the program; with its output, where that begins, and the descriptor on which it says that it

@@ -23,6 +23,7 @@ from asyncsup.config.settings import SocketConfig
 from asyncsup.errors import SpawnError
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.pidfds import copy_descriptor
+from asyncsup.steering import steer_away
 
 log = logging.getLogger("asyncsup.sockets")
 
@@ -41,6 +42,8 @@ class ManagedSockets:
         self._keeper = keeper
         self._configs: Mapping[str, SocketConfig] = {}
         self._bound: dict[str, socket.socket] = {}
+        self._cannot_steer = False
+        """The host does not let us, which has been said."""
 
     def open(self, configs: Mapping[str, SocketConfig], processes: Iterable[int]) -> None:
         """Take back what an earlier supervisor has left, and bind the rest.
@@ -74,6 +77,23 @@ class ManagedSockets:
         if name not in self._bound:
             self._bind(name)
         return self._bound[name]
+
+    def steer_away(self, pids: Iterable[int], names: Iterable[str]) -> bool:
+        """Have processes that are to end take no more connections from some of them.
+
+        Returns:
+            Whether they have taken any so far.
+        """
+        try:
+            return steer_away(pids, [self._bound[name] for name in names if name in self._bound]) > 0
+        except OSError as error:
+            if not self._cannot_steer:
+                self._cannot_steer = True
+                log.warning(
+                    "programs go on taking connections until their stop signal, unless they drain: %s",
+                    error.strerror,
+                )
+            return False
 
     def configure(self, configs: Mapping[str, SocketConfig]) -> None:
         """Have other ones. One whose address has changed is bound anew; whoever has the old one keeps it.

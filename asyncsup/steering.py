@@ -13,6 +13,7 @@ import fcntl
 import gc
 import os
 import select
+import signal
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,8 @@ def _take_out(watches: Sequence[Watch], ours: Mapping[int, int]) -> int:
     program. Here that one belongs to something else, as a rule: so this is done in a table of descriptors of
     the thread's own, which ends with it.
     """
+    # Python's handler of a signal writes to a descriptor by its number.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_FILES) != 0:
         code = ctypes.get_errno()
