@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import signal
-import stat
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,8 +39,7 @@ from asyncsup.child import (
     user_ids,
     when_groups_empty,
 )
-from asyncsup.compressor import Compressor
-from asyncsup.config import LogConfig, TargetConfig
+from asyncsup.config import TargetConfig
 from asyncsup.config.settings import SOCKET
 from asyncsup.environment import build_environment
 from asyncsup.errors import HandoverFailedError, SpawnError, TargetNotRunningError
@@ -50,13 +48,13 @@ from asyncsup.fd_store import FdStore
 from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.lifecycle import Event, State
-from asyncsup.logfile import LogLimits, RotatingFile
 from asyncsup.logreader import Cursor
 from asyncsup.logs import OutputStream
 from asyncsup.notification import STORED, Notification, Refusal, ReloadHandshake
 from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord, Role
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
+from asyncsup.slot_output import LogFiles, SlotOutput
 from asyncsup.sockets import ManagedSockets
 from asyncsup.steering import SETTLE_SECONDS
 from asyncsup.watch import Watch
@@ -109,28 +107,7 @@ class Runtime:
     """Act upon what programs have said to the notify socket so far."""
     groups: dict[int, Instance] = field(default_factory=dict)
     """The process groups that may speak to the notify socket, and for whom."""
-    log_files: dict[Path, RotatingFile] = field(default_factory=dict)
-    compressor: Compressor = field(default_factory=Compressor)
-
-    def log_file(self, path: Path, settings: LogConfig) -> RotatingFile:
-        """One open file per path: two writers that do not know of each other would overwrite one another."""
-        if path not in self.log_files:
-            self.log_files[path] = RotatingFile(path, **self.log_limits(settings))
-            self.log_files[path].take_up()
-        return self.log_files[path]
-
-    def log_limits(self, settings: LogConfig) -> LogLimits:
-        return {
-            "max_size": settings.max_size,
-            "max_files": settings.max_files,
-            "max_age": settings.max_age,
-            "compress": self.compressor.submit if settings.compress == "gzip" else None,
-        }
-
-    def close_log_file(self, path: Path) -> None:
-        """Whoever wrote to it does so no more."""
-        if (file := self.log_files.pop(path, None)) is not None:
-            file.close()
+    log_files: LogFiles = field(default_factory=LogFiles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +232,7 @@ class Instance:
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._streams: dict[str, OutputStream] = {} if predecessor is None else predecessor._streams
-        self._fifos: dict[str, Path] = {}
+        self._output: SlotOutput = self._new_output() if predecessor is None else predecessor._output
         self._store: FdStore = (
             FdStore(self.name, runtime.keeper) if predecessor is None else predecessor._store
         )
@@ -292,13 +268,15 @@ class Instance:
     @property
     def open_streams(self) -> Mapping[str, OutputStream]:
         """Those that have been needed so far."""
-        return self._streams
+        return self._output.opened
 
     @property
     def streams(self) -> Mapping[str, OutputStream]:
-        if not self._streams:
-            self._open_streams()
-        return self._streams
+        return self._output.open(has_writers=self._has_writers)
+
+    @property
+    def _has_writers(self) -> bool:
+        return self._process is not None and self._process.pid is not None
 
     @property
     def seat_name(self) -> str:
@@ -959,6 +937,17 @@ class Instance:
     def _pids(self) -> list[int]:
         return group_members(*self._child.groups) if self._child is not None else []
 
+    def _new_output(self) -> SlotOutput:
+        runtime = self._runtime
+        return SlotOutput(
+            self.name,
+            self.config.log,
+            logs=runtime.state_dir / "logs",
+            fifos=runtime.runtime_dir / "output",
+            files=runtime.log_files,
+            keeper=runtime.keeper,
+        )
+
     def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
         """Spawn the program; with its output, where that begins, and the descriptor on which it says that it
         is ready.
@@ -1027,11 +1016,7 @@ class Instance:
             own={**self._own_environment(), **extra},
         )
         try:
-            with contextlib.ExitStack() as child_ends:
-                opened = {}
-                for name, stream in self.streams.items():
-                    opened[name] = stream.open_child_end()
-                    child_ends.callback(os.close, opened[name])
+            with self._output.child_ends(has_writers=self._has_writers) as opened:
                 return spawn(
                     SpawnSpec(
                         command=[expand(part) for part in command],
@@ -1146,59 +1131,10 @@ class Instance:
 
         return SOCKET.sub(number, text.replace("${instance}", str(self.index)))
 
-    def _log_paths(self) -> dict[str, Path]:
-        settings = self.config.log
-        logs = self._runtime.state_dir / "logs"
-        paths = {"stdout": settings.stdout or logs / f"{self.config.name}.{self.index}.log"}
-        if settings.stderr != "stdout":
-            paths["stderr"] = settings.stderr or logs / f"{self.config.name}.{self.index}.err.log"
-        return {stream: Path(self._expand(str(path))) for stream, path in paths.items()}
-
-    def _open_streams(self) -> None:
-        has_writers = self._process is not None and self._process.pid is not None
-        with contextlib.ExitStack() as on_failure:
-            for stream, path in self._log_paths().items():
-                self._open_stream(stream, path)
-                on_failure.callback(self._close_stream, stream, keep=has_writers)
-            on_failure.pop_all()
-
-    def _open_stream(self, stream: str, path: Path) -> None:
-        settings, name = self.config.log, self._held_name(stream)
-        held = self._runtime.keeper.take(name)
-        opened = OutputStream(
-            self._fifo(stream),
-            self._runtime.log_file(path, settings),
-            instance=self.name,
-            stream=stream,
-            format_=settings.format,
-            held=held,
-        )
-        self._streams[stream] = opened
-        if held is None:
-            try:
-                self._runtime.keeper.hold(name, opened.fileno())
-            except OSError:
-                self._streams.pop(stream).close()
-                raise
-
-    def _close_stream(self, stream: str, *, keep: bool) -> None:
-        self._streams.pop(stream).close(keep=keep)
-        if not keep:
-            self._runtime.keeper.drop(self._held_name(stream))
-
-    def _held_name(self, stream: str) -> str:
-        """What the keeper knows a FIFO by."""
-        return f"output/{self.name}.{stream}"
-
     @property
     def _ready_name(self) -> str:
         """What the keeper knows the descriptor by that the program announces its readiness on."""
         return f"ready/{self.seat_name}"
-
-    def _fifo(self, stream: str) -> Path:
-        if stream not in self._fifos:
-            self._fifos[stream] = Path(f"{self._runtime.runtime_dir}/output/{self.name}.{stream}")
-        return self._fifos[stream]
 
     def configure(self, config: TargetConfig) -> None:
         """Take other settings. What a process has from its start is that of the next one; until then there
@@ -1206,26 +1142,11 @@ class Instance:
         """
         before, self.config = self.config, config
         if before.log != config.log:
-            self._take_log_settings(before.log, config.log)
+            self._output.configure(config.log, has_writers=self._has_writers)
         if self.ready and self._watch is not None and before != config:
             self._watch.close()
             self._watch = self._new_watch()
             self._watch.became_ready(since=self._ready_at)
-
-    def _take_log_settings(self, before: LogConfig, after: LogConfig) -> None:
-        if before.stderr != after.stderr:
-            self._close_streams()
-            return
-        paths = self._log_paths()
-        for name, stream in self._streams.items():
-            old = stream.file
-            # One that was configured away while the process has it goes where the other does.
-            file = self._runtime.log_file(paths.get(name, paths["stdout"]), after)
-            if file is not old or before.format != after.format:
-                stream.redirect(file, after.format)
-            file.limit(**self._runtime.log_limits(after))
-            if file is not old:
-                self._runtime.close_log_file(old.path)
 
     def close(self) -> None:
         """Let go of descriptors; the process, if there is one, is not touched, and goes on writing."""
@@ -1236,13 +1157,7 @@ class Instance:
             task.cancel()
         if self.role == "current":
             self._store.close()
-            self._close_streams()
-
-    def _close_streams(self) -> None:
-        for stream in list(self._streams):
-            path = self._streams[stream].file.path
-            self._close_stream(stream, keep=self._process is not None)
-            self._runtime.close_log_file(path)
+            self._output.close(keep=self._has_writers)
 
     def _survived(self) -> None:
         self._became_ready(f"up for {self.config.min_uptime:g} s" if self.config.min_uptime else "spawned")
@@ -1364,8 +1279,7 @@ class Instance:
     def _exited(self, ended: Exit) -> None:
         assert self._child is not None
         self._end_watch()
-        for stream in self._streams.values():
-            stream.drain()
+        self._output.drain()
         self._runtime.channel.dismiss(self.token)
         child = self._child
         if self.config.kill_mode != "group":
@@ -1408,8 +1322,7 @@ class Instance:
         oom_kills = self._leave_cgroup()
         self._child = self._process = None
         self._cancel_timer()
-        for stream in self._streams.values():
-            stream.drain()
+        self._output.drain()
         if self._program_runs and self.config.hooks.post_stop is not None:
             self._cleaning = self._in_background(self._clean_up(self.config.hooks.post_stop, ended))
         self._program_runs = False
@@ -1507,11 +1420,12 @@ class Instance:
             self._store.restore(self.config.fd_store_max)
         if record.process is not None:
             self._find_process(record.process)
-        if not self._streams and (self._process is not None or self._held_streams()):
-            self._reopen_streams()
+        self._output.take_back(
+            None if self._child is None else self._child.pid, has_writers=self._has_writers
+        )
 
     def _find_process(self, record: ProcessRecord) -> None:
-        finding = adoption.find(record, self._fifo("stdout"))
+        finding = adoption.find(record, self._output.fifo("stdout"))
         if record.cgroup is not None:
             self._cgroup = Cgroup(Path(record.cgroup))
         process = self._process = finding.record
@@ -1523,7 +1437,7 @@ class Instance:
             self._doubt, self._lost_pidfd = finding.why, finding.pidfd
         elif finding.verdict is adoption.Verdict.OURS:
             self._child = AdoptedChild(process, finding.pidfd, self._runtime.keeper)
-            self._child.groups = adoption.groups_of(process, self._fifo("stdout"))
+            self._child.groups = adoption.groups_of(process, self._output.fifo("stdout"))
             for group in self._child.groups:
                 self._runtime.groups[group] = self
             self._runtime.channel.admit(self.token, self)
@@ -1547,30 +1461,6 @@ class Instance:
         self._write_down_exit(ended)
         self._runtime.keeper.forget(pid, process.start_ticks)
         return ended
-
-    def _held_streams(self) -> bool:
-        return any(self._held_name(stream) in self._runtime.keeper.held for stream in ("stdout", "stderr"))
-
-    def _reopen_streams(self) -> None:
-        """Where the process writes to, or has written to, wherever that is still to be had."""
-        held, child = self._runtime.keeper.held, self._child
-        for number, stream in ((1, "stdout"), (2, "stderr")):
-            name, fifo = self._held_name(stream), self._fifo(stream)
-            expected = stream == "stdout" or self.config.log.stderr != "stdout"
-            if child is None or not expected or name in held or fifo.exists():
-                continue
-            # Somebody has tidied up: the process itself has it, if it is the one we gave it.
-            with contextlib.suppress(OSError):
-                link = Path(f"/proc/{child.pid}/fd/{number}")
-                if str(link.readlink()) == f"{fifo} (deleted)" and stat.S_ISFIFO(link.stat().st_mode):
-                    held[name] = os.open(link, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-                    self._runtime.keeper.hold(name, held[name])
-        self._open_streams()
-        if "stderr" not in self._streams and (
-            self._held_name("stderr") in held or self._fifo("stderr").exists()
-        ):
-            # It was configured to have one of its own when the process was started.
-            self._open_stream("stderr", self._streams["stdout"].file.path)
 
     def carry_on(self) -> None:
         """Go on with what was under way when the earlier supervisor died."""
@@ -1654,7 +1544,7 @@ class Instance:
         child = self._child = Child(process.pid, pidfd=-1, started=process.spawned, groups=process.groups)
         for group in list(child.groups) if self.config.kill_mode == "group" else []:
             members = group_members(group)
-            if members and not adoption.is_group_of(process, members, self._fifo("stdout")):
+            if members and not adoption.is_group_of(process, members, self._output.fifo("stdout")):
                 log.warning("%s: group %d is somebody else's by now, left alone", self.name, group)
                 child.groups.remove(group)
         if self.state is State.STOPPING or self._doomed is not None:

@@ -474,9 +474,7 @@ class Supervisor:
     def _close_instances(self) -> None:
         for target in self.targets.values():
             target.close()
-        for file in self._runtime.log_files.values():
-            file.close()
-        self._runtime.compressor.close()
+        self._runtime.log_files.close()
 
     async def _autostart(self) -> None:
         async def start(target: Target) -> None:
