@@ -454,7 +454,7 @@ class Instance:
                 await self.wait_until(lambda i: i.hello is not None)
         # One without the SDK knows nothing of a drain.
         why = None if self.hello is None else await self._ask_to_drain(seconds)
-        if seconds and self._runtime.sockets.steer_away(self._pids(), self.config.sockets):
+        if seconds and await self._runtime.sockets.steer_away(self._pids(), self.config.sockets):
             await asyncio.sleep(min(seconds, SETTLE_SECONDS))
         return why
 

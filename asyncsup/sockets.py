@@ -42,6 +42,7 @@ class ManagedSockets:
         self._keeper = keeper
         self._configs: Mapping[str, SocketConfig] = {}
         self._bound: dict[str, socket.socket] = {}
+        self._steering = asyncio.Lock()
         self._cannot_steer = False
         """The host does not let us, which has been said."""
 
@@ -78,22 +79,25 @@ class ManagedSockets:
             self._bind(name)
         return self._bound[name]
 
-    def steer_away(self, pids: Iterable[int], names: Iterable[str]) -> bool:
+    async def steer_away(self, pids: Iterable[int], names: Iterable[str]) -> bool:
         """Have processes that are to end take no more connections from some of them.
 
         Returns:
             Whether they have taken any so far.
         """
-        try:
-            return steer_away(pids, [self._bound[name] for name in names if name in self._bound]) > 0
-        except OSError as error:
-            if not self._cannot_steer:
-                self._cannot_steer = True
-                log.warning(
-                    "programs go on taking connections until their stop signal, unless they drain: %s",
-                    error.strerror,
-                )
-            return False
+        async with self._steering:
+            # A millisecond or two: where hundreds end at once, others have their turn in between.
+            await asyncio.sleep(0)
+            try:
+                return steer_away(pids, [self._bound[name] for name in names if name in self._bound]) > 0
+            except OSError as error:
+                if not self._cannot_steer:
+                    self._cannot_steer = True
+                    log.warning(
+                        "programs go on taking connections until their stop signal, unless they drain: %s",
+                        error.strerror,
+                    )
+                return False
 
     def configure(self, configs: Mapping[str, SocketConfig]) -> None:
         """Have other ones. One whose address has changed is bound anew; whoever has the old one keeps it.

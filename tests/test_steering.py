@@ -57,6 +57,16 @@ else:
 """Answers everything with its pid, on the sockets that are its arguments."""
 
 
+@pytest.fixture(scope="module")
+def steering() -> None:
+    """Skips where the host does not let us: what is done then has tests that do without this."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, echo("asyncio", listening) as pid:
+        try:
+            steer_away([pid], [listening])
+        except OSError as error:
+            pytest.skip(f"this host does not let us steer: {error}")
+
+
 @contextlib.contextmanager
 def echo(loop: str, *sockets: socket.socket) -> Iterator[int]:
     numbers = [each.fileno() for each in sockets]
@@ -105,6 +115,7 @@ def listening(request: pytest.FixtureRequest, short_tmp: Path) -> Iterator[socke
         yield made
 
 
+@pytest.mark.usefixtures("steering")
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_who_is_steered_away_from_goes_on_with_what_it_has_and_takes_nothing_new(
     listening: socket.socket, loop: str
@@ -125,6 +136,7 @@ def test_who_is_steered_away_from_goes_on_with_what_it_has_and_takes_nothing_new
         assert steer_away([old], [listening]) == 0
 
 
+@pytest.mark.usefixtures("steering")
 def test_all_processes_and_sockets_at_once_and_no_others() -> None:
     with contextlib.ExitStack() as stack:
         first, second, other = (stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3))
@@ -205,6 +217,7 @@ def town(serve: Serve) -> Iterator[Steered]:
     made.close()
 
 
+@pytest.mark.usefixtures("steering")
 def test_cold_patches_of_a_program_that_knows_nothing_lose_no_new_connection(town: Steered) -> None:
     town.start()
     town.use()
@@ -214,6 +227,7 @@ def test_cold_patches_of_a_program_that_knows_nothing_lose_no_new_connection(tow
     assert set(town.unharmed()) == {f"v{number}" for number in range(1, 12)}
 
 
+@pytest.mark.usefixtures("steering")
 def test_several_instances_in_turn(town: Steered) -> None:
     town.start("instances = 3", patch="max_parallel = 1")
     before = town.pids
@@ -226,6 +240,7 @@ def test_several_instances_in_turn(town: Steered) -> None:
     assert town.unharmed()["v2"]
 
 
+@pytest.mark.usefixtures("steering")
 def test_one_with_the_sdk_and_no_handler_for_a_drain(town: Steered) -> None:
     (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "deaf"'))
     town.readiness = 'protocol = "sdk"'
@@ -236,6 +251,7 @@ def test_one_with_the_sdk_and_no_handler_for_a_drain(town: Steered) -> None:
     town.unharmed()
 
 
+@pytest.mark.usefixtures("steering")
 def test_a_build_that_serves_and_is_never_ready_goes_as_quietly(town: Steered) -> None:
     town.start('start_timeout = "3s"')
     before = town.pids
@@ -246,6 +262,7 @@ def test_a_build_that_serves_and_is_never_ready_goes_as_quietly(town: Steered) -
     town.unharmed()
 
 
+@pytest.mark.usefixtures("steering")
 def test_a_patch_that_is_taken_back_by_hand_costs_nothing(town: Steered) -> None:
     town.start(patch='commit = "manual"')
     before = town.pids
@@ -257,6 +274,8 @@ def test_a_patch_that_is_taken_back_by_hand_costs_nothing(town: Steered) -> None
     town.unharmed()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a host may let only root steer whom another has started")
+@pytest.mark.usefixtures("steering")
 def test_a_supervisor_killed_while_the_old_one_is_on_its_way_out(town: Steered) -> None:
     town.start()
     town.use()
@@ -284,6 +303,7 @@ def test_a_drain_of_no_time_steers_nothing(town: Steered) -> None:
     assert town.ask() == "v2"
 
 
+@pytest.mark.usefixtures("steering")
 @pytest.mark.timeout(300)
 def test_a_stock_server_loses_no_new_connection(serve: Serve) -> None:
     service = Patched(serve.folder, stock=True)
