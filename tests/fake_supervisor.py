@@ -20,7 +20,7 @@ import zmq
 PENDING = object()
 """What a handler returns that answers later, by `FakeSupervisor.answer`, or never."""
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 """How long a test waits for what must happen."""
 
 

@@ -22,7 +22,7 @@ import zmq
 from target_sdk import protocol
 from target_sdk.protocol import Failure, Message, Request, RequestId, Result, decode
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 TOKEN = "a-secret"
 
 Answer = Result | Failure

@@ -13,11 +13,13 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from asyncsup.channel import RESEND_SECONDS, PeerError, PeerGoneError, TargetChannel
+from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
 from asyncsup.ipc import Router
 from target_sdk.protocol import MAX_MESSAGE_BYTES, Failure, Hello, Request, Result, decode
 
 pytestmark = pytest.mark.anyio
+
+WAIT_SECONDS = 60.0
 
 
 class Listener:
@@ -95,12 +97,12 @@ def hello(token: str, **changes: Any) -> dict[str, Any]:
 
 async def ask(peer: zmq.asyncio.Socket, method: str, params: Mapping[str, Any], id_: int = 1) -> Any:
     await peer.send(Request(id=id_, method=method, params=params).encode())
-    return decode(await asyncio.wait_for(peer.recv(), 10))
+    return decode(await asyncio.wait_for(peer.recv(), WAIT_SECONDS))
 
 
-async def counted(wire: Wire, counter: str) -> None:
-    async with asyncio.timeout(10):
-        while not wire.channel.counters[counter]:
+async def counted(wire: Wire, counter: str, least: int = 1) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while wire.channel.counters[counter] < least:
             await asyncio.sleep(0.005)
 
 
@@ -170,10 +172,12 @@ async def test_who_has_not_said_hello_is_not_heard(wire: Wire) -> None:
 
 
 async def test_a_request_waits_for_the_hello_and_is_answered(wire: Wire) -> None:
-    request = asyncio.ensure_future(wire.channel.request("secret", "prepare", {"x": 1}, deadline=10))
+    request = asyncio.ensure_future(
+        wire.channel.request("secret", "prepare", {"x": 1}, deadline=WAIT_SECONDS)
+    )
     await asyncio.sleep(0)
     peer = await wire.introduced()
-    asked = decode(await asyncio.wait_for(peer.recv(), 10))
+    asked = decode(await asyncio.wait_for(peer.recv(), WAIT_SECONDS))
     assert isinstance(asked, Request)
     assert (asked.method, asked.params) == ("prepare", {"x": 1})
     await peer.send(Result(id=asked.id, result="yes").encode())
@@ -182,12 +186,12 @@ async def test_a_request_waits_for_the_hello_and_is_answered(wire: Wire) -> None
 
 async def test_an_unanswered_request_is_repeated_with_the_same_id_also_after_a_reconnect(wire: Wire) -> None:
     peer = await wire.introduced()
-    request = asyncio.ensure_future(wire.channel.request("secret", "reload", {}, deadline=20))
-    first = await asyncio.wait_for(peer.recv(), 10)
-    assert await asyncio.wait_for(peer.recv(), 10 * RESEND_SECONDS) == first
+    request = asyncio.ensure_future(wire.channel.request("secret", "reload", {}, deadline=WAIT_SECONDS))
+    first = await asyncio.wait_for(peer.recv(), WAIT_SECONDS)
+    assert await asyncio.wait_for(peer.recv(), WAIT_SECONDS) == first
     peer.close()
     again = await wire.introduced()
-    assert await asyncio.wait_for(again.recv(), 10) == first
+    assert await asyncio.wait_for(again.recv(), WAIT_SECONDS) == first
     asked = decode(first)
     assert isinstance(asked, Request)
     await again.send(Result(id=asked.id, result={}).encode())
@@ -198,7 +202,7 @@ async def test_a_request_ends_at_its_deadline_and_a_late_answer_is_stale(wire: W
     peer = await wire.introduced()
     with pytest.raises(TimeoutError):
         await wire.channel.request("secret", "prepare", {}, deadline=0.05)
-    asked = decode(await asyncio.wait_for(peer.recv(), 10))
+    asked = decode(await asyncio.wait_for(peer.recv(), WAIT_SECONDS))
     assert isinstance(asked, Request)
     await peer.send(Result(id=asked.id, result={}).encode())
     await counted(wire, "target.stale_answer")
@@ -209,8 +213,8 @@ async def test_an_answer_from_another_instance_is_foreign(wire: Wire) -> None:
     wire.channel.admit("other", other)
     peer, stranger = await wire.introduced(), wire.peer()
     await ask(stranger, "hello", hello("other"))
-    request = asyncio.ensure_future(wire.channel.request("secret", "prepare", {}, deadline=20))
-    asked = decode(await asyncio.wait_for(peer.recv(), 10))
+    request = asyncio.ensure_future(wire.channel.request("secret", "prepare", {}, deadline=WAIT_SECONDS))
+    asked = decode(await asyncio.wait_for(peer.recv(), WAIT_SECONDS))
     assert isinstance(asked, Request)
     await stranger.send(Result(id=asked.id, result={"verdict": "go_ahead"}).encode())
     await counted(wire, "target.stale_answer")
@@ -221,8 +225,8 @@ async def test_an_answer_from_another_instance_is_foreign(wire: Wire) -> None:
 
 async def test_an_error_answer_is_the_peers_error(wire: Wire) -> None:
     peer = await wire.introduced()
-    request = asyncio.ensure_future(wire.channel.request("secret", "drain", {}, deadline=20))
-    asked = decode(await asyncio.wait_for(peer.recv(), 10))
+    request = asyncio.ensure_future(wire.channel.request("secret", "drain", {}, deadline=WAIT_SECONDS))
+    asked = decode(await asyncio.wait_for(peer.recv(), WAIT_SECONDS))
     assert isinstance(asked, Request)
     await peer.send(Failure(id=asked.id, number=-32601, message="no such method").encode())
     with pytest.raises(PeerError, match="no such method"):
@@ -230,13 +234,13 @@ async def test_an_error_answer_is_the_peers_error(wire: Wire) -> None:
 
 
 async def test_the_end_of_an_instance_ends_what_waits_for_it(wire: Wire) -> None:
-    request = asyncio.ensure_future(wire.channel.request("secret", "prepare", {}, deadline=20))
+    request = asyncio.ensure_future(wire.channel.request("secret", "prepare", {}, deadline=WAIT_SECONDS))
     await asyncio.sleep(0)
     wire.channel.dismiss("secret")
     with pytest.raises(PeerGoneError):
         await request
     with pytest.raises(PeerGoneError):
-        await wire.channel.request("secret", "prepare", {}, deadline=20)
+        await wire.channel.request("secret", "prepare", {}, deadline=WAIT_SECONDS)
 
 
 GARBAGE = [
@@ -266,9 +270,9 @@ async def test_garbage_is_survived_and_counted(wire: Wire) -> None:
     for frames in GARBAGE:
         await garbler.send_multipart(frames)
     await wire.introduced()
-    counters = wire.channel.counters
-    assert counters["target.garbage"] >= 10
-    assert counters["target.stale_answer"] >= 1
+    # It came over another connection than the hello.
+    await counted(wire, "target.garbage", 10)
+    await counted(wire, "target.stale_answer")
 
 
 async def test_a_giant_message_costs_its_sender_the_connection_and_nobody_else(wire: Wire) -> None:

@@ -106,7 +106,7 @@ def test_no_supervisor_fails_at_once_and_says_what_to_do(tmp_path: Path) -> None
     )
     with ControlClient(f"ipc://{tmp_path}/control.sock") as client, expected:
         client.call("status")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < WAIT_SECONDS / 2
 
 
 def test_a_socket_left_behind_by_a_dead_supervisor_fails_at_once(tmp_path: Path) -> None:
@@ -151,6 +151,7 @@ def test_a_late_answer_is_not_taken_for_that_of_the_next_call(supervisor: FakeSu
 
 def test_a_cancel_sent_just_before_closing_arrives(supervisor: FakeSupervisor) -> None:
     with ControlClient(supervisor.endpoint) as client, pytest.raises(TimeoutExpiredError):
+        client.call("echo")  # they are connected
         client.call("never", timeout=0.05)
     supervisor.wait_for("cancel")
 
@@ -223,8 +224,8 @@ def test_a_quick_question_fails_as_any_other(supervisor: FakeSupervisor) -> None
 
 
 def test_a_quick_question_ends_at_its_deadline_and_is_cancelled(supervisor: FakeSupervisor) -> None:
-    with pytest.raises(TimeoutExpiredError, match=r"no answer to never within 0\.1 s"):
-        quick.ask(supervisor.endpoint, "never", {}, timeout=0.1)
+    with pytest.raises(TimeoutExpiredError, match=r"no answer to never within 3 s"):
+        quick.ask(supervisor.endpoint, "never", {}, timeout=3)
     assert supervisor.wait_for("cancel").params == {"id": supervisor.wait_for("never").id}
 
 

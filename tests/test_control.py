@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 import zmq
-from conftest import Serve
+from conftest import Serve, wait_for
 
 from asyncsup.client import ControlClient
 
@@ -29,7 +29,7 @@ class Peer:
     def socket(self, kind: int, endpoint: str | None = None) -> zmq.Socket[bytes]:
         socket = self.context.socket(kind)
         socket.linger = 0
-        socket.rcvtimeo = 20_000
+        socket.rcvtimeo = 60_000
         socket.connect(endpoint or self.endpoint)
         self.sockets.append(socket)
         return socket
@@ -144,9 +144,15 @@ def test_shapes_that_are_no_message_are_dropped_and_counted(serve: Serve, peer: 
         socket = peer.socket(zmq.DEALER, endpoint)
         for frames in ([b"a", b"b"], [b""] * 10, [b"x"] * 200, [b"", b"", b""], [os.urandom(300)]):
             socket.send_multipart(frames)
-    info = ask(peer.socket(zmq.REQ), call("supervisor.info"))["result"]
-    assert info["counters"]["control.garbage"] > 0
-    assert info["counters"]["control.oversized"] > 0
+    asking = peer.socket(zmq.REQ)
+
+    def counters() -> dict[str, int]:
+        found: dict[str, int] = ask(asking, call("supervisor.info"))["result"]["counters"]
+        return found
+
+    # What comes over one connection may be heard after what comes over another one.
+    for counter in ("control.garbage", "control.oversized"):
+        wait_for(lambda counter=counter: counters().get(counter), counter)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["control.sock", "target.sock", "events.sock"])
@@ -171,8 +177,8 @@ def test_noise_below_zeromq_is_survived(serve: Serve, peer: Peer) -> None:
 def test_one_connection_can_have_many_requests_under_way(peer: Peer) -> None:
     socket = peer.socket(zmq.DEALER)
     with ControlClient(peer.endpoint) as client:
-        client.call("wait", {"names": ["web"], "for": "running", "timeout": 20})
-    waiting = {**call("wait", names=["web"], **{"for": "stopped"}, timeout=30), "id": "slow"}
+        client.call("wait", {"names": ["web"], "for": "running", "timeout": 60})
+    waiting = {**call("wait", names=["web"], **{"for": "stopped"}, timeout=100), "id": "slow"}
     socket.send(orjson.dumps(waiting))
     socket.send(orjson.dumps({**call("status"), "id": "quick"}))
     assert orjson.loads(socket.recv())["id"] == "quick"

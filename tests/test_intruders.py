@@ -199,6 +199,7 @@ def test_a_copy_that_finds_no_room_is_a_refusal(tmp_path: Path) -> None:
     path = tmp_path / "p.zip"
     path.write_bytes(native(Part(name="files/zeros", data=bytes(2 << 20), method=0)))
     path.chmod(0o666)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
@@ -209,7 +210,7 @@ def test_a_copy_that_finds_no_room_is_a_refusal(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert (caught.value.error_code, caught.value.exit_status) == ("gate.space", 20)
-    assert len(list(Path("/proc/self/fd").iterdir())) < 40
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
     assert [found.name for found in tmp_path.iterdir()] == ["p.zip"]
 
 
@@ -328,7 +329,7 @@ async def test_a_package_that_fails_as_nobody_foresaw_is_alone_with_that(
             assert found == {"bad.zip": "malformed", "first.zip": "complete", "second.zip": "complete"}
             await tasks.start(inbox.watch)
             tasks.start_soon(overseer.apply_arrivals)
-            with anyio.fail_after(30):
+            with anyio.fail_after(100):
                 await both.wait()
             tasks.cancel_scope.cancel()
     assert sorted(applied) == ["first.zip", "second.zip"]
@@ -381,7 +382,7 @@ def test_a_new_package_in_the_inode_of_the_old_one_is_another_package(site: Site
         # The same inode, for certain.
         (inbox / "p.zip").write_bytes(newer)
     finally:
-        thread.join(30)
+        thread.join(100)
     assert outcome[0]["verdict"] == "committed"
     assert (inbox / "p.zip").read_bytes() == newer
     assert site.client.call("patch.apply", name="p.zip")["verdict"] == "committed"

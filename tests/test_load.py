@@ -131,7 +131,7 @@ def stale(connection: socket.socket, number: int) -> None:
         reset(connection)
 
 
-def run(url: str, count: int, *, mode: Mode = "new", connections: int = 3, timeout: float = 10.0) -> Summary:
+def run(url: str, count: int, *, mode: Mode = "new", connections: int = 3, timeout: float = 60.0) -> Summary:
     """Load until this many requests have ended."""
     with Load(url, mode=mode, rate=100, connections=connections, timeout=timeout) as load:
         wait_for(lambda: len(load.results.samples) >= count, f"{count} requests")
