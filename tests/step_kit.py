@@ -172,7 +172,10 @@ class Scene:
         return self.folder / name
 
     def behave(self, name: str, **behaviour: str) -> None:
-        (self.folder / f"{name}.work" / "behaviour.json").write_text(json.dumps(behaviour))
+        # In one step: the program may be reading it.
+        temporary = self.folder / f"{name}.work" / "behaviour.new"
+        temporary.write_text(json.dumps(behaviour))
+        temporary.replace(temporary.with_name("behaviour.json"))
 
     def behave_well(self) -> None:
         for name in self.names:

@@ -206,7 +206,7 @@ def test_who_asked_is_the_process_behind_the_socket_or_the_owner_of_the_file(gro
             str(ground.serve.config), "-q",
         ]
     )  # fmt: skip
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     path = ground.package(301)
     uid, gid = (65534, 65534) if os.getuid() == 0 else (os.getuid(), os.getgid())
     os.chown(path, uid, gid)
@@ -272,7 +272,7 @@ def test_a_supervisor_that_was_killed_finds_its_chain_whole_and_writes_down_what
     with contextlib.suppress(Exception):
         ground.apply(ground.package(300))
     assert ground.serve.process is not None
-    ground.serve.process.wait(20)
+    ground.serve.process.wait(60)
     ground.client.close()
     assert command("audit", "verify", "--state-dir", str(ground.folder / ".asyncsup"))[0] == 0
     ground.serve.environ = {}

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,21 @@ def supervisor_pid(client: ControlClient) -> int:
 
 
 def descriptors(pid: int) -> set[int]:
-    return {int(name) for name in os.listdir(f"/proc/{pid}/fd")}  # noqa: PTH208 - numbers are wanted
+    """Those of a process that has come to rest; some are open for a moment only."""
+
+    def now() -> set[int]:
+        return {int(name) for name in os.listdir(f"/proc/{pid}/fd")}  # noqa: PTH208 - numbers are wanted
+
+    def at_rest() -> set[int] | None:
+        found = now()
+        for _ in range(5):
+            time.sleep(0.01)
+            if now() != found:
+                return None
+        return found
+
+    found: set[int] = wait_for(at_rest, f"process {pid} to rest")
+    return found
 
 
 def text_of(client: ControlClient, name: str) -> str:
@@ -199,7 +214,7 @@ def test_the_environment_arrives_as_it_was_written(serve: Serve) -> None:
 
 def test_what_is_so_already_is_not_done_again(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.up]\n{SLEEPER}[target.down]\n{SLEEPER}autostart = false\n")
-    client.call("wait", {"names": ["up"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["up"], "for": "ready", "timeout": 60})
     pid, seq = instance(client, "up")["pid"], client.call("status")["seq"]
     for _ in range(3):
         client.call("start", names=["up"])
@@ -241,7 +256,7 @@ def test_nothing_is_started_while_the_supervisor_is_stopping(serve: Serve) -> No
     # One that dies of something else is not started again either.
     os.kill(instance(client, "deaf")["pid"], signal.SIGKILL)
     assert serve.process is not None
-    assert serve.process.wait(20) == 0
+    assert serve.process.wait(60) == 0
     client.close()
     after = serve.errors().partition(" stopping (")[2]
     assert "deaf:0: stopping -> stopped" in after
@@ -263,7 +278,7 @@ def test_kill_mode_process_leaves_its_children_alone(serve: Serve, doomed: list[
 
 def test_a_signal_to_what_does_not_run_says_so(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.up]\n{SLEEPER}[target.down]\n{SLEEPER}autostart = false\n")
-    client.call("wait", {"names": ["up"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["up"], "for": "ready", "timeout": 60})
     error = fails(client, "signal", names=["down"], signal="USR1")
     assert (error.error_code, error.remote_exit_status) == ("target.not_running", 3)
     assert "down has no process to signal" in error.message
@@ -289,7 +304,7 @@ def test_the_time_of_day_decides_nothing_about_processes(serve: Serve) -> None:
         f'{QUICK}[target.web]\n{SLEEPER}[target.bad]\ncommand = "false"\nstart_limit_burst = 3\n'
         f'[target.deaf]\n{IGNORES_TERM}stop_timeout = "200ms"\n'
     )
-    client.call("wait", {"names": ["web", "deaf"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web", "deaf"], "for": "ready", "timeout": 60})
     assert reached(client, "bad", "failed")["restarts"] == 3
     pid = instance(client, "web")["pid"]
     os.kill(pid, signal.SIGKILL)
@@ -314,7 +329,7 @@ def test_waiting_is_said_once(serve: Serve) -> None:
     assert serve.process is not None
     assert serve.process.poll() is None
     os.kill(found["pid"], signal.SIGKILL)
-    assert serve.process.wait(20) == 0
+    assert serve.process.wait(60) == 0
     client.close()
     assert serve.errors().count("waiting for db") == 1
     assert serve.errors().count("deaf:0: running -> stopping") == 1
@@ -325,7 +340,7 @@ def test_restarts_by_command_are_no_flapping(serve: Serve) -> None:
         '[defaults]\nstart_limit_burst = 1\nrestart_delay = "20ms"\nmin_uptime = "1h"\n'
         f"[target.web]\n{SLEEPER}"
     )
-    client.call("wait", {"names": ["web"], "for": "running", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "running", "timeout": 60})
     for _ in range(5):
         client.call("restart", names=["web"], wait=False)
     wait_for(lambda: not target(client, "web")["busy"] and not target(client, "web")["waiting"], "the last")
@@ -358,12 +373,12 @@ def test_who_has_left_the_group_does_not_hold_up_a_stop(serve: Serve, doomed: li
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 def test_int_and_quit_stop_everything(serve: Serve, number: signal.Signals) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     pid = instance(client, "web")["pid"]
     client.close()
     assert serve.process is not None
     serve.process.send_signal(number)
-    assert serve.process.wait(20) == 0
+    assert serve.process.wait(60) == 0
     assert not alive(pid)
 
 
@@ -397,7 +412,7 @@ def test_usr2_reopens_the_logs(serve: Serve) -> None:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGPIPE, signal.SIGWINCH, signal.SIGCONT])
 def test_signals_without_a_meaning_end_nothing(serve: Serve, number: signal.Signals) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     pid = instance(client, "web")["pid"]
     os.kill(supervisor_pid(client), number)
     assert instance(client, "web")["pid"] == pid
@@ -415,7 +430,7 @@ def test_leftovers_of_another_supervisor_are_tolerated(serve: Serve) -> None:
     (run / "output").mkdir()
     (run / "output/web:0.stdout").write_text("no FIFO")
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     client.close()
     assert serve.stop() == 0
     # Somebody else has the lock, and nobody knows who.
@@ -423,7 +438,7 @@ def test_leftovers_of_another_supervisor_are_tolerated(serve: Serve) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(b"\xff\xfe no pid\n")
         lock.flush()
-        second = subprocess.run(serve.command(), capture_output=True, text=True, timeout=30, check=False)
+        second = subprocess.run(serve.command(), capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 8
     assert "another supervisor (pid unknown) runs" in second.stderr
     assert "Traceback" not in second.stderr
@@ -432,7 +447,7 @@ def test_leftovers_of_another_supervisor_are_tolerated(serve: Serve) -> None:
 @pytest.mark.parametrize("removed_before", [False, True])
 def test_sockets_go_at_the_end_and_may_have_gone_before(serve: Serve, removed_before: bool) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     client.close()
     sockets = list((serve.folder / ".asyncsup/run").glob("*.sock"))
     assert len(sockets) == 4
@@ -446,7 +461,7 @@ def test_sockets_go_at_the_end_and_may_have_gone_before(serve: Serve, removed_be
 def test_shutdown_without_a_supervisor_says_that_there_is_none(serve: Serve) -> None:
     serve.write(f"[target.web]\n{SLEEPER}")
     command = [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "shutdown"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 7
     assert done.stderr.startswith(f"asyncsup: no supervisor at {serve.endpoint}")
 
@@ -509,7 +524,7 @@ def test_bytes_that_are_no_text_are_passed_on(serve: Serve) -> None:
     assert wait_for(lambda: text_of(client, "web"), "the output") == "café \ufffd\ufffd\0\n"
     assert (serve.folder / ".asyncsup/logs/web.0.log").read_bytes() == b"caf\xc3\xa9 \xff\xfe\0\n"
     command: list[Any] = [sys.executable, "-m", "asyncsup", "-c", serve.config, "logs", "web"]
-    shown = subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
+    shown = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     assert shown.decode() == "café \ufffd\ufffd\0\n"
     client.close()
 

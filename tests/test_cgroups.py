@@ -283,8 +283,7 @@ def test_another_program_in_its_place_keeps_them(delegated: Path, serve: Serve, 
     before = client.call("supervisor.info")["started"]
     client.call("supervisor.reexec")
     client.close()
-    client = serve.connect()
-    wait_for(lambda: client.call("supervisor.info")["started"] != before, "the other supervisor")
+    client = serve.connect_to_next(before)
     assert (instance(client)["pid"], group_of(client)) == (pid, group)
     client.call("stop", names=["a"])
     assert not any(alive(pid) for pid in pids)
@@ -302,8 +301,8 @@ def test_the_next_supervisor_ends_what_a_dead_program_has_left(delegated: Path, 
     assert all(alive(pid) for pid in pids)
     client = up(serve, delegated, targets)
     wait_for(lambda: instance(client)["state"] == "failed", "the end to be seen")
+    wait_for(lambda: not group.exists(), "the group to go")
     assert not any(alive(pid) for pid in pids)
-    assert not group.exists()
     client.close()
 
 
@@ -331,9 +330,10 @@ def test_groups_of_nobody_are_removed_or_left_alone_and_said(delegated: Path, se
         serve.connect().close()
         serve.kill_supervisor()
         serve.connect().close()
-        assert not (base / "empty:0").exists()
+        wait_for(lambda: not (base / "empty:0").exists(), "the empty group to go")
+        said = f"{base}/full:0 holds processes of no instance that is known"
+        wait_for(lambda: said in serve.errors(), "the other one to be told of")
         assert stranger.poll() is None
-        assert f"{base}/full:0 holds processes of no instance that is known" in serve.errors()
     finally:
         stranger.kill()
         stranger.wait()

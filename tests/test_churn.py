@@ -89,8 +89,13 @@ def test_nothing_piles_up(serve: Serve) -> None:
             others = ["exit", "fail", "kill", "family", "talk", "hooked", "mute"]
             client.call("stop", {"names": others}, timeout=60)
             wait_for(lambda: len(children_of(pid)) == 1, "the last hook to end")
-            wait_for(lambda: size(client, pid) == size(client, pid), "the supervisor to rest")
-            return size(client, pid)
+
+            def rests() -> Size | None:
+                found = size(client, pid)
+                return found if all(size(client, pid) == found for _ in range(5)) else None
+
+            rest: Size = wait_for(rests, "the supervisor to rest")
+            return rest
 
         names = {"names": ["all"], "wait": False}
         wait_for(lambda: starts(client) >= WARM_UP, "the first starts", timeout=300, every=0.2)

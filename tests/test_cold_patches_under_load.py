@@ -15,7 +15,7 @@ from conftest import Serve, wait_for
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from cold_patches import FAULTS, Fault, Patched  # noqa: E402
+from cold_patches import FAULTS, START_SECONDS, Fault, Patched  # noqa: E402
 from load import Load  # noqa: E402
 
 PATCHES = 20
@@ -31,15 +31,16 @@ def went_on(loads: dict[str, Load], seen: dict[str, int]) -> bool:
 def test_cold_patches_and_broken_builds_lose_no_request(serve: Serve) -> None:
     service = Patched(serve.folder)
     place = f"127.0.0.1:{service.port}"
+    patient = service.settings.replace(f'"{START_SECONDS}s"', '"25s"')
     changes: list[Fault | None] = [None] * PATCHES
     for number, fault in enumerate(FAULTS, 1):
         changes.insert(number * EVERY + number - 1, fault)
     with (
-        serve.start(service.settings) as control,
-        Load(f"http://{place}/", rate=20) as new,
-        Load(f"http://{place}/", mode="keep-alive", rate=20, connections=5) as kept,
-        Load(f"http://{place}/slow", rate=10) as slow,
-        Load(f"ws://{place}/echo", mode="websocket", rate=20, connections=5) as websockets,
+        serve.start(patient) as control,
+        Load(f"http://{place}/", rate=20, timeout=60) as new,
+        Load(f"http://{place}/", mode="keep-alive", rate=20, connections=5, timeout=60) as kept,
+        Load(f"http://{place}/slow", rate=10, timeout=60) as slow,
+        Load(f"ws://{place}/echo", mode="websocket", rate=20, connections=5, timeout=60) as websockets,
     ):
         loads = {"new": new, "keep-alive": kept, "slow": slow, "websocket": websockets}
         control.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})

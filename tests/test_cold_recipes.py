@@ -99,7 +99,10 @@ def test_a_cold_patch_loses_nothing(staged: tuple[Case, Stage]) -> None:
     def others() -> object:
         return stage.client.call("status", names=[stage.name])["targets"][0]["others"]
 
-    with Load(url, rate=40) as new, Load(url, mode="keep-alive", rate=40, connections=5) as kept:
+    with (
+        Load(url, rate=40, timeout=60) as new,
+        Load(url, mode="keep-alive", rate=40, connections=5, timeout=60) as kept,
+    ):
         loads = (new, kept)
         with pytest.raises(RemoteError) as caught:
             stage.patch(case.program.change[0], case.program.broken)

@@ -35,7 +35,7 @@ from target_sdk.draining import Draining, Websockets  # noqa: E402
 from target_sdk.http2 import FORGET_ABOVE, GOAWAY, Goaways  # noqa: E402
 from target_sdk.protocol import Result  # noqa: E402
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 REPLACEMENTS = 2
 
 pytestmark = pytest.mark.anyio
@@ -593,10 +593,10 @@ def test_a_service_is_replaced_under_load_without_a_failure(service: str) -> Non
     with Slot(COMMANDS[service]) as slot:
         place = f"127.0.0.1:{slot.port}"
         with (
-            Load(f"http://{place}/", rate=20) as new,
-            Load(f"http://{place}/", mode="keep-alive", rate=20, connections=5) as kept,
-            Load(f"http://{place}/slow", rate=10) as slow,
-            Load(f"ws://{place}/echo", mode="websocket", rate=20, connections=5) as websockets,
+            Load(f"http://{place}/", rate=20, timeout=60) as new,
+            Load(f"http://{place}/", mode="keep-alive", rate=20, connections=5, timeout=60) as kept,
+            Load(f"http://{place}/slow", rate=10, timeout=60) as slow,
+            Load(f"ws://{place}/echo", mode="websocket", rate=20, connections=5, timeout=60) as websockets,
         ):
             loads = {"new": new, "keep-alive": kept, "slow": slow, "websocket": websockets}
             for _ in range(REPLACEMENTS):

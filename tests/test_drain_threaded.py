@@ -25,7 +25,7 @@ from reference_handover import Slot  # noqa: E402
 from target_sdk.protocol import Result  # noqa: E402
 from target_sdk.threaded import DrainingHandler, DrainingServer  # noqa: E402
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 REPLACEMENTS = 2
 
 
@@ -251,9 +251,11 @@ def test_a_service_is_replaced_under_load_without_a_failure(service: str, tmp_pa
     with Slot(COMMANDS[service], environment={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}) as slot:
         place = f"http://127.0.0.1:{slot.port}"
         with (
-            Load(f"{place}/", rate=20) as new,
-            Load(f"{place}/", mode="keep-alive", rate=20, connections=4) as kept,
-            Load(f"{place}/slow", rate=2) as slow,  # workers of `sync` answer one request at a time
+            Load(f"{place}/", rate=20, timeout=60) as new,
+            Load(f"{place}/", mode="keep-alive", rate=20, connections=4, timeout=60) as kept,
+            Load(
+                f"{place}/slow", rate=2, timeout=60
+            ) as slow,  # workers of `sync` answer one request at a time
         ):
             loads = {"new": new, "keep-alive": kept, "slow": slow}
             for _ in range(REPLACEMENTS):

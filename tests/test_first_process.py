@@ -52,7 +52,7 @@ class FirstProcess(Serve):
 
     def ended(self) -> int:
         assert self.process is not None
-        return self.process.wait(30)
+        return self.process.wait(60)
 
 
 def _is_serve(pid: int) -> bool:
@@ -68,9 +68,10 @@ def serve(request: pytest.FixtureRequest, short_tmp: Path) -> Iterator[FirstProc
     yield server
     if server.process is not None and server.process.poll() is None:
         for pid in children_of(server.process.pid):
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         try:
-            server.process.wait(30)
+            server.process.wait(60)
         finally:
             server.process.kill()
             server.process.wait()
@@ -102,8 +103,8 @@ def test_no_zombie_is_left_of_orphans(serve: FirstProcess) -> None:
 
 
 def test_term_stops_everything_in_order(serve: FirstProcess) -> None:
-    program = 'trap "echo told; exit 0" TERM; while :; do sleep 0.05; done'
-    client = serve.start(f"{QUICK}[target.a]\ncommand = ['sh', '-c', '{program}']\n")
+    program = 'trap "echo told; exit 0" TERM; echo up; while :; do sleep 0.05; done'
+    client = serve.start(f"{QUICK}[target.a]\ncommand = ['sh', '-c', '{program}']\nready.log = 'up'\n")
     wait_for(lambda: client.call("status")["targets"][0]["ready"], "the target to be ready")
     client.close()
     serve.tell(signal.SIGTERM)

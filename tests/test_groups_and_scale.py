@@ -27,7 +27,7 @@ def pids(client: ControlClient, name: str) -> list[Any]:
 
 def test_a_group_is_a_name_for_its_targets(serve: Serve) -> None:
     client = serve.start(GROUPED)
-    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     client.call("stop", names=["backend"])
     states = {t["name"]: t["state"] for t in client.call("status")["targets"]}
     assert states == {"db": "stopped", "worker-a": "running", "worker-b": "stopped"}
@@ -60,7 +60,7 @@ def test_a_group_and_a_target_cannot_have_one_name() -> None:
 
 def test_scaling_starts_and_stops_only_the_difference(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}instances = 2\n")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     before = pids(client, "web")
     assert client.call("scale", name="web", instances=4) == {"target": "web", "instances": 4}
     assert pids(client, "web")[:2] == before
@@ -80,7 +80,7 @@ def test_a_number_that_was_set_outlives_the_supervisor_until_another_is_configur
     client.close()
     assert serve.stop() == 0
     client = serve.start()
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     assert len(pids(client, "web")) == 3
     client.close()
     assert serve.stop() == 0

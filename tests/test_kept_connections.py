@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Serve, free_port, wait_for
 
 from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
@@ -19,7 +19,7 @@ from asyncsup.patch.manifest import Kind
 PROGRAM = Path(__file__).parent.parent / "examples" / "echo" / "echo_service.py"
 CONNECTIONS = 1000
 PATCHES = 10
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 DIES_ONCE = "import os, pathlib; pathlib.Path('died').exists() or (pathlib.Path('died').touch(), os._exit(1))"
 """In a successor, when it has received what is handed over and has not taken it yet."""
@@ -60,8 +60,7 @@ class Echo:
         self.root.mkdir()
         self.text = PROGRAM.read_text()
         (self.root / PROGRAM.name).write_text(self.text)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.address: tuple[str, int] = probe.getsockname()
+        self.address = ("127.0.0.1", free_port())
         command = json.dumps([sys.executable, str(self.root / PROGRAM.name)])
         self.clients: list[socket.socket] = []
         self.control = serve.start(
@@ -79,7 +78,7 @@ class Echo:
 
     def patch(self, build: int, text: str) -> None:
         made = package(self.folder, build, self.text, text)
-        self.control.call("patch.apply", {"path": str(made)}, timeout=60)
+        self.control.call("patch.apply", {"path": str(made)}, timeout=100)
         self.text = text
 
     def wait_alone(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -147,7 +148,12 @@ def make(serve: Serve) -> Iterator[Make]:
 
 
 def open_files(pid: int) -> list[str]:
-    return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    """Some are open for a moment only."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(entry.readlink()))
+    return found
 
 
 # --- the datagram -------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def test_what_does_not_count_is_counted_and_said_once(make: Make, serve: Serve) 
     before = len(open_files(serve.supervisor))
     for _ in range(5):
         puppet.say("STATUS=with descriptors", "*[0] * 250")
-    assert len(open_files(serve.supervisor)) == before
+    wait_for(lambda: len(open_files(serve.supervisor)) <= before, "as few descriptors as before")
 
 
 @root_only
@@ -327,7 +333,7 @@ def test_a_program_that_is_stopping_is_not_ready_and_has_its_time(make: Make) ->
     assert puppet.reached("exited")["exit"]["status"] == 0
     puppet.client.call("start", names=["unit"])
     before = puppet.reached("running")
-    puppet.say("STOPPING=1")
+    puppet.pull("say('STOPPING=1')", wait=False)
     found = puppet.restarted(before)
     assert "said that it is stopping, and was still there 0.3 s later" in found["exit"]["reason"]
     assert found["ready"]
@@ -347,7 +353,7 @@ say("READY=1")
 
 
 def test_only_the_reload_that_was_asked_for_counts(make: Make) -> None:
-    puppet = make('reload_signal = "HUP"\nreload_timeout = "500ms"\n', at_start=HANDSHAKE)
+    puppet = make('reload_signal = "HUP"\nreload_timeout = "2s"\n', at_start=HANDSHAKE)
     puppet.reached("running")
     # It has begun one by itself when the signal comes, and is done with that only.
     puppet.pull("earlier = now()")
@@ -359,10 +365,10 @@ def test_only_the_reload_that_was_asked_for_counts(make: Make) -> None:
         "say(f'RELOADING=1\\nMONOTONIC_USEC={earlier}'); say('READY=1'); barrier()"
     )
     puppet.pull(f"exec({line!r}.replace('~', chr(10)))", wait=False)
-    assert "no READY=1 within 0.5 s of SIGHUP" in fails(client, "reload", names=["unit"]).message
+    assert "no READY=1 within 2 s of SIGHUP" in fails(client, "reload", names=["unit"]).message
     puppet.pull("asked.clear()")
     line = (
-        "while not asked: time.sleep(0.01)~say('EXTEND_TIMEOUT_USEC=20000000')~barrier()~time.sleep(0.7)~"
+        "while not asked: time.sleep(0.01)~say('EXTEND_TIMEOUT_USEC=60000000')~barrier()~time.sleep(2.5)~"
         "say('READY=1'); say(f'RELOADING=1\\nMONOTONIC_USEC={now()}'); barrier(); "
         "say('READY=1\\nSTATUS=done')"
     )
@@ -387,7 +393,7 @@ def test_the_watchdog_waits_for_readiness_and_is_kept_by_the_next_supervisor(mak
     puppet.kill_supervisor()
     puppet.say("WATCHDOG=1")
     assert puppet.now["pid"] == before["pid"]
-    puppet.say("WATCHDOG_USEC=50000\nWATCHDOG=1")
+    puppet.pull("say('WATCHDOG_USEC=50000\\nWATCHDOG=1')", wait=False)
     assert "no sign of life for 0.05 s" in puppet.reached("failed")["exit"]["reason"]
 
 

@@ -145,7 +145,7 @@ def test_results_are_as_described(serve: Serve) -> None:
         jsonschema.validate(result, METHODS[name]["result"]["schema"])
     client.close()
     assert serve.process is not None
-    serve.process.wait(30)
+    serve.process.wait(60)
 
 
 def test_schemas_are_schemas_and_the_command_prints_them() -> None:

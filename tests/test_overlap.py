@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Asked, Serve, wait_for
+from conftest import Asked, Serve, alive, free_port, wait_for
 
 from asyncsup import failpoints
 from asyncsup.client import ControlClient
@@ -21,7 +21,9 @@ from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
 
 PROGRAM = Path(__file__).parent / "programs" / "service.py"
-PATIENCE = 20.0
+PATIENCE = 60.0
+LONG_PROBATION = 120.0
+"""Whoever is to fail in it does so at once, and ends it."""
 STARTS = {("stopped", "starting"), ("starting", "running")}
 
 
@@ -80,8 +82,7 @@ class Town:
         self.root.mkdir()
         self.source = PROGRAM.read_text()
         (self.root / "service.py").write_text(self.source)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.address: tuple[str, int] = probe.getsockname()
+        self.address = ("127.0.0.1", free_port())
         self.clients: list[Client] = []
         self.build = 0
         self.control: ControlClient
@@ -89,14 +90,14 @@ class Town:
     def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
         command = json.dumps([sys.executable, str(self.root / "service.py")])
         return (
-            f'[patch]\ntrust = "none"\nprobation = "500ms"\nack_timeout = "5s"\nkeep = 2\n'
+            f'[patch]\ntrust = "none"\nprobation = "500ms"\nack_timeout = "30s"\nkeep = 2\n'
             f'[socket.app]\nlisten = "tcp://127.0.0.1:{self.address[1]}"\n'
             f'[target.app]\ncommand = {command}\nroot = "app"\nlayout = "{layout}"\nprotocol = "sdk"\n'
             f'sockets = ["app"]\nstop_timeout = "5s"\nrestart_delay = "50ms"\n{more}\n'
             f"[target.app.patch]\n{patch}\n"
         )
 
-    def start(self, more: str = 'start_timeout = "10s"', patch: str = "", *, layout: str = "overlay") -> None:
+    def start(self, more: str = 'start_timeout = "60s"', patch: str = "", *, layout: str = "overlay") -> None:
         self.control = self.serve.start(self.settings(more, patch, layout=layout))
         self.wait_ready()
 
@@ -116,6 +117,10 @@ class Town:
         for client in self.clients:
             client.start()
 
+    def heard(self, version: str) -> None:
+        """Wait until a client has an answer of that version."""
+        wait_for(lambda: any(version in client.answers for client in self.clients), f"answers of {version}")
+
     def unharmed(self) -> dict[str, int]:
         """Let the clients go; nothing must have gone wrong for them. Returns answers by version."""
         answers: dict[str, int] = {}
@@ -128,7 +133,7 @@ class Town:
         self.clients = []
         return answers
 
-    def patch(self, version: str, mode: str = "ok") -> str:
+    def patch(self, version: str, mode: str = "ok", **more: Any) -> str:
         self.build += 1
         old, new = (self.folder / f"{name}-{self.build}" for name in ("old", "new"))
         text = self.source.replace('VERSION = "v1"', f'VERSION = "{version}"')
@@ -141,19 +146,20 @@ class Town:
         package = self.folder / f"patch-{self.build}.zip"
         build_patch(
             old=old, new=new, output=package, name="app", version=version, build=self.build,
-            kind=Kind.COLD, targets=["app"], regions=["local"],
+            kind=Kind.COLD, targets=["app"], regions=["local"], **more,
         )  # fmt: skip
         return str(package)
 
-    def apply(self, version: str, mode: str = "ok") -> dict[str, Any]:
+    def apply(self, version: str, mode: str = "ok", **more: Any) -> dict[str, Any]:
         done: dict[str, Any] = self.control.call(
-            "patch.apply", {"path": self.patch(version, mode)}, timeout=60
+            "patch.apply", {"path": self.patch(version, mode, **more)}, timeout=200
         )
         return done
 
     def refused(self, version: str, mode: str) -> RemoteError:
+        """What it is refused with, or undone for within a long probation."""
         with pytest.raises(RemoteError) as caught:
-            self.apply(version, mode)
+            self.apply(version, mode, probation=LONG_PROBATION)
         return caught.value
 
     @property
@@ -193,10 +199,12 @@ def test_a_cold_patch_loses_no_request(town: Town, layout: str) -> None:
     town.start(layout=layout)
     before = town.pids
     town.use()
+    town.heard("v1")
     for number in range(2, 6):
         town.apply(f"v{number}")
     town.wait_alone()
     assert town.ask() == "v5"
+    town.heard("v5")
     answers = town.unharmed()
     assert set(answers) <= {f"v{n}" for n in range(1, 6)}
     assert answers["v1"]
@@ -214,7 +222,7 @@ def test_a_cold_patch_loses_no_request(town: Town, layout: str) -> None:
     ],
 )
 def test_a_broken_build_costs_no_request_and_the_old_process_stays(town: Town, mode: str, code: str) -> None:
-    town.start(f'start_timeout = "{2 if mode == "mute" else 20}s"', patch='probation = "4s"')
+    town.start(f'start_timeout = "{10 if mode == "mute" else 60}s"')
     before = town.pids
     town.use()
     error = town.refused("v2", mode)
@@ -256,7 +264,8 @@ def test_several_instances_are_replaced_some_at_a_time(town: Town) -> None:
         events = control.call("events.since", {"seq": since})["events"]
     town.wait_alone()
     assert not set(town.pids) & set(before)
-    assert town.unharmed()["v2"]
+    town.heard("v2")
+    town.unharmed()
     # Each is spawned after the one before it is ready.
     order = [
         (event["instance"], event["to"])
@@ -302,7 +311,7 @@ def test_a_supervisor_that_is_killed_fails_or_hangs_at_a_canary_leaves_everythin
             town.again()
         else:
             wait_for(lambda: [o["role"] for o in town.target["others"]] == ["standby"], "the canary")
-            town.control.call("patch.abort", {"id": "1"}, timeout=60)
+            town.control.call("patch.abort", {"id": "1"}, timeout=100)
     wait_for(lambda: town.pids == before, "the old ones to count again")
     town.wait_alone()
     assert town.pids == before
@@ -314,11 +323,13 @@ def test_a_supervisor_that_is_killed_fails_or_hangs_at_a_canary_leaves_everythin
 def test_without_overlap_some_at_a_time_and_never_too_few(town: Town) -> None:
     town.start("instances = 3\noverlap = false", patch="min_available = 2")
     before = town.pids
-    low = 3
-    asked = Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
-    while not asked.is_answered:
-        low = min(low, sum(instance["ready"] for instance in town.target["instances"]))
-    asked.result()
+    since = town.control.call("events.since")["seq"]
+    town.apply("v2")
+    up, low = {f"app:{number}" for number in range(3)}, 3
+    for event in town.control.call("events.since", {"seq": since})["events"]:
+        if event["type"] == "instance.state":
+            (up.add if event["to"] == "running" else up.discard)(event["instance"])
+            low = min(low, len(up))
     assert low == 2
     assert not set(town.pids) & set(before)
     assert town.ask() == "v2"
@@ -338,7 +349,7 @@ def test_who_had_no_turn_in_a_patch_that_is_kept_all_the_same_gets_it_then(town:
     assert town.refused("v2", "uneven").error_code == "patch.undecided"
     assert [pid in before for pid in town.pids] == [False, True, True]
     (town.folder / "uneven").unlink()
-    town.control.call("patch.commit", {"id": str(town.target["undecided"])}, timeout=60)
+    town.control.call("patch.commit", {"id": str(town.target["undecided"])}, timeout=100)
     town.wait_alone()
     assert not set(town.pids) & set(before)
     town.unharmed()
@@ -348,13 +359,13 @@ def test_restart_rolling_and_a_broken_program_costs_nothing(town: Town) -> None:
     town.start("instances = 2")
     before = town.pids
     town.use()
-    town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=60)
+    town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=100)
     town.wait_alone()
     after = town.pids
     assert not set(before) & set(after)
     (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "crash"'))
     with pytest.raises(RemoteError, match="did not become ready"):
-        town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=60)
+        town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=100)
     town.wait_alone()
     assert town.pids == after
     town.unharmed()
@@ -365,7 +376,7 @@ def test_other_settings_and_max_age_replace_without_a_gap(town: Town) -> None:
     before = town.pids
     town.use()
     town.serve.write(town.settings("env = { COLOUR = 'blue' }"))
-    assert town.control.call("config.apply", {"wait": True}, timeout=60)["failed"] == {}
+    assert town.control.call("config.apply", {"wait": True}, timeout=100)["failed"] == {}
     town.wait_alone()
     after = town.pids
     assert after != before
@@ -373,12 +384,12 @@ def test_other_settings_and_max_age_replace_without_a_gap(town: Town) -> None:
     town.serve.write(
         town.settings("env = { COLOUR = 'red' }\nstart_timeout = '1s'\nready.http = 'http://127.0.0.1:1/'")
     )
-    assert "app" in town.control.call("config.apply", {"wait": True}, timeout=60)["failed"]
+    assert "app" in town.control.call("config.apply", {"wait": True}, timeout=100)["failed"]
     town.wait_alone()
     assert town.pids == after
     assert "env" in town.control.call("config.plan")["restarted"]["app"]
     town.serve.write(town.settings("env = { COLOUR = 'blue' }\nmax_age = '1s'"))
-    town.control.call("config.apply", {"wait": True}, timeout=60)
+    town.control.call("config.apply", {"wait": True}, timeout=100)
     wait_for(lambda: town.pids != after, "the old one to be too old")
     town.unharmed()
 
@@ -420,8 +431,8 @@ def test_a_stop_ends_also_those_that_are_on_their_way_out(town: Town) -> None:
         old = town.pids
         town.apply("v2")
         assert [other["pid"] for other in town.target["others"]] == old
-        town.control.call("stop", {"names": ["app"]}, timeout=60)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in old)
+        town.control.call("stop", {"names": ["app"]}, timeout=100)
+        assert not any(alive(pid) for pid in old)
     assert town.target["others"] == []
 
 
@@ -457,7 +468,7 @@ def test_a_supervisor_killed_while_both_serve_leaves_the_choice(town: Town, deci
     town.again()
     wait_for(lambda: town.target.get("uncommitted") == txn, "the patch to wait again")
     assert [other["pid"] for other in town.target["others"]] == before
-    town.control.call(f"patch.{decision}", {"id": str(txn)}, timeout=60)
+    town.control.call(f"patch.{decision}", {"id": str(txn)}, timeout=100)
     wait_for(lambda: not town.target["others"], "the other one to go")
     assert town.pids == (after if decision == "commit" else before)
     assert town.ask() == ("v2" if decision == "commit" else "v1")

@@ -55,6 +55,17 @@ def picture(folder: Path) -> dict[str, Any]:
     return found
 
 
+def at_rest(folder: Path) -> dict[str, Any]:
+    """A picture, once nothing is written any more of what came before."""
+
+    def unchanged() -> dict[str, Any] | None:
+        found = picture(folder)
+        return found if all(picture(folder) == found for _ in range(5)) else None
+
+    found: dict[str, Any] = wait_for(unchanged, "nothing to be written any more")
+    return found
+
+
 def package(folder: Path, build: int, was: dict[str, bytes], will_be: dict[str, bytes], kind: Kind) -> Path:
     for name, files in (("was", was), ("is", will_be)):
         write_tree(folder / f"{name}-{build}", files)
@@ -79,7 +90,7 @@ def test_a_plan_is_what_apply_does_and_touches_nothing(serve: Serve, tmp_path: P
 
         wait_for(all_up, "the targets")
         for path in (first, second):
-            before = picture(serve.folder)
+            before = at_rest(serve.folder)
             plan = client.call("patch.plan", path=str(path))
             shown = process("--endpoint", serve.endpoint, "patch", "plan", path).stdout
             assert picture(serve.folder) == before
@@ -101,7 +112,7 @@ def test_a_plan_is_what_apply_does_and_touches_nothing(serve: Serve, tmp_path: P
             wait_for(all_up, "the targets")
         # One that is refused leaves as little.
         (serve.folder / "web/a.txt").unlink()
-        before = picture(serve.folder)
+        before = at_rest(serve.folder)
         third = package(tmp_path, 300, WAS, WILL_BE, Kind.WARM)
         assert client.call("patch.plan", path=str(third))["verdict"] == "refused"
         assert picture(serve.folder) == before

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Serve, free_port, wait_for
 from test_patching import FILES, Field
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
@@ -34,14 +34,6 @@ server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
 print("serving", flush=True)
 server.serve_forever()
 """
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -140,7 +132,7 @@ def test_a_program_that_does_not_answer_any_more_is_replaced(switched: tuple[Ser
     url = f'http = "http://127.0.0.1:{port}/"'
     client = serve.start(
         f"{QUICK}[target.web]\n{command}[target.web.ready]\n{url}\ninterval = '20ms'\n"
-        f"[target.web.liveness]\n{url}\ninterval = '50ms'\nfailure_threshold = 2\n"
+        f"[target.web.liveness]\n{url}\ninterval = '50ms'\ntimeout = '1m'\nfailure_threshold = 2\n"
     )
     before = reached(client, "web", "running")["pid"]
     (serve.folder / "sick").touch()
@@ -156,7 +148,7 @@ def test_a_liveness_that_fails_once_and_recovers_harms_nobody(serve: Serve) -> N
     flaky = "test ! -e sick || { rm sick; exit 1; }; echo >> well"
     client = serve.start(
         f"{QUICK}[target.web]\n{SLEEPER}[target.web.liveness]\nexec = ['sh', '-c', '{flaky}']\n"
-        "interval = '20ms'\nfailure_threshold = 2\n"
+        "interval = '20ms'\ntimeout = '1m'\nfailure_threshold = 2\n"
     )
     pid = reached(client, "web", "running")["pid"]
     answers = serve.folder / "well"
@@ -187,14 +179,15 @@ time.sleep(3600)
 @pytest.mark.parametrize("trigger", [False, True])
 def test_a_program_that_stops_saying_that_it_is_alive_is_replaced(serve: Serve, trigger: bool) -> None:
     (serve.folder / "watched.py").write_text(WATCHED)
-    timeout = "1h" if trigger else "1s"
+    timeout = "1h" if trigger else "5s"
     client = serve.start(
         f'{QUICK}restart = "never"\n[target.web]\nprotocol = "notify"\nwatchdog_timeout = "{timeout}"\n'
         f'command = ["{sys.executable}", "-S", "watched.py"]\nlimits.core = 0\n'
     )
     found = reached(client, "web", "running")
-    assert found["status_text"] == f"watchdog {3600 if trigger else 1}000000"
-    time.sleep(1.2)  # longer than the time-out: its words keep it alive
+    assert found["status_text"] == f"watchdog {3600 if trigger else 5}000000"
+    if not trigger:
+        time.sleep(5.5)  # longer than the time-out: its words keep it alive
     assert instance(client, "web")["pid"] == found["pid"]
     if trigger:
         (serve.folder / "trigger").touch()
@@ -214,11 +207,11 @@ def test_an_sdk_program_that_hangs_altogether_is_replaced(serve: Serve) -> None:
     )
     client = serve.start(
         f'{QUICK}[target.web]\ncommand = ["{sys.executable}", "app.py"]\nprotocol = "sdk"\n'
-        'watchdog_timeout = "2s"\nstop_timeout = "100ms"\n'
+        'watchdog_timeout = "8s"\nstop_timeout = "100ms"\n'
     )
     before = reached(client, "web", "running")["pid"]
     os.kill(before, signal.SIGSTOP)
-    wait_for(lambda: instance(client, "web")["pid"] not in {None, before}, "another process", 30)
+    wait_for(lambda: instance(client, "web")["pid"] not in {None, before}, "another process")
     assert "watchdog" in instance(client, "web")["exit"]["reason"]
     reached(client, "web", "running")
     client.close()
@@ -277,8 +270,8 @@ def test_each_condition_is_waited_for(serve: Serve) -> None:
 
 
 def test_instances_that_are_too_old_are_replaced_one_at_a_time(serve: Serve) -> None:
-    client = serve.start(f'{QUICK}[target.web]\n{SLEEPER}instances = 2\nmax_age = "300ms"\n')
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client = serve.start(f'{QUICK}[target.web]\n{SLEEPER}instances = 2\nmax_age = "2s"\n')
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     before = {i["pid"] for i in target(client, "web")["instances"]}
     with client.subscribe() as events:
         wait_for(lambda: before.isdisjoint(i["pid"] for i in target(client, "web")["instances"]), "new ones")
@@ -323,8 +316,9 @@ def notes(serve: Serve) -> list[str]:
 
 def test_every_hook_is_run_at_its_time(serve: Serve) -> None:
     hooks = "".join(NOTE.format(name) for name in ("pre_start", "post_start", "pre_stop", "post_stop"))
-    program = "echo program >> notes; exec sleep 3600"
-    client = serve.start(f"{QUICK}[target.web]\ncommand = ['sh', '-c', '{program}']\n{hooks}")
+    program = "echo program >> notes; echo up; exec sleep 3600"
+    settings = f"command = ['sh', '-c', '{program}']\nready.log = '^up$'\n"
+    client = serve.start(f"{QUICK}[target.web]\n{settings}{hooks}")
     reached(client, "web", "running")
     wait_for(lambda: "post_start" in notes(serve), "post_start")
     assert notes(serve) == ["pre_start", "program", "post_start"]
@@ -426,7 +420,7 @@ def test_a_post_patch_hook_can_undo(field: Field, kind: Kind) -> None:
 
 def test_a_failed_probe_in_probation_undoes_the_patch(field: Field) -> None:
     alive = "test $(cat ../web/a.txt) = old-a"
-    liveness = f"exec = ['sh', '-c', '{alive}'], interval = '50ms', failure_threshold = 2"
+    liveness = f"exec = ['sh', '-c', '{alive}'], interval = '50ms', timeout = '1m', failure_threshold = 2"
     field.start("web", each={"web": f"liveness = {{ {liveness} }}\n"})
     error = field.refused(field.package("web", probation=30.0))
     assert error.error_code == "patch.rolled_back"

@@ -6,6 +6,7 @@ The tests take both configurations, asyncsup's and the program's, from there; on
 from __future__ import annotations
 
 import functools
+import http.client
 import os
 import pwd
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Serve, free_port, wait_for
 from test_supervisor import instance
 
 from asyncsup.client import ControlClient
@@ -82,19 +83,23 @@ class Program:
 
 
 def by_http(_: Path, port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as answer:
         return str(answer.read().decode())
 
 
 def ask_redis(_: Path, port: int) -> str:
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"CONFIG GET maxmemory\r\n")
-        return connection.recv(4096).split(b"\r\n")[4].decode()
+        with connection.makefile("rb") as answer:
+            value = [answer.readline() for _ in range(5)][-1]
+    if not value.endswith(b"\r\n"):
+        raise ConnectionError("closed in the middle of the answer")
+    return value.strip().decode()
 
 
 def ask_postgres(folder: Path, port: int) -> str:
     command = ["psql", "-h", str(folder / "run"), "-p", str(port), "-U", "postgres", "-XAtc", "show work_mem"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if answer.returncode != 0:
         raise ConnectionError(answer.stderr)
     return answer.stdout.strip()
@@ -162,11 +167,6 @@ PROGRAMS = [
 ]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 class Stage:
     """A program under a real supervisor, with the page's configuration.
 
@@ -208,14 +208,14 @@ class Stage:
     def answer(self) -> str | None:
         try:
             return self.program.observe(self.folder, self.port)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return None
 
     def answers(self, expected: str) -> None:
         wait_for(lambda: self.answer() == expected, f"the answer {expected}", every=0.05)
 
     def ready(self) -> Any:
-        self.client.call("wait", {"names": [self.name], "for": "ready", "timeout": 60})
+        self.client.call("wait", {"names": [self.name], "for": "ready", "timeout": 100})
         return self.now
 
     def patch(self, before: str, after: str) -> Any:
@@ -234,7 +234,7 @@ class Stage:
             old=self.old, new=new, output=package, name="settings", version=str(self.build),
             build=self.build, kind=self.kind, targets=[self.name], regions=["local"],
         )  # fmt: skip
-        report = self.client.call("patch.apply", {"path": str(package)}, timeout=60)
+        report = self.client.call("patch.apply", {"path": str(package)}, timeout=200)
         self.old = new
         return report
 

@@ -39,7 +39,7 @@ class Scene:
 @pytest.fixture
 def scene(serve: Serve) -> Iterator[Scene]:
     client = serve.start(TWO)
-    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     yield Scene(serve, client)
     client.close()
 

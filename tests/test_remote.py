@@ -16,7 +16,7 @@ from pathlib import Path
 import anyio
 import pytest
 import zmq
-from conftest import Serve, wait_for
+from conftest import Serve, free_port, wait_for
 
 from asyncsup import control
 from asyncsup.client import AsyncControlClient, ClientKeys, ControlClient
@@ -32,19 +32,6 @@ from asyncsup.keys import ROLES, KeyStore, Role, generate, load_pair, public_key
 from asyncsup.quick import ask
 
 TARGET = '[target.sleeper]\ncommand = ["sleep", "1000"]\n'
-
-
-def two_free_ports() -> int:
-    """The first of two neighbouring ports nobody has."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 @dataclass
@@ -84,7 +71,7 @@ class Site:
 
 @pytest.fixture
 def site(serve: Serve) -> Iterator[Site]:
-    yield Site(serve, two_free_ports())
+    yield Site(serve, free_port(2))
 
 
 def code_of(call: Callable[[], object]) -> str:
@@ -107,9 +94,9 @@ def test_a_role_may_do_what_the_ones_before_it_may(site: Site) -> None:
             for needed, method in asked.items():
                 params = {"names": ["sleeper"]} if method == "restart" else {}
                 if ROLES.index(held) >= ROLES.index(needed):
-                    client.call(method, params, timeout=20)
+                    client.call(method, params, timeout=60)
                 else:
-                    assert code_of(partial(client.call, method, params, timeout=20)) == "not_allowed"
+                    assert code_of(partial(client.call, method, params, timeout=60)) == "not_allowed"
     assert local.call("supervisor.info")["counters"]["control.not_allowed"] == 3
     records = local.call("audit.list", limit=1000)["records"]
     refused = [record["line"] for record in records if '"control.refused"' in record["line"]]
@@ -123,7 +110,7 @@ def test_no_role_may_name_the_program_that_replaces_the_supervisor(site: Site) -
     site.allow("anna", "patch")
     pid = local.call("supervisor.info")["pid"]
     with site.client("anna") as client:
-        call = partial(client.call, "supervisor.reexec", {"program": "/bin/true"}, timeout=20)
+        call = partial(client.call, "supervisor.reexec", {"program": "/bin/true"}, timeout=60)
         assert code_of(call) == "not_allowed"
     info = local.call("supervisor.info")
     assert info["pid"] == pid
@@ -163,7 +150,7 @@ def test_who_asks_is_known_by_name(site: Site) -> None:
 def test_a_key_that_is_not_allowed_is_told_so(site: Site) -> None:
     local = site.start()
     with site.client("stranger") as client, pytest.raises(NotAllowedError, match="does not allow this key"):
-        client.call("status", timeout=20)
+        client.call("status", timeout=60)
     assert local.call("supervisor.info")["counters"]["control.unknown_keys"] >= 1
     public = site.keys_of("stranger").public.decode()
     assert f"refused a connection from 127.0.0.1: its key {public} is not allowed" in site.serve.errors()
@@ -180,7 +167,7 @@ def test_another_supervisors_key_is_no_key_of_this_one(site: Site) -> None:
     ):
         client.call("status", timeout=2)
     with site.client("anna") as client:
-        client.call("status", timeout=20)
+        client.call("status", timeout=60)
     local.close()
 
 
@@ -195,7 +182,7 @@ def test_without_a_key_nobody_is_heard(site: Site) -> None:
         noise.sendall(os.urandom(4096))
         with site.client("anna") as client:
             site.allow("anna", "view")
-            assert client.call("status", timeout=20)["targets"][0]["name"] == "sleeper"
+            assert client.call("status", timeout=60)["targets"][0]["name"] == "sleeper"
     assert not dealer.poll(200)
     dealer.close()
     context.term()
@@ -208,14 +195,14 @@ def test_a_revoked_key_does_nothing_more_on_a_connection_that_is_open(site: Site
     site.allow("anna", "operate")
     site.allow("bert", "view")
     with site.client("anna") as anna, site.client("bert") as bert:
-        anna.call("restart", names=["sleeper"], timeout=20)
+        anna.call("restart", names=["sleeper"], timeout=60)
         site.store.allow("anna", "view", site.keys_of("anna").public.decode())
-        assert code_of(lambda: anna.call("restart", names=["sleeper"], timeout=20)) == "not_allowed"
-        anna.call("status", timeout=20)
+        assert code_of(lambda: anna.call("restart", names=["sleeper"], timeout=60)) == "not_allowed"
+        anna.call("status", timeout=60)
         heard = anna.subscribe()
         stays = bert.subscribe()
         site.store.revoke("anna")
-        assert code_of(lambda: anna.call("status", timeout=20)) == "not_allowed"
+        assert code_of(lambda: anna.call("status", timeout=60)) == "not_allowed"
         # Its events end as well, while those of others go on, without a gap.
         local.call("restart", names=["sleeper"])
         mark = local.call("status")["seq"]
@@ -249,7 +236,7 @@ def test_events_come_over_tcp_as_well(site: Site) -> None:
     local = site.start()
     site.allow("anna", "operate")
     with site.client("anna") as client, client.subscribe() as events:
-        client.call("restart", names=["sleeper"], timeout=20)
+        client.call("restart", names=["sleeper"], timeout=60)
         for event in events:
             if event.data.get("to") == "running":
                 break
@@ -262,16 +249,16 @@ def test_the_asynchronous_client_over_tcp(site: Site) -> None:
 
     async def talk() -> None:
         async with AsyncControlClient(site.endpoint, keys=keys) as client:
-            assert (await client.call("status", timeout=20))["targets"][0]["name"] == "sleeper"
+            assert (await client.call("status", timeout=60))["targets"][0]["name"] == "sleeper"
             with await client.subscribe() as events:
-                await client.call("restart", names=["sleeper"], timeout=20)
-                with anyio.fail_after(20):
+                await client.call("restart", names=["sleeper"], timeout=60)
+                with anyio.fail_after(60):
                     async for event in events:
                         if event.data.get("to") == "running":
                             break
         async with AsyncControlClient(site.endpoint, keys=site.keys_of("stranger")) as client:
             with pytest.raises(NotAllowedError):
-                await client.call("status", timeout=20)
+                await client.call("status", timeout=60)
 
     anyio.run(talk)
     local.close()
@@ -360,10 +347,10 @@ def test_an_address_that_is_none(listen: str, serve: Serve) -> None:
 def test_nobody_there() -> None:
     pair = zmq.curve_keypair()
     with (
-        ControlClient(f"tcp://127.0.0.1:{two_free_ports()}", keys=ClientKeys(*pair, pair[0])) as client,
+        ControlClient(f"tcp://127.0.0.1:{free_port(2)}", keys=ClientKeys(*pair, pair[0])) as client,
         pytest.raises(SupervisorUnreachableError, match="refused"),
     ):
-        client.call("status", timeout=20)
+        client.call("status", timeout=60)
     with (
         ControlClient("tcp://nonsense", keys=ClientKeys(*pair, pair[0])) as client,
         pytest.raises(UsageError, match="no endpoint"),
@@ -407,7 +394,7 @@ def test_members_of_a_group_may_connect(serve: Serve) -> None:
                 os.setgroups([])
                 os.setgid(group)
                 os.setuid(12345)
-                answer = ask(serve.endpoint, "supervisor.info", {}, timeout=20)["caller"]
+                answer = ask(serve.endpoint, "supervisor.info", {}, timeout=60)["caller"]
             except NotAllowedError as error:
                 answer = error.error_code
             os.write(writing, answer.encode())

@@ -90,8 +90,8 @@ class Kit:
 KITS: Final = {
     "hand": Kit("overlay", "light.py", more='restart = "unless-stopped"\npatch = { commit = "manual" }\n'),
     "pair": Kit("tree", "light.py", count=2),
-    "sdk": Kit("overlay", "patchable.py", more='patch = { ack_timeout = "3s" }\n'),
-    "tree": Kit("tree", "light.py", more='patch = { ack_timeout = "2s" }\n'),
+    "sdk": Kit("overlay", "patchable.py", more='patch = { ack_timeout = "8s" }\n'),
+    "tree": Kit("tree", "light.py", more='patch = { ack_timeout = "8s" }\n'),
 }
 NAMES: Final = tuple(KITS)
 
@@ -889,7 +889,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         if died:
             assert isinstance(answer, AsyncsupError)
             assert self.serve.process is not None
-            assert self.serve.process.wait(30) == -signal.SIGKILL
+            assert self.serve.process.wait(100) == -signal.SIGKILL
             self.client.close()
             self.files_are_whole()
         if committed:
@@ -941,7 +941,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     @invariant()
     def processes_are_what_they_should_be(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while True:
             found = {target["name"]: target for target in self.client.call("status")["targets"]}
             wrong = {name: fault for name in NAMES if (fault := self.fault(name, found[name])) is not None}

@@ -58,7 +58,7 @@ def test_start_stop_restart(serve: Serve) -> None:
     client = serve.start(
         f"{QUICK}[target.web]\n{SLEEPER}instances = 2\n[target.lazy]\n{SLEEPER}autostart = false\n"
     )
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     web = target(client, "web")
     assert [i["state"] for i in web["instances"]] == ["running", "running"]
     assert web["ready"]
@@ -83,11 +83,11 @@ def test_start_stop_restart(serve: Serve) -> None:
 
 def test_a_crash_is_followed_by_a_restart_at_once_and_counted(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     pid = instance(client, "web")["pid"]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: instance(client, "web")["pid"] not in {pid, None}, "a new process")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     found = instance(client, "web")
     assert found["restarts"] == 1
     assert found["exit"]["signal"] == 9
@@ -123,7 +123,7 @@ def test_a_program_that_cannot_be_executed_is_said_and_harms_nobody_else(
     (serve.folder / "plain").write_text("#!/bin/sh\n")
     (serve.folder / "folder").mkdir()
     client = serve.start(f'{QUICK}[target.bad]\ncommand = "{command}"\n[target.good]\n{SLEEPER}')
-    client.call("wait", {"names": ["good"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["good"], "for": "ready", "timeout": 60})
     assert says in wait_for(lambda: instance(client, "bad")["exit"], "the failure")["reason"]
     client.close()
 
@@ -171,7 +171,7 @@ def test_children_of_a_crashed_leader_are_ended_before_the_restart(serve: Serve)
     script = serve.folder / "tree.sh"
     script.write_text("sleep 3600 &\necho child $!\nwait\n")
     client = serve.start(f'{QUICK}[target.tree]\ncommand = "sh tree.sh"\n')
-    client.call("wait", {"names": ["tree"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["tree"], "for": "ready", "timeout": 60})
     text = wait_for(lambda: client.call("logs", name="tree")["chunks"][0]["text"], "the child")
     child, leader = int(text.split()[1]), instance(client, "tree")["pid"]
     os.kill(leader, signal.SIGKILL)
@@ -200,7 +200,7 @@ def test_stop_pre_empts_a_start_that_waits(serve: Serve) -> None:
         reached(client, "slow", "starting")
         assert target(client, "slow")["busy"] == "start"
         client.call("stop", names=["slow"])
-        starting.join(20)
+        starting.join(60)
     assert errors[0].error_code == "request.cancelled"
     assert "asked to stop slow" in errors[0].message
     assert instance(client, "slow")["state"] == "stopped"
@@ -236,7 +236,7 @@ def reload(*_):
     say("READY=1\\nSTATUS=reloaded")
 signal.signal(signal.SIGHUP, reload)
 say("EXTEND_TIMEOUT_USEC=60000000")
-time.sleep(0.3)
+time.sleep(5.5)
 say("READY=1\\nSTATUS=hello \\x1b[31m")
 while True: time.sleep(3600)
 """
@@ -246,9 +246,9 @@ def test_sd_notify_ready_status_extend_and_reload(serve: Serve) -> None:
     (serve.folder / "notifies.py").write_text(NOTIFIES)
     client = serve.start(
         f'{QUICK}[target.unit]\ncommand = ["{sys.executable}", "notifies.py"]\nprotocol = "notify"\n'
-        'start_timeout = "250ms"\nreload_signal = "HUP"\n'
+        'start_timeout = "5s"\nreload_signal = "HUP"\n'
     )
-    client.call("wait", {"names": ["unit"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["unit"], "for": "ready", "timeout": 60})
     found = instance(client, "unit")
     assert found["status_text"].startswith("hello")
     assert found["restarts"] == 0
@@ -265,7 +265,7 @@ def test_reload_by_command_and_its_failure(serve: Serve) -> None:
         f"[target.bad]\n{SLEEPER}reload_command = \"sh -c 'exit 4'\"\n"
         f"[target.none]\n{SLEEPER}"
     )
-    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     client.call("reload", names=["good"])
     pid = instance(client, "good")["pid"]
     wait_for(lambda: f"reloaded {pid}" in client.call("logs", name="good")["chunks"][0]["text"], "its output")
@@ -282,27 +282,22 @@ def test_dependencies_start_first_and_stop_last(serve: Serve) -> None:
         f'{QUICK}[target.app]\n{SLEEPER}depends_on = ["db"]\n'
         f'[target.db]\ncommand = ["{sys.executable}", "-c", "{ready}"]\nprotocol = "notify"\n'
     )
-    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     events = client.call("events.since", seq=0)["events"]
     states = [(e["instance"], e["to"]) for e in events if e["type"] == "instance.state"]
     assert ("app:0", "waiting") in states
     assert states.index(("db:0", "running")) < states.index(("app:0", "starting"))
-    subscription = client.subscribe()
-    seen: list[Any] = []
     client.call("shutdown")
-    for event in subscription:
-        seen.append((event.data.get("instance"), event.data.get("to")) if hasattr(event, "data") else event)
-        if seen[-1] == ("db:0", "stopped"):
-            break
-    assert seen.index(("app:0", "stopped")) < seen.index(("db:0", "stopping"))
     assert serve.process is not None
-    assert serve.process.wait(20) == 0
+    assert serve.process.wait(60) == 0
     client.close()
+    said = serve.errors()
+    assert said.index("app:0: stopping -> stopped") < said.index("db:0: running -> stopping")
 
 
 def test_term_stops_everything_and_ends_with_zero(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}instances = 5\n")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     pids = [i["pid"] for i in target(client, "web")["instances"]]
     client.close()
     assert serve.stop() == 0
@@ -317,7 +312,7 @@ def test_a_second_term_does_not_wait(serve: Serve) -> None:
     serve.process.terminate()
     reached(client, "deaf", "stopping")
     serve.process.terminate()
-    assert serve.process.wait(20) == 0
+    assert serve.process.wait(60) == 0
     client.close()
 
 
@@ -325,7 +320,7 @@ def test_a_second_supervisor_is_refused_and_told_who_is_there(serve: Serve) -> N
     client = serve.start(f"[target.web]\n{SLEEPER}")
     second = subprocess.run(
         serve.command(),
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert second.returncode == 8
     assert serve.process is not None
@@ -337,12 +332,14 @@ def test_a_second_supervisor_is_refused_and_told_who_is_there(serve: Serve) -> N
 
 def test_an_essential_target_ends_the_supervisor_with_its_status(serve: Serve) -> None:
     client = serve.start(
-        f"{QUICK}[target.main]\ncommand = \"sh -c 'sleep 0.3; exit 17'\"\nessential = true\n"
+        f"{QUICK}[target.main]\n"
+        "command = ['sh', '-c', 'until test -e go; do sleep 0.05; done; exit 17']\nessential = true\n"
         'restart = "never"\n'
         f"[target.side]\n{SLEEPER}"
     )
+    (serve.folder / "go").touch()
     assert serve.process is not None
-    assert serve.process.wait(20) == 17
+    assert serve.process.wait(60) == 17
     client.close()
 
 
@@ -351,18 +348,18 @@ def test_a_manual_stop_outlives_the_supervisor_when_asked_to(serve: Serve) -> No
         f'{QUICK}[target.a]\n{SLEEPER}restart = "unless-stopped"\n[target.b]\n{SLEEPER}restart = "always"\n'
     )
     client = serve.start(text)
-    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     client.call("stop", names=["a", "b"])
     client.close()
     serve.stop()
     client = serve.start()
-    client.call("wait", {"names": ["b"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["b"], "for": "ready", "timeout": 60})
     assert instance(client, "a")["state"] == "stopped"
     client.call("start", names=["a"])
     client.close()
     serve.stop()
     client = serve.start()
-    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     client.close()
 
 
@@ -431,7 +428,7 @@ def test_stderr_goes_where_it_is_told(serve: Serve) -> None:
 
 def test_events_are_numbered_without_gaps_and_a_snapshot_says_where_it_stands(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}instances = 20\n")
-    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     snapshot = client.call("status")
     events = client.call("events.since", seq=0)["events"]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
@@ -480,5 +477,5 @@ def test_a_slow_target_delays_nobody_else(serve: Serve) -> None:
         client.call("status")
         pid = instance(client, "deaf")["pid"]
         os.kill(pid, signal.SIGKILL)
-        stuck.join(20)
+        stuck.join(60)
     client.close()

@@ -42,7 +42,7 @@ def serve(short_tmp: Path) -> Iterator[Serve]:
     yield server
     with contextlib.suppress(subprocess.TimeoutExpired):
         if server.process is not None:
-            server.stop(timeout=20)
+            server.stop(timeout=60)
     assert "Traceback" not in server.errors(), server.errors()
     for line in processes_of_this_run():
         with contextlib.suppress(ProcessLookupError):
@@ -168,7 +168,7 @@ def test_what_an_operator_wanted_and_what_the_policy_counted_is_not_forgotten(se
         '[target.bad]\ncommand = "false"\nrestart_delay = "1h"\nrestart_max_delay = "2h"\n'
         '[target.worst]\ncommand = "false"\nrestart = "never"\n'
     )
-    client.call("wait", {"names": ["off", "part"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["off", "part"], "for": "ready", "timeout": 60})
     client.call("stop", names=["off", "part:1"])
     for name, state in (("done", "exited"), ("bad", "backoff"), ("worst", "failed")):
         reached(client, name, state)
@@ -176,7 +176,7 @@ def test_what_an_operator_wanted_and_what_the_policy_counted_is_not_forgotten(se
     client.close()
     serve.kill_supervisor()
     client = serve.connect()
-    client.call("wait", {"names": ["part:0"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["part:0"], "for": "ready", "timeout": 60})
     for found in client.call("status")["targets"]:
         known = before[found["name"]]
         for key in ("wanted", "state"):
@@ -222,7 +222,8 @@ def test_a_stop_that_was_under_way_is_finished_and_the_whole_tree_goes(serve: Se
         'stop_timeout = "2s"\n',
     )
     leader = instance(client, "tree")["pid"]
-    child = int(wait_for(lambda: (serve.folder / "child").read_text().strip(), "the child"))
+    file = serve.folder / "child"
+    child = int(wait_for(lambda: file.exists() and file.read_text().strip(), "the child"))
     client.close()
     request = subprocess.Popen(
         [sys.executable, "-m", "asyncsup", "--endpoint", serve.endpoint, "stop", "tree"],
@@ -230,7 +231,7 @@ def test_a_stop_that_was_under_way_is_finished_and_the_whole_tree_goes(serve: Se
     )  # fmt: skip
     wait_for((serve.folder / "asked").exists, "the signal")
     serve.kill_supervisor()
-    request.wait(30)
+    request.wait(60)
     client = serve.connect()
     reached(client, "tree", "stopped")
     assert target(client, "tree")["wanted"] == "down"
@@ -569,7 +570,7 @@ def test_serve_ends_as_the_supervisor_does(serve: Serve) -> None:
     for text in cli(serve, "shutdown").splitlines()[-1:]:
         assert text == "the supervisor has ended"
     assert serve.process is not None
-    assert serve.process.wait(20) == 0
+    assert serve.process.wait(60) == 0
     serve.write("[target.web]\ncommand = 3\n")
     for alone in (False, True):
         serve.alone = alone
@@ -619,17 +620,19 @@ def test_a_signal_while_the_supervisor_is_away_ends_everything_when_it_is_back(s
 
 def test_ctrl_c_reaches_both_and_counts_once(serve: Serve) -> None:
     """A second one would kill what is left; it takes its time to end, and is given it."""
-    script = "trap 'sleep 1; echo bye; exit 0' INT TERM; while :; do sleep 0.05; done"
-    serve.write(f'{QUICK}[target.slow]\ncommand = ["sh", "-c", "{script}"]\n')
+    script = "trap 'sleep 1; echo bye; exit 0' INT TERM; echo up; while :; do sleep 0.05; done"
+    serve.write(
+        f'{QUICK}[target.slow]\ncommand = ["sh", "-c", "{script}"]\nready.log = "^up$"\nstop_timeout = "1m"\n'
+    )
     with serve.stderr.open("ab") as stderr:
         serve.process = subprocess.Popen(
             serve.command(), stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, start_new_session=True
         )
     client = serve.connect()
-    client.call("wait", {"names": ["slow"], "for": "ready", "timeout": 20})
+    client.call("wait", {"names": ["slow"], "for": "ready", "timeout": 60})
     client.close()
     os.killpg(serve.process.pid, signal.SIGINT)
-    assert serve.process.wait(30) == 0
+    assert serve.process.wait(60) == 0
     assert "bye\n" in (serve.folder / ".asyncsup/logs/slow.0.log").read_text()
     assert "killing what is left" not in serve.errors()
 
@@ -662,31 +665,32 @@ def test_the_keeper_is_small(serve: Serve, capsys: pytest.CaptureFixture[str]) -
     client.close()
 
 
-def pauses(keeper: Keeper, count: int) -> list[float]:
-    """How long it waits before the next start, crash by crash."""
-    found = []
-    for _ in range(count):
-        now = time.monotonic()
-        assert keeper.crashed() is None
-        assert keeper.start_at is not None
-        found.append(round(keeper.start_at - now, 1))
-    return found
+def crashes(keeper: Keeper, pause: float) -> bool:
+    """Whether it waits for so many seconds before the next start."""
+    before = time.monotonic()
+    assert keeper.crashed() is None
+    after = time.monotonic()
+    assert keeper.start_at is not None
+    return keeper.start_at - after - 1e-6 <= pause <= keeper.start_at - before + 1e-6
 
 
 def test_crashes_in_a_row_are_answered_more_and_more_slowly() -> None:
     keeper = Keeper()
     keeper.understand("ready", "", [])
-    found = pauses(keeper, 20)
-    assert found[:5] == [0.0, 0.1, 0.2, 0.4, 0.8]
-    assert found[-1] == LONGEST_PAUSE_SECONDS
+    for pause in (0.0, 0.1, 0.2, 0.4, 0.8):
+        assert crashes(keeper, pause)
+    for _ in range(15):
+        last = crashes(keeper, LONGEST_PAUSE_SECONDS)
+    assert last
     keeper.ready_since -= STEADY_SECONDS
-    assert pauses(keeper, 1) == [0.0]
+    assert crashes(keeper, 0.0)
 
 
 def test_a_supervisor_that_does_not_come_up_any_more_is_given_up() -> None:
     keeper = Keeper()
     keeper.was_ever_ready = True
-    pauses(keeper, MOST_FAILURES - 1)
+    for _ in range(MOST_FAILURES - 1):
+        assert keeper.crashed() is None
     assert keeper.crashed() == 1
 
 
@@ -747,7 +751,7 @@ def ended(field: Field, verdict: str) -> Any:
 
 def test_who_had_been_told_of_a_patch_that_recovery_takes_back_is_told_of_that(field: Field) -> None:
     """`db` has not answered yet; `web` has taken it up."""
-    field.start("web", "db")
+    field.start("web", "db", defaults='[defaults.patch]\nack_timeout = "10s"')
     before = pids(field.client)
     field.behave("db", reload="never")
     with killed_during(field, field.package("web", "db", probation=30.0), "build=300 a.txt=new-a"):
@@ -765,7 +769,7 @@ def test_who_had_been_told_of_a_patch_that_recovery_takes_back_is_told_of_that(f
 
 
 def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(field: Field) -> None:
-    field.start("web", "db", start_timeout="30s")
+    field.start("web", "db", start_timeout="60s")
     field.behave("db", start="mute")
     with killed_during(
         field, field.package("web", "db", kind=Kind.COLD, probation=30.0), "two build=300 a.txt=new-a"
@@ -782,7 +786,7 @@ def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(fie
 def test_the_probation_of_a_patch_goes_on(field: Field, kind: Kind) -> None:
     field.start("web")
     version = "two" if kind is Kind.COLD else "one"
-    with killed_during(field, field.package("web", kind=kind, probation=3.0), f"{version} build=300"):
+    with killed_during(field, field.package("web", kind=kind, probation=12.0), f"{version} build=300"):
         on_probation(field)
         before = field.instance("web")["pid"]
     assert field.target("web")["busy"] == "patch"
@@ -838,11 +842,11 @@ def test_a_target_that_a_patch_had_stopped_is_started_again(field: Field) -> Non
     field.serve.alone = True
     field.serve.environ["ASYNCSUP_FAILPOINT"] = "transaction.switch:kill"
     field.client = field.serve.start()
-    field.client.call("wait", {"names": ["all"], "for": "ready", "timeout": 30})
+    field.client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     with pytest.raises(AsyncsupError):
         field.apply(field.package("web", "db", kind=Kind.COLD))
     assert field.serve.process is not None
-    assert field.serve.process.wait(20) == -signal.SIGKILL
+    assert field.serve.process.wait(60) == -signal.SIGKILL
     field.client.close()
     del field.serve.environ["ASYNCSUP_FAILPOINT"]
     field.client = field.serve.start()

@@ -189,7 +189,7 @@ def test_killed_at_random_moments_it_loses_nothing_and_doubles_nothing(
     client.call("stop", {"names": ["all"]}, timeout=PATIENCE_SECONDS)
     client.close()
     assert serve.stop(timeout=PATIENCE_SECONDS) == 0
-    assert not processes_of_this_run()
+    wait_for(lambda: not processes_of_this_run(), "all processes to be gone")
     lines, lives = check_lines(stage)
     assert "Traceback" not in serve.errors()
     with capsys.disabled():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -48,7 +47,7 @@ class Scene(Field):
         each = {
             "a": 'layout = "overlay"\n',
             "b": "",
-            "c": 'patch = { ack_timeout = "3s", wait_max = "300ms" }\nlayout = "overlay"\n',
+            "c": 'patch = { ack_timeout = "8s", wait_max = "300ms" }\nlayout = "overlay"\n',
         }
         if light:
             self.program = self.program.with_name("light.py")
@@ -56,14 +55,8 @@ class Scene(Field):
             each = {
                 name: f'{more}protocol = "notify"\nreload_signal = "HUP"\n' for name, more in each.items()
             }
-            each["c"] += 'start_timeout = "4s"\n'
+            each["c"] += 'start_timeout = "8s"\n'
         self.start(*NAMES, each=each, start_timeout="60s", defaults="instances = 2", patch="keep = 20\n")
-
-    def behave(self, name: str, **behaviour: Any) -> None:
-        """In one step: the program may be reading it."""
-        temporary = self.folder / f"{name}.work" / "behaviour.new"
-        temporary.write_text(json.dumps(behaviour))
-        temporary.replace(temporary.with_name("behaviour.json"))
 
     last: Path
     """The package made last."""
@@ -143,7 +136,7 @@ class Scene(Field):
             self.client.call("patch.rollback", target=patched[0], only=True)
         self.client.call("start", names=list(NAMES))
         self.all_say(self.old)
-        self.client.call("wait", {"names": ["all"], "for": "ready", "timeout": 30})
+        self.client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
         self.began = self.client.call("status")["seq"]
 
 
@@ -277,7 +270,7 @@ def test_one_of_six_does_not_come_up_after_a_cold_patch_and_all_are_started_agai
     error = light.refused(light.make(kind=Kind.COLD, probation=60.0 if how == "late-die" else 0.0))
     assert (error.error_code, error.remote_exit_status) == ("patch.rolled_back", 23), error.message
     assert "c:1" in error.message
-    assert (how == "mute") == ("not ready within 4 s" in error.message)
+    assert (how == "mute") == ("not ready within 8 s" in error.message)
     light.all_say(light.old)
     after = light.now()
     for name in NAMES:
@@ -509,7 +502,7 @@ def test_patches_that_want_each_others_targets_crosswise_all_get_their_turn(scen
     assert not isinstance(verdicts[-1], AsyncsupError)
     for restart in restarts:
         restart.result()
-    assert {scene.target(name)["busy"] for name in NAMES} == {None}
+    wait_for(lambda: operations(scene) == 0, "all to be free")
 
 
 def more_than(scene: Scene, count: int) -> bool:
