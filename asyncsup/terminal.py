@@ -118,6 +118,17 @@ class Output:
         self._bar = progress(done, total, (self.width or 80) - 1)
         self._put(f"\r{self._bar}\x1b[K")
 
+    def counter(self, total: int) -> Callable[[int], None]:
+        """A progress bar for those who say how much more is done, not how much in all."""
+        done = 0
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            self.bar(min(done, total), total)
+
+        return add
+
     def clear_bar(self) -> None:
         if self._bar:
             self._bar = ""

@@ -33,6 +33,10 @@ from control_values import (
 from fake_supervisor import PENDING, WAIT_SECONDS, Call, FakeSupervisor, RefusalError
 
 from asyncsup import cli
+from asyncsup.cli import following, targets
+from asyncsup.cli.arguments import new_parser, seconds
+from asyncsup.cli.command_line import EXIT_CODES
+from asyncsup.cli.verbs import VERBS, Action, Verb
 from asyncsup.config import parse_duration
 
 ASYNCSUP = [sys.executable, "-m", "asyncsup"]
@@ -95,9 +99,20 @@ def refuse(code: str, exit_status: int, **details: Any) -> Callable[[Call], Any]
 
 def verbs() -> list[list[str]]:
     found = []
-    for name, verb in cli.VERBS.items():
-        found += [[name]] if isinstance(verb, cli.Verb) else [[name, sub] for sub in verb]
+    for name, verb in VERBS.items():
+        found += [[name]] if isinstance(verb, Verb) else [[name, sub] for sub in verb]
     return found
+
+
+def verb_of(words: list[str]) -> Verb:
+    found = VERBS[words[0]]
+    return found if isinstance(found, Verb) else found[words[1]]
+
+
+def test_every_verb_is_where_the_table_says() -> None:
+    places = [verb_of(words).where for words in verbs()]
+    assert len(set(places)) == len(places)
+    assert all(isinstance(verb_of(words).action, Action) for words in verbs())
 
 
 @pytest.mark.parametrize("words", [[], ["patch"], ["config"], *verbs()], ids=" ".join)
@@ -177,7 +192,7 @@ def test_durations_are_those_of_the_configuration(text: str) -> None:
             return None
 
     number = re.fullmatch(r"[0-9]+(\.[0-9]+)?", text)
-    assert outcome(cli.seconds) == (float(text) if number else outcome(parse_duration))
+    assert outcome(seconds) == (float(text) if number else outcome(parse_duration))
 
 
 def test_version_is_a_verb_and_an_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,15 +203,13 @@ def test_version_is_a_verb_and_an_option(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_documentation_has_every_verb_and_every_option() -> None:
     text = (Path(__file__).parent.parent / "docs/cli.md").read_text()
     for words in verbs():
-        verb: Any = cli.VERBS[words[0]]
-        verb = verb if isinstance(verb, cli.Verb) else verb[words[1]]
         assert f"asyncsup {' '.join(words)}" in text
-        parser = cli.new_parser("x", "x")
-        verb.configure(parser)
+        parser = new_parser("x", "x")
+        verb_of(words).configure(parser)
         for action in parser._actions:
             for option in action.option_strings:
                 assert f"`{option}" in text or f" {option}" in text, f"{words}: {option}"
-    for number in re.findall(r"\b(\d+) ", cli.EXIT_CODES):
+    for number in re.findall(r"\b(\d+) ", EXIT_CODES):
         assert f"| {number} |" in text
 
 
@@ -300,7 +313,7 @@ def test_an_operation_that_failed_for_one_of_several_is_1(run: Run, supervisor: 
 def test_an_operation_that_is_never_answered_ends_at_its_time_out(
     run: Run, supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(targets, "GRACE_SECONDS", 0.05)
     supervisor.handlers["stop"] = lambda _: PENDING
     outcome = run("stop", "web", "--timeout", "50ms")
     assert outcome.status == 124
@@ -479,7 +492,7 @@ def test_logs_follow_from_the_cursors_until_the_supervisor_ends(run: Run, superv
 def test_logs_follow_waits_for_a_supervisor_that_crashed(
     short_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(following, "RETRY_SECONDS", 0.01)
     first = FakeSupervisor(
         short_tmp,
         {"logs": lambda _: {"chunks": [chunk("a:0", "first\n", 7)]}, "logs.follow": lambda _: PENDING},
@@ -916,6 +929,8 @@ def test_status_imports_nothing_it_has_to_wait_for(supervisor: FakeSupervisor) -
     assert done.stdout.startswith("NAME")
     loaded = set(done.stderr.split())
     assert {"asyncsup.cli", "asyncsup.render", "asyncsup.quick"} <= loaded
+    of_verbs = {f"asyncsup.cli.{verb_of(words).where.rpartition('.')[0]}" for words in verbs()}
+    assert loaded & of_verbs == {"asyncsup.cli.targets"}
     forbidden = {
         "anyio", "asyncio", "asyncsup.client", "asyncsup.config", "asyncsup.supervisor", "concurrent.futures",
         "dataclasses", "difflib", "importlib.metadata", "inspect", "logging", "orjson", "prompt_toolkit",

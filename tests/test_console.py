@@ -26,7 +26,9 @@ from control_values import HISTORY, INBOX, PLAN, report, status, target
 from fake_supervisor import PENDING, WAIT_SECONDS, Call, FakeSupervisor, RefusalError
 
 from asyncsup import cli
-from asyncsup.console import COMMANDS, _Completer, history_path, understand
+from asyncsup.cli.command_line import parse
+from asyncsup.cli.console import COMMANDS, _Completer, history_path, understand
+from asyncsup.cli.session import Session
 from asyncsup.errors import UsageError
 from asyncsup.patch.build import build_prototype_patch
 from asyncsup.terminal import Output
@@ -437,9 +439,9 @@ def test_completion_knows_commands_targets_and_the_inbox(supervisor: FakeSupervi
     session.close()
 
 
-def _session(endpoint: str) -> cli.Session:
-    _, args = cli.parse(["--endpoint", endpoint, "console"])
-    return cli.Session(args, Output())
+def _session(endpoint: str) -> Session:
+    _, args = parse(["--endpoint", endpoint, "console"])
+    return Session(args, Output())
 
 
 def test_the_history_is_private_and_no_link_is_followed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from asyncsup.cli import VERBS
+from asyncsup.cli.verbs import VERBS
 from asyncsup.config import parse_config
 from asyncsup.config.schema import config_schema
 

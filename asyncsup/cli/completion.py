@@ -10,10 +10,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from asyncsup.cli import TAKE_A_VALUE, VERBS, Session, Verb, new_parser, output_for
+from asyncsup.cli.arguments import TAKE_A_VALUE, new_parser
+from asyncsup.cli.session import Session, output_for
+from asyncsup.cli.verbs import VERBS, Action, Verb
 from asyncsup.errors import AsyncsupError
 
-SCRIPTS: Final[Mapping[str, str]] = {
+_SCRIPTS: Final[Mapping[str, str]] = {
     "bash": """\
 _asyncsup() {
     local IFS=$'\\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
@@ -43,7 +45,7 @@ complete -c asyncsup -a '(__asyncsup)'
 }
 
 
-def candidates(words: Sequence[str], session: Session) -> list[str]:
+def _candidates(words: Sequence[str], session: Session) -> list[str]:
     """What the last word can become; none where that is a path, or something to make up."""
     *before, last = words or [""]
     table: Mapping[str, Verb | Mapping[str, Verb]] = VERBS
@@ -113,13 +115,30 @@ def _beginning(last: str, words: Sequence[str]) -> list[str]:
     return [word for word in words if word.startswith(last)]
 
 
-def run_complete(session: Session) -> int:
+def _complete(session: Session) -> int:
     """Print what the last word can become, one a line."""
     args = session.args
     typed = Session(argparse.Namespace(config=None, endpoint=None), output_for(args))
     try:
-        for word in candidates(args.words, typed):
+        for word in _candidates(args.words, typed):
             session.out.verbatim(f"{word}\n")
     finally:
         typed.close()
     return 0
+
+
+def _complete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="WORD", help="what was typed behind `asyncsup`, after --")
+
+
+def _completion(session: Session) -> int:
+    session.out.verbatim(_SCRIPTS[session.args.shell])
+    return 0
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="which one")
+
+
+COMPLETION = Action(_completion, _completion_arguments)
+COMPLETE = Action(_complete, _complete_arguments)

@@ -18,7 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from asyncsup import cli, render
+from asyncsup import render
+from asyncsup.cli.applying import in_inbox
+from asyncsup.cli.command_line import parse
+from asyncsup.cli.session import EXIT_INTERRUPTED, Session
+from asyncsup.cli.verbs import Action
 from asyncsup.errors import (
     AsyncsupError,
     NotAllowedError,
@@ -89,8 +93,8 @@ class LeaveConsole(Exception):  # noqa: N818 - not an error
     """The operator wants to go."""
 
 
-def run_console(session: cli.Session) -> int:
-    """Read commands until there are no more; returns the exit status."""
+def _console(session: Session) -> int:
+    """Read commands until there are no more."""
     if session.out.json_wanted:
         raise UsageError("the console is for people; for --json call the verbs themselves")
     console = Console(session)
@@ -102,7 +106,7 @@ def run_console(session: cli.Session) -> int:
 class Console:
     """The commands and what they share: the connection, and the exit status of the last that failed."""
 
-    def __init__(self, session: cli.Session) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
         self._out = session.out
         self._away = False
@@ -121,7 +125,7 @@ class Console:
                 break
             except KeyboardInterrupt:
                 self._out.note("interrupted")
-                return cli.EXIT_INTERRUPTED
+                return EXIT_INTERRUPTED
             if self._out.closed:
                 break
         return self.exit_status
@@ -223,7 +227,7 @@ class Console:
     def _run(self, argv: Sequence[str]) -> int:
         # The console's own options hold for all of its commands.
         try:
-            verb, args = cli.parse(argv)
+            verb, args = parse(argv)
         except SystemExit:  # `plan --help`
             return 0
         return verb.run(self._session.sibling(args, self._out))
@@ -241,7 +245,7 @@ class Console:
         if not entries:
             self._out.lines(["the inbox is empty"])
             return 0
-        for file in cli.in_inbox(self._session, entries):
+        for file in in_inbox(self._session, entries):
             self._out.lines([f"package {self._out.ink('bold', render.clean(file))}"])
             status = self._apply(file, None, ask)
             if status:
@@ -354,7 +358,7 @@ def _target_word(target: Mapping[str, Any]) -> str:
 class _Completer:
     """Offers commands, then the names they take; asks the supervisor for those at most every few seconds."""
 
-    def __init__(self, session: cli.Session) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
         self._names: dict[str, list[str]] = {}
         self._asked_at = -COMPLETION_SECONDS
@@ -384,7 +388,7 @@ class _Completer:
         return self._names.get(kind, [])
 
 
-def _prompt_session(session: cli.Session, completer: _Completer) -> PromptSession[str]:
+def _prompt_session(session: Session, completer: _Completer) -> PromptSession[str]:
     from prompt_toolkit import PromptSession  # noqa: PLC0415 - a tenth of a second, and only on a terminal
     from prompt_toolkit.completion import Completer, Completion  # noqa: PLC0415
     from prompt_toolkit.history import FileHistory, InMemoryHistory  # noqa: PLC0415
@@ -412,7 +416,7 @@ def _plain_prompt(question: str) -> str:
     return answer
 
 
-def history_path(session: cli.Session) -> Path | None:
+def history_path(session: Session) -> Path | None:
     """Where the history is kept: the supervisor's state folder, else the user's; a file only they can read.
 
     None when neither can be written to: then it lasts as long as the console.
@@ -434,10 +438,13 @@ def history_path(session: cli.Session) -> Path | None:
     return None
 
 
-def _history_folders(session: cli.Session) -> Iterator[Path]:
+def _history_folders(session: Session) -> Iterator[Path]:
     with contextlib.suppress(SupervisorUnreachableError, NotAllowedError):
         state = Path(str(session.ask("supervisor.info")["state_dir"]))
         if state.is_dir():
             yield state
     base = os.environ.get("XDG_STATE_HOME", "")
     yield Path(base if base.startswith("/") else Path.home() / ".local/state", "asyncsup")
+
+
+CONSOLE = Action(_console)

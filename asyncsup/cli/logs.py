@@ -13,23 +13,26 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from asyncsup import render
-from asyncsup.cli import FOLLOW_SECONDS, QUERY_SECONDS, follow, seconds
+from asyncsup.cli.arguments import names_argument, seconds
+from asyncsup.cli.following import follow
+from asyncsup.cli.session import QUERY_SECONDS, Session
+from asyncsup.cli.verbs import Action
 from asyncsup.errors import AsyncsupError, TargetNotFoundError, UsageError
 from asyncsup.terminal import Output
 
-if TYPE_CHECKING:
-    from asyncsup.cli import Session
-
+FOLLOW_SECONDS: Final = 25.0
+"""How long one question for more waits for it. So often it is also looked which instances there are."""
 DEFAULT_LINES: Final = 100
 BATCH_LINES: Final = 1000
 """So many lines of one instance at most are printed by one write."""
 LONGEST_NUMBER: Final = 15
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    names_argument(parser, "*")
     add = parser.add_argument
     add("-f", "--follow", action="store_true", help="go on with what is written from now on")
     add("-n", "--lines", type=line_count, metavar="N", help="the last N lines (100; with --since all)")
@@ -70,7 +73,7 @@ def line_count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines")
 
 
-def run(session: Session) -> int:
+def _logs(session: Session) -> int:
     args = session.args
     if args.reopen:
         paths = session.ask("logs.reopen", names=args.names)["paths"]
@@ -233,3 +236,6 @@ class _Logs:
         for name in chunks.keys() - self._cursors.keys():
             self._cursors[name] = chunks[name]["cursor"]
             self._printer.add(chunks[name])
+
+
+LOGS = Action(_logs, _arguments)

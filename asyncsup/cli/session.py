@@ -1,0 +1,74 @@
+"""One invocation of a verb: what was asked, where the answer goes, and the supervisor that gives it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncsup.errors import AsyncsupError
+from asyncsup.terminal import Output
+
+if TYPE_CHECKING:
+    from asyncsup.client import ControlClient
+
+QUERY_SECONDS: Final = 10.0
+"""How long a supervisor that is there may take to answer a question."""
+
+GRACE_SECONDS: Final = 5.0
+"""How much longer than ``--timeout`` we wait: the supervisor, which keeps to it, has more to say about it."""
+
+EXIT_INTERRUPTED: Final = 130
+
+
+class Session:
+    """One invocation: its arguments, where it writes to, and its connection, made when it is first used."""
+
+    def __init__(self, args: argparse.Namespace, out: Output) -> None:
+        self.args = args
+        self.out = out
+        self._client: ControlClient | None = None
+
+    @property
+    def client(self) -> ControlClient:
+        """Raises ConfigError when no supervisor is named."""
+        if self._client is None:
+            from asyncsup.client import ControlClient  # noqa: PLC0415 - libzmq, which `ask` may do without
+
+            self._client = ControlClient(self._find_endpoint())
+        return self._client
+
+    def _find_endpoint(self) -> str:
+        from asyncsup.endpoint import find_endpoint  # noqa: PLC0415 - not every verb has a supervisor
+
+        return str(self.args.endpoint or find_endpoint(self.args.config))
+
+    def ask(self, method: str, params: Mapping[str, Any] | None = None, /, **more: Any) -> Any:
+        """A question that is answered at once or not at all."""
+        if self._client is None:
+            endpoint = self._find_endpoint()
+            if endpoint.startswith("ipc://"):
+                from asyncsup.quick import ask  # noqa: PLC0415 - as above
+
+                return ask(endpoint, method, {**(params or {}), **more}, timeout=QUERY_SECONDS)
+        return self.client.call(method, params, timeout=QUERY_SECONDS, **more)
+
+    def sibling(self, args: argparse.Namespace, out: Output) -> Session:
+        """Another invocation on the same connection; only this one closes it."""
+        other = Session(args, out)
+        other._client = self.client
+        return other
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def output_for(args: argparse.Namespace) -> Output:
+    return Output(json_wanted=args.json, color=False if args.no_color else None, quiet=args.quiet)
+
+
+def file_error(error: OSError) -> AsyncsupError:
+    """For a file that was named on the command line and could not be read or written."""
+    name = f"{error.filename}: " if error.filename else ""
+    return AsyncsupError(f"{name}{error.strerror or error}", code="file.failed")

@@ -1,0 +1,100 @@
+"""What is done to a supervisor that runs: `shutdown` and `reexec`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from asyncsup import render
+from asyncsup.cli.arguments import timeout_option, wait_options
+from asyncsup.cli.session import GRACE_SECONDS, QUERY_SECONDS, Session
+from asyncsup.cli.verbs import Action
+from asyncsup.client import ControlClient
+from asyncsup.errors import SupervisorUnreachableError, TimeoutExpiredError
+
+LOOK_SECONDS: Final = 0.02
+"""How often it is looked whether another supervisor is there."""
+
+
+def _shutdown(session: Session) -> int:
+    out, args = session.out, session.args
+    info = session.client.call("supervisor.info", timeout=QUERY_SECONDS)
+    try:
+        process = os.pidfd_open(int(info.get("keeper") or info["pid"]))
+    except OSError:
+        process = -1  # of another pid namespace, say
+    try:
+        stopping = session.ask("shutdown")["stopping"]
+        word = "stopping" if stopping else "nothing to stop"
+        out.lines([f"{word} {render.plural(stopping, 'instance')}" if stopping else word])
+        if args.wait and not _wait_gone(session, process, args.timeout):
+            raise TimeoutExpiredError(
+                f"the supervisor has not ended within {args.timeout:g} s; it goes on stopping"
+            )
+    finally:
+        if process >= 0:
+            os.close(process)
+    out.result({"stopping": stopping, "ended": args.wait}, lambda: ["the supervisor has ended"] * args.wait)
+    return 0
+
+
+def _wait_gone(session: Session, process: int, timeout: float | None) -> bool:
+    """The connection goes first, and right after it the process: what is held by it is free only then."""
+    if not session.client.wait_closed(timeout):
+        return False
+    if process >= 0:
+        poller = select.poll()
+        poller.register(process, select.POLLIN)
+        poller.poll(GRACE_SECONDS * 1000)
+    return True
+
+
+def _shutdown_arguments(parser: argparse.ArgumentParser) -> None:
+    wait_options(parser, "the end of the supervisor")
+
+
+def _reexec(session: Session) -> int:
+    out, args = session.out, session.args
+    before = session.client.call("supervisor.info", timeout=QUERY_SECONDS)
+    # It has to mean the same to a supervisor that works elsewhere.
+    program = None if args.program is None else os.path.abspath(args.program)  # noqa: PTH100 - without ".."
+    session.client.call("supervisor.reexec", {"program": program})
+    info = _wait_replaced(session, before, args.timeout)
+    if info is None:
+        raise TimeoutExpiredError(
+            f"no other supervisor has come within {args.timeout:g} s; see the log of `serve`"
+        )
+    value = {name: info[name] for name in ("version", "pid", "keeper", "adopted")}
+    adopted = render.plural(info["adopted"], "instance")
+    out.result(value, lambda: [f"asyncsup {info['version']} (pid {info['pid']}) has taken over {adopted}"])
+    return 0
+
+
+def _wait_replaced(session: Session, before: Mapping[str, Any], timeout: float) -> Mapping[str, Any] | None:
+    """The description of the supervisor that comes after another one; None if none does in time."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            with ControlClient(session.client.endpoint) as client:
+                info: Mapping[str, Any] = client.call("supervisor.info", timeout=QUERY_SECONDS)
+        except SupervisorUnreachableError:
+            info = before
+        if info["started"] != before["started"]:
+            return info
+        time.sleep(LOOK_SECONDS)
+    return None
+
+
+def _reexec_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--program", metavar="PATH", help="this asyncsup instead of the one that runs, as it is installed now"
+    )
+    timeout_option(parser, "how long to wait for it (30s)", default=30.0)
+
+
+SHUTDOWN = Action(_shutdown, _shutdown_arguments)
+REEXEC = Action(_reexec, _reexec_arguments)
