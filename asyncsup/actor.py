@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pwd
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+from msgspec.structs import asdict
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Actor:
+
+class Actor(msgspec.Struct, frozen=True, kw_only=True):
     """Somebody who asked for something.
 
     Attributes:
@@ -75,7 +76,7 @@ class Actor:
         return f"inbox, file of {who}" if self.via == "inbox" else who
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def _user(uid: int) -> str | None:

@@ -15,10 +15,12 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.child import Child, ProcessFacts, group_members, pidfd_inode, read_facts, read_proc
 from asyncsup.keeper_link import KeeperLink
@@ -47,8 +49,7 @@ class Verdict(Enum):
     """There is one that may be it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a process.
 
     Attributes:

@@ -24,9 +24,10 @@ import os
 import select
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from asyncsup.errors import CgroupUnavailableError
 
@@ -52,8 +53,7 @@ class _Mount(NamedTuple):
     """Which control group is seen at ``point``."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """What the processes of an instance take together; None where the kernel does not count it.
 
     Attributes:

@@ -12,8 +12,9 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
+
+import msgspec
 
 from asyncsup.ipc import Origin, Router
 from target_sdk.protocol import (
@@ -58,11 +59,10 @@ class PeerError(Exception):
         self.code = code
 
 
-@dataclass(slots=True)
-class _Connection:
+class _Connection(msgspec.Struct):
     peer: Peer
     identity: bytes | None = None
-    pending: dict[RequestId, tuple[Request, asyncio.Future[Any]]] = field(default_factory=dict)
+    pending: dict[RequestId, tuple[Request, asyncio.Future[Any]]] = msgspec.field(default_factory=dict)
 
 
 class TargetChannel:

@@ -19,9 +19,10 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
+
+import msgspec
 
 from asyncsup.errors import SpawnError
 from asyncsup.restart import Exit
@@ -48,8 +49,7 @@ _PROC_BYTES: Final = 64 << 10
 _SOFT_NOFILE, _HARD_NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpawnSpec:
+class SpawnSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a spawn needs. Descriptors stay the caller's."""
 
     command: Sequence[str]
@@ -57,14 +57,14 @@ class SpawnSpec:
     env: Mapping[str, str]
     stdout: int
     stderr: int
-    descriptors: Mapping[int, int] = field(default_factory=dict)
+    descriptors: Mapping[int, int] = msgspec.field(default_factory=dict)
     """Further ones: number in the program to number here."""
     umask: int | None = None
     user: str | None = None
     group: str | None = None
     pid_variables: Sequence[str] = ()
     """Variables of its environment that are to hold its pid."""
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = msgspec.field(default_factory=dict)
     """rlimit name to value in the units of setrlimit(2); -1 is unlimited."""
     cgroup: Path | None = None
     """The folder of the control group it is to be in from its first instruction on."""
@@ -335,8 +335,7 @@ def signal_group(group: int, number: int) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessFacts:
+class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel says of a process; ``wait_status`` is None while it has not ended, or for strangers."""
 
     state: str

@@ -13,13 +13,13 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
+from msgspec.structs import replace
 
 from asyncsup.actor import Actor
 from asyncsup.config import describe

@@ -32,9 +32,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 VARIABLE: Final = "ASYNCSUP_FAILPOINT"
 _HANG_SECONDS: Final = 3600.0
@@ -42,8 +43,7 @@ _LOOK_SECONDS: Final = 0.01
 """How often what hangs looks whether it is let go."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
+class _Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for; ``version`` tells a file from the one that replaces it."""
 
     version: object

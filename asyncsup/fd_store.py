@@ -16,9 +16,10 @@ import os
 import select
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote
+
+import msgspec
 
 from asyncsup.child import out_of_the_way
 from asyncsup.keeper_link import KeeperLink
@@ -29,8 +30,7 @@ _KCMP: Final = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "ppc64le": 354, "
 """Numbers of the system call kcmp(2)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
+class _Stored(msgspec.Struct, frozen=True, kw_only=True):
     fd: int
     name: str
     held: str

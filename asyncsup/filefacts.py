@@ -6,9 +6,10 @@ import ctypes
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 _AT_FDCWD: Final = -100
 _BASIC_AND_BIRTH: Final = 0x7FF | 0x800
@@ -20,8 +21,7 @@ _BUFFER_BYTES: Final = 256
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileFacts:
+class FileFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Attributes:
     identity: inode, and the birth in microseconds since the epoch (0 where the file system does not know);
         together no later file has them, as one may have the inode of one that was removed.

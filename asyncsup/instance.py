@@ -17,13 +17,14 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import anyio
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process, owners
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
@@ -76,8 +77,7 @@ NONE: Final[Mapping[int, int]] = MappingProxyType({})
 ToldBy = Literal["sdk", "signal", "command", "nobody"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RootFacts:
+class RootFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What an instance is told about the resources it is started on."""
 
     build: int
@@ -86,8 +86,7 @@ class RootFacts:
     """The path that always leads to the generation in force; None for a target without a root."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Runtime:
+class Runtime(msgspec.Struct, kw_only=True):
     """What all instances share."""
 
     events: EventStream
@@ -105,13 +104,12 @@ class Runtime:
     essential_ended: Callable[[Instance], None]
     hear_last_words: Callable[[], None]
     """Act upon what programs have said to the notify socket so far."""
-    groups: dict[int, Instance] = field(default_factory=dict)
+    groups: dict[int, Instance] = msgspec.field(default_factory=dict)
     """The process groups that may speak to the notify socket, and for whom."""
-    log_files: LogFiles = field(default_factory=LogFiles)
+    log_files: LogFiles = msgspec.field(default_factory=LogFiles)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReloadOutcome:
+class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a reload went; ``took`` in seconds."""
 
     told_by: ToldBy
@@ -120,8 +118,7 @@ class ReloadOutcome:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastExit:
+class LastExit(msgspec.Struct, frozen=True, kw_only=True):
     ended: Exit | str
     at: str
     reason: str

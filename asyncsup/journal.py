@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+from msgspec.structs import asdict
 
 from asyncsup.errors import StateError
 
@@ -54,8 +55,8 @@ class Journal:
         self._rewrite()
 
     def put(self, key: str, value: object) -> None:
-        """Write a fact down; ``value`` is what orjson can encode, dataclasses included."""
-        text = orjson.dumps(value)
+        """Write a fact down; ``value`` is what orjson can encode, structs included."""
+        text = _encoded(value)
         if self._facts.get(key) == text:
             return
         self._facts[key] = text
@@ -63,7 +64,7 @@ class Journal:
 
     def put_together(self, facts: Mapping[str, object]) -> None:
         """Write down several facts of which nobody may ever find only some."""
-        texts = {key: orjson.dumps(value) for key, value in facts.items()}
+        texts = {key: _encoded(value) for key, value in facts.items()}
         self._facts |= texts
         self._append(b"".join(_line(key, text) for key, text in texts.items()))
 
@@ -158,6 +159,10 @@ class Journal:
 
 def _line(key: str, text: bytes) -> bytes:
     return b"[%b,%b]\n" % (orjson.dumps(key), text)
+
+
+def _encoded(value: object) -> bytes:
+    return orjson.dumps(value, default=asdict)
 
 
 def _decoded(line: bytes) -> Any:

@@ -16,8 +16,8 @@ import signal
 import struct
 import sys
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 BLOCK_BYTES = 256 << 10
 """Content of a block."""
@@ -34,8 +34,7 @@ _PR_SET_PDEATHSIG = 1
 _LOWEST_PRIORITY = 19
 
 
-@dataclass(frozen=True)
-class Archive:
+class Archive(NamedTuple):
     """What the first member says.
 
     Attributes:

@@ -11,10 +11,11 @@ import logging
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from asyncsup import logarchive
 from asyncsup.errors import RequestError
@@ -32,8 +33,7 @@ _STEP_BYTES: Final = 64 << 10
 _TIME: Final = re.compile(rb'(?:\{"at":")?(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)["\x20]')
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cursor:
+class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     """A place in a stream that stays valid across rotation and compression.
 
     Attributes:
@@ -65,8 +65,7 @@ class Cursor:
         raise RequestError("cursors: each must be a cursor from an earlier answer")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """What was read.
 
     Attributes:
@@ -83,8 +82,7 @@ class Piece:
     gap: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Segment:
+class _Segment(msgspec.Struct, frozen=True, kw_only=True):
     """One of the files."""
 
     path: Path

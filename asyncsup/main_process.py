@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+
+import msgspec
 
 from asyncsup.adoption import token_of
 from asyncsup.child import pidfd_inode, read_facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A process that may be named.
 
     Attributes:

@@ -10,8 +10,9 @@ import errno
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeVar
+
+import msgspec
 
 T = TypeVar("T")
 
@@ -43,8 +44,7 @@ class BadNotificationError(ValueError):
     """The datagram is none of this protocol; nothing of it counts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notification:
+class Notification(msgspec.Struct, frozen=True, kw_only=True):
     """One datagram. Durations in seconds.
 
     Attributes:

@@ -13,9 +13,10 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from asyncsup.notification import (
     DATAGRAM_BYTES,
@@ -35,8 +36,7 @@ _MOST_DESCRIPTORS: Final = 253
 """In one datagram: the kernel's SCM_MAX_FD."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sender:
+class Sender(msgspec.Struct, frozen=True, kw_only=True):
     """Who sent a datagram, as the kernel has it; ``uid`` is the real one."""
 
     pid: int

@@ -7,8 +7,9 @@ after a reboot, and neither does the record.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
+
+import msgspec
 
 from asyncsup.lifecycle import State
 
@@ -17,8 +18,7 @@ Role = Literal["current", "successor", "standby", "retiring"]
 its place again; on its way out."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessRecord:
+class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A process, and how to know it again.
 
     Attributes:
@@ -56,8 +56,7 @@ class ProcessRecord:
     generation: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceRecord:
+class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A slot, and a process in it.
 
     Attributes:
@@ -109,8 +108,7 @@ class InstanceRecord:
         return cls(**known)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartRecord:
+class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One target's part in a patch; ``instances`` are those concerned."""
 
     target: str
@@ -120,8 +118,7 @@ class PartRecord:
     instances: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatchRecord:
+class PatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A patch or rollback under way, as far as the store does not know of it.
 
     Attributes:
@@ -166,7 +163,7 @@ class PatchRecord:
         return cls(**known)
 
 
-def _known(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: type[msgspec.Struct], value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"not an object: {value!r:.80}")
-    return {item.name: value[item.name] for item in fields(kind) if item.name in value}
+    return {name: value[name] for name in kind.__struct_fields__ if name in value}

@@ -9,16 +9,16 @@ earlier waits ``restart_delay``, then twice that, and so on up to ``restart_max_
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from asyncsup.lifecycle import Event
 
 RestartMode = Literal["always", "on-failure", "unless-stopped", "never"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exit:
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
     """How a process ended: an exit status, or the signal that killed it; neither, when nobody has seen it."""
 
     status: int | None = None
@@ -41,8 +41,7 @@ class Exit:
             return f"killed by signal {self.signal}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When to start again; durations in seconds."""
 
     mode: RestartMode
@@ -57,16 +56,14 @@ class RestartPolicy:
         return ended.status in self.success_exit_codes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartHistory:
+class RestartHistory(msgspec.Struct, frozen=True, kw_only=True):
     """What the policy remembers: early ends in a row, and the times of recent restarts (monotonic)."""
 
     early_ends: int = 0
     restarts: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
     event: Event
     history: RestartHistory
     delay: float = 0.0

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from asyncsup import __version__, keeper
 from asyncsup.child import SpawnSpec, spawn
@@ -23,8 +24,7 @@ CHECK_SECONDS: Final = 30.0
 """How long a new program may take to say that it would start."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Successor:
+class Successor(msgspec.Struct, frozen=True, kw_only=True):
     """A program that has passed its check.
 
     Attributes:

@@ -15,13 +15,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
 import anyio.abc
+import msgspec
 import zmq
 
 import asyncsup
@@ -84,8 +84,7 @@ SPAWNS_AT_ONCE: Final = 1
 """A spawn blocks the event loop for a third of a millisecond; between two of them it serves others."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """Instances of one target that a request named; all of them unless one was named by its index."""
 
     target: Target

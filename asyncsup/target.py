@@ -15,11 +15,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import anyio
+import msgspec
 
 from asyncsup.config import TargetConfig
 from asyncsup.config.values import Condition
@@ -57,8 +57,7 @@ RESTING: Final = frozenset({State.STOPPED, State.EXITED})
 """States of an instance that nobody will start again by himself."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dependency:
+class Dependency(msgspec.Struct, frozen=True, kw_only=True):
     """What has to have become of another target before one may start."""
 
     target: Target
@@ -77,27 +76,25 @@ class Dependency:
         return self.target.name if self.condition == "ready" else f"{self.target.name} ({self.condition})"
 
 
-@dataclass(slots=True, eq=False)
-class _Operation:
+class _Operation(msgspec.Struct, eq=False):
     name: str
     asked_by: str
     work: Callable[[], Awaitable[Any]]
     future: asyncio.Future[Any]
     party: _Party
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    scope: anyio.CancelScope = msgspec.field(default_factory=anyio.CancelScope)
     cancelled_because: str = "its client gave up"
-    began: float = field(default_factory=time.monotonic)
+    began: float = msgspec.field(default_factory=time.monotonic)
 
     def cancel(self, because: str) -> None:
         self.cancelled_because = because
         self.scope.cancel()
 
 
-@dataclass(slots=True, eq=False)
-class _Party:
+class _Party(msgspec.Struct, eq=False):
     """Operations, each in the queue of another target, that begin together."""
 
-    operations: dict[Target, _Operation] = field(default_factory=dict)
+    operations: dict[Target, _Operation] = msgspec.field(default_factory=dict)
     begun: bool = False
 
     def begin(self) -> bool:

@@ -11,11 +11,12 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from store_kit import Bench, apply, begin, benches, info, memory_folder, open_store, roll_back, staged
 
 from asyncsup import failpoints

@@ -933,8 +933,8 @@ def test_status_imports_nothing_it_has_to_wait_for(supervisor: FakeSupervisor) -
     assert loaded & of_verbs == {"asyncsup.cli.targets"}
     forbidden = {
         "anyio", "asyncio", "asyncsup.client", "asyncsup.config", "asyncsup.supervisor", "concurrent.futures",
-        "dataclasses", "difflib", "importlib.metadata", "inspect", "logging", "orjson", "prompt_toolkit",
-        "shutil", "subprocess", "tempfile", "uuid", "zmq",
+        "dataclasses", "difflib", "importlib.metadata", "inspect", "logging", "msgspec", "orjson",
+        "prompt_toolkit", "shutil", "subprocess", "tempfile", "uuid", "zmq",
     }  # fmt: skip
     # What the environment itself brings along at every start is not ours.
     bare = subprocess.run(

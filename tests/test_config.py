@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import pwd
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -140,7 +140,7 @@ def test_every_default_reads_back_as_it_is_shown(kind: type) -> None:
     checked = 0
     for option in options(kind).values():
         default = option.default() if callable(option.default) else option.default
-        if not isinstance(option.type, ValueType) or default in (dataclasses.MISSING, None):
+        if not isinstance(option.type, ValueType) or default in (msgspec.NODEFAULT, None):
             continue
         shown = tomllib.loads(f"k = {option.type.show(default)}")["k"]
         assert option.type.read(shown, scope) == default
@@ -150,7 +150,7 @@ def test_every_default_reads_back_as_it_is_shown(kind: type) -> None:
 
 def test_settings_are_frozen_and_do_not_show_the_environment() -> None:
     web = target('env = { TOKEN = "hush" }')
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         web.build = 5  # type: ignore[misc]
     with pytest.raises(TypeError):
         web.env["TOKEN"] = "other"  # type: ignore[index]

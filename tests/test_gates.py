@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from asyncsup.patch.gates import Assessment, TargetFacts, assess
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, Requires

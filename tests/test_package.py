@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import zip_forge
+from msgspec import structs
 from zip_forge import FILES, JOB, NOTE, Part, folder, forge, manifest_part, native
 
 from asyncsup.config import PatchLimits as Limits
@@ -120,8 +121,8 @@ def test_change_that_is_not_in_the_package_is_a_programming_error(path: Path) ->
     with open_package(path) as package:
         job = package.manifest.files[0]
         for change in (
-            replace(job, path="other"),
-            replace(job, size=1),
+            structs.replace(job, path="other"),
+            structs.replace(job, size=1),
             FileChange(path="job.json", op=Op.DELETED),
         ):
             with pytest.raises(ValueError, match="no new or modified file"):

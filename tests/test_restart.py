@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from asyncsup.lifecycle import Event
 from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
@@ -38,7 +38,7 @@ CRASH, DONE = Exit(status=1), Exit(status=0)
     ],
 )
 def test_policy_after_a_long_run(mode: str, ended: Exit, event: Event) -> None:
-    policy = replace(POLICY, mode=mode)  # type: ignore[arg-type]
+    policy = replace(POLICY, mode=mode)
     assert decide(policy, RestartHistory(), ended=ended, uptime=100.0, now=1000.0).event is event
 
 

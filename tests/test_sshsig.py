@@ -6,13 +6,13 @@ import base64
 import contextlib
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import ssh_kit
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from asyncsup.patch.sshsig import (
     MAGIC,

@@ -11,6 +11,7 @@ makes one that fails as short as it can.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import itertools
 import os
@@ -23,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +48,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec.structs import replace
 from store_kit import MEMORY, info, look, open_store, package, write_tree
 
 from asyncsup import failpoints
@@ -273,7 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 edits[path] = Edit(Op.MODIFIED, content)
             if how == "strict":
-                edits[path] = replace(edits[path], lenient=False)
+                edits[path] = dataclasses.replace(edits[path], lenient=False)
         return {
             path: edit
             for path, edit in edits.items()

@@ -1,7 +1,7 @@
 """The configuration: `asyncsup.toml` in, typed and frozen settings out, or everything that is wrong with it.
 
 =============  ===========================================================================
-settings.py    the settings, one dataclass for each table; what there is and its default
+settings.py    the settings, one struct for each table; what there is and its default
 values.py      how each type of value is written: durations, sizes, commands, signals ...
 reader.py      files to settings: merging, unknown keys, names; nothing is read from disk
 checks.py      what has to hold between settings, and between them and the machine

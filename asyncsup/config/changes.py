@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from asyncsup.config.settings import Config, options
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetChange:
+class TargetChange(msgspec.Struct, frozen=True, kw_only=True):
     """What is different about a target that is in both.
 
     Attributes:
@@ -23,8 +23,7 @@ class TargetChange:
     at_start: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """What lies between two configurations.
 
     Attributes:
@@ -87,9 +86,9 @@ def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[st
     """The keys that differ, and whether each takes effect only at a start."""
     settings: type = type(after)
     known = options(settings)
-    for item in fields(after):
-        old, new = getattr(before, item.name), getattr(after, item.name)
-        if is_dataclass(new):
-            yield from _differences(old, new, f"{prefix}{item.name}.")
+    for name in after.__struct_fields__:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(new, msgspec.Struct):
+            yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            yield f"{prefix}{item.name}", known[item.name].at_start
+            yield f"{prefix}{name}", known[name].at_start

@@ -7,9 +7,10 @@ warnings, so that all of them are told at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from asyncsup.config.toml_lines import BARE_KEY, find_lines
 from asyncsup.config.values import quoted, toml_text
@@ -19,8 +20,7 @@ MAX_SHOWN_VALUE = 60
 """Characters; a longer value is cut."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that is wrong. ``line`` counts from 1; it is None where it could not be found."""
 
     file: Path

@@ -10,12 +10,15 @@ There is no ``from __future__ import annotations`` here because the annotations 
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum, auto
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, cast
+
+import msgspec
+from msgspec import NODEFAULT
+from msgspec.structs import asdict, fields
 
 from asyncsup.config import values
 from asyncsup.config.address import Address
@@ -24,6 +27,10 @@ from asyncsup.patch.paths import MAX_DEPTH
 
 if TYPE_CHECKING:
     from asyncsup.patch.manifest import Kind
+
+    Kinds = frozenset[Kind]
+else:
+    Kinds = frozenset  # the module is slow to import, and clients never need it
 
 
 class Default(NamedTuple):
@@ -77,14 +84,13 @@ def _empty() -> Mapping[str, Any]:
     return MappingProxyType({})
 
 
-def _all_kinds() -> "frozenset[Kind]":
-    from asyncsup.patch.manifest import Kind  # noqa: PLC0415 - slow to import, and clients never need it
+def _all_kinds() -> Kinds:
+    from asyncsup.patch.manifest import Kind  # noqa: PLC0415 - as above
 
     return frozenset(Kind)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisorConfig:
+class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[supervisor]`: the supervisor itself, and where it keeps things."""
 
     region: Text = "local"
@@ -123,8 +129,7 @@ class SupervisorConfig:
         return f"ipc://{self.runtime_dir / 'target.sock'}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatchConduct:
+class PatchConduct(msgspec.Struct, frozen=True, kw_only=True):
     """How targets are patched: set in `[patch]`, overridden for one target in `.patch`."""
 
     ack_timeout: Timeout = 10.0
@@ -141,8 +146,7 @@ class PatchConduct:
     """What becomes of files that are not what a patch was made for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatchLimits:
+class PatchLimits(msgspec.Struct, frozen=True, kw_only=True):
     """`[patch.limits]`: what a package may cost at most.
 
     Checked on what the package declares, before anything is extracted; the declaration is then enforced.
@@ -168,8 +172,7 @@ class PatchLimits:
     """The old and the new content of a file that comes as a delta, and the delta: all are held in memory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatchConfig(PatchConduct):
+class PatchConfig(PatchConduct, frozen=True, kw_only=True):
     """`[patch]`: where patches come from, and what is asked of them."""
 
     inbox: Annotated[Path, values.PATH, Default("inbox"), Takes.AT_START]
@@ -187,11 +190,10 @@ class PatchConfig(PatchConduct):
     limits: PatchLimits = PatchLimits()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetPatchConfig(PatchConduct):
+class TargetPatchConfig(PatchConduct, frozen=True, kw_only=True):
     """`[target.NAME.patch]`."""
 
-    allow: Annotated["frozenset[Kind]", values.ALLOW] = field(default_factory=_all_kinds)
+    allow: Annotated[Kinds, values.ALLOW] = msgspec.field(default_factory=_all_kinds)
     """Kinds of patches the target takes; none at all for `[]`."""
     canary: Annotated[int, integer(0, 10_000)] = 0
     """Of a cold patch: so many instances first, with a probation of their own, and then the others."""
@@ -201,8 +203,7 @@ class TargetPatchConfig(PatchConduct):
     """Never fewer than so many are ready, where they have to be stopped before they are started."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogConfig:
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[target.NAME.log]`: where the output of the instances goes."""
 
     stdout: Annotated[Path | None, values.LOG_PATH, Default(words="`STATE_DIR/logs/NAME.INDEX.log`")] = None
@@ -219,8 +220,7 @@ class LogConfig:
     """What becomes of rotated files; in the background."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What `.ready` and `.liveness` have in common: one question, and how often it is asked."""
 
     http: Annotated[str | None, values.URL] = None
@@ -235,8 +235,7 @@ class ProbeConfig:
     """How long one answer may take."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadyConfig(ProbeConfig):
+class ReadyConfig(ProbeConfig, frozen=True, kw_only=True):
     """`[target.NAME.ready]`: how it is known from outside that an instance can do its work."""
 
     interval: Timeout = 0.2
@@ -250,16 +249,14 @@ class ReadyConfig(ProbeConfig):
     """It says READY=1 to NOTIFY_SOCKET (sd_notify), whatever its protocol."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LivenessConfig(ProbeConfig):
+class LivenessConfig(ProbeConfig, frozen=True, kw_only=True):
     """`[target.NAME.liveness]`: how it is known that an instance still does its work."""
 
     failure_threshold: Annotated[int, integer(1, 1000)] = 3
     """After this many bad answers in a row the instance is ended, and its restart policy applies."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HooksConfig:
+class HooksConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[target.NAME.hooks]`: commands that are run at points in the life of an instance, or of a patch."""
 
     pre_start: Annotated[tuple[str, ...] | None, values.COMMAND] = None
@@ -278,8 +275,7 @@ class HooksConfig:
     """How long each may take."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetConfig:
+class TargetConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[target.NAME]`, with `[defaults]` and `[patch]` already beneath it.
 
     Commands, ``env`` and log paths may still contain ``${instance}`` (`values.INSTANCE`), which is
@@ -290,8 +286,8 @@ class TargetConfig:
     command: Annotated[tuple[str, ...], values.COMMAND, Takes.AT_START]
     directory: Annotated[Path, values.PATH, Default("."), Takes.AT_START]
     """The working directory of the instances."""
-    env: Annotated[Mapping[str, str], Entries(values.ENV_VALUE), Takes.AT_START] = field(
-        default_factory=_empty, repr=False
+    env: Annotated[Mapping[str, str], Entries(values.ENV_VALUE), Takes.AT_START] = msgspec.field(
+        default_factory=_empty
     )
     env_files: Annotated[tuple[Path, ...], values.PATHS, Takes.AT_START] = ()
     """Files of NAME=VALUE lines, read at each start; ``env`` wins over them."""
@@ -309,7 +305,7 @@ class TargetConfig:
     """A replacement is started, and ready, before the one it replaces is stopped."""
     drain_timeout: Duration = 30.0
     """How long one that was replaced may take to finish what it has begun, before its stop signal."""
-    depends_on: Annotated[Mapping[str, Condition], values.DEPENDS] = field(default_factory=_empty)
+    depends_on: Annotated[Mapping[str, Condition], values.DEPENDS] = msgspec.field(default_factory=_empty)
     """What must have become of which targets before this one is started."""
     oneshot: Annotated[bool, values.BOOLEAN, Takes.AT_START] = False
     """Its instances are meant to end: it is ready when they have, with success."""
@@ -357,17 +353,17 @@ class TargetConfig:
     fd_store_max: Annotated[int, integer(0, 512), Takes.AT_START] = 0
     """How many descriptors an instance may store for its next start (sd_notify: FDSTORE=1)."""
 
-    ready: ReadyConfig = field(default_factory=ReadyConfig)
-    liveness: LivenessConfig = field(default_factory=LivenessConfig)
-    hooks: HooksConfig = field(default_factory=HooksConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    ready: ReadyConfig = msgspec.field(default_factory=ReadyConfig)
+    liveness: LivenessConfig = msgspec.field(default_factory=LivenessConfig)
+    hooks: HooksConfig = msgspec.field(default_factory=HooksConfig)
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
     cgroup: Annotated[CgroupMode, choice(CgroupMode), Takes.AT_START] = "auto"
     """Whether an instance has a control group, and whether it may be started without what it asks of one."""
-    limits: Annotated[Mapping[str, Any], Entries(values.LIMIT_COUNT, values.LIMITS), Takes.AT_START] = field(
-        default_factory=_empty
+    limits: Annotated[Mapping[str, Any], Entries(values.LIMIT_COUNT, values.LIMITS), Takes.AT_START] = (
+        msgspec.field(default_factory=_empty)
     )
     """Name to value (`RLIMITS`, `CGROUP_LIMITS`); `UNLIMITED` for no limit."""
-    patch: TargetPatchConfig = field(default_factory=TargetPatchConfig)
+    patch: TargetPatchConfig = msgspec.field(default_factory=TargetPatchConfig)
 
     @property
     def overlaps(self) -> bool:
@@ -395,6 +391,10 @@ class TargetConfig:
             return "notify"
         return "sdk" if self.protocol == "sdk" else "uptime"
 
+    def __repr__(self) -> str:
+        shown = (f"{name}={value!r}" for name, value in asdict(self).items() if name != "env")  # secrets
+        return f"TargetConfig({', '.join(shown)})"
+
     @property
     def rlimits(self) -> Mapping[str, int]:
         """The limits of each process."""
@@ -411,16 +411,14 @@ class TargetConfig:
         return self.protocol == "notify" or self.ready.notify
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupConfig:
+class GroupConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[group.NAME]`: one name for several targets, wherever a command takes names."""
 
     targets: Annotated[tuple[str, ...], values.STRINGS] = ()
     """Names of targets, or patterns of such."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SocketConfig:
+class SocketConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[socket.NAME]`: a socket that is bound once, by the supervisor, and handed to targets."""
 
     listen: Annotated[Address, values.BIND]
@@ -434,8 +432,7 @@ class SocketConfig:
     group: Annotated[str | None, values.TEXT] = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(msgspec.Struct, frozen=True, kw_only=True):
     """A whole configuration that has passed every check. All paths are absolute."""
 
     path: Path
@@ -447,9 +444,9 @@ class Config:
     patch: PatchConfig
     targets: Mapping[str, TargetConfig]
     """By name, in the order of the files."""
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=_empty)
+    groups: Mapping[str, tuple[str, ...]] = msgspec.field(default_factory=_empty)
     """By name, the names of their targets, in the order of the files."""
-    sockets: Mapping[str, SocketConfig] = field(default_factory=_empty)
+    sockets: Mapping[str, SocketConfig] = msgspec.field(default_factory=_empty)
     warnings: tuple[str, ...] = ()
     """What is allowed but probably not meant, one sentence each."""
 
@@ -463,9 +460,9 @@ class Option(NamedTuple):
 
     name: str
     type: ValueType[Any] | Entries | type
-    """How its value is read; for a table of its own `Entries`, or the dataclass of its keys."""
+    """How its value is read; for a table of its own `Entries`, or the struct of its keys."""
     default: Any
-    """Or a function that makes it (`field`'s ``default_factory``); MISSING for a key that is required."""
+    """Or a function that makes it (`field`'s ``default_factory``); NODEFAULT for a key that is required."""
     depends: Default | None
     at_start: bool
     """Whether a running process keeps the value it was started with."""
@@ -480,7 +477,7 @@ class Option(NamedTuple):
         """The default, for the reference (Markdown)."""
         if self.depends is not None:
             return self.depends.words or f"`{toml_text(self.depends.toml)}`"
-        if self.default is MISSING:
+        if self.default is NODEFAULT:
             return "required"
         if self.default is None:
             return "not set"
@@ -497,12 +494,16 @@ def options(settings: type) -> Mapping[str, Option]:
         metadata = getattr(item.type, "__metadata__", ())
         depends = next((entry for entry in metadata if isinstance(entry, Default)), None)
         kind = next((entry for entry in metadata if isinstance(entry, ValueType | Entries)), None)
-        if kind is None and not is_dataclass(item.type):
+        if kind is None and not _is_table(item.type):
             continue  # a target's name, which stands in the header
-        default = item.default if item.default_factory is MISSING else item.default_factory
+        default = item.default if item.default_factory is NODEFAULT else item.default_factory
         at_start = Takes.AT_START in metadata
         found[item.name] = Option(item.name, kind or cast(type, item.type), default, depends, at_start)
     return MappingProxyType(found)
+
+
+def _is_table(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def describe(target: TargetConfig) -> dict[str, Any]:
@@ -518,7 +519,7 @@ def _described(settings: Any) -> dict[str, Any]:
 def _json_value(value: Any, name: str = "") -> Any:
     if name == "umask" and value is not None:
         return f"{value:03o}"
-    if is_dataclass(value):
+    if isinstance(value, msgspec.Struct):
         return _described(value)
     if isinstance(value, signal.Signals):
         return value.name

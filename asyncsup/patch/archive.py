@@ -18,8 +18,9 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
+
+import msgspec
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError
@@ -102,8 +103,7 @@ RATIO_FLOOR: Final = 1 << 20
 """Files up to this size may compress as well as they like."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One entry that `scan` accepted; sizes and offsets in bytes."""
 
     name: str
@@ -116,8 +116,7 @@ class Entry:
     data_offset: int
 
 
-@dataclass(slots=True, kw_only=True)
-class _Record:
+class _Record(msgspec.Struct, kw_only=True):
     """One record of the central directory."""
 
     name: str

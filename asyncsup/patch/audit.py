@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import orjson
 
 FORMAT: Final = "asyncsup.audit/1"
@@ -26,8 +26,7 @@ MOST_FAULTS: Final = 100
 """No judgement lists more; it says how many there were."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class Head(msgspec.Struct, frozen=True, kw_only=True):
     """A record by its number and its hash: whoever knows it knows everything before it."""
 
     seq: int
@@ -37,8 +36,7 @@ class Head:
         return {"seq": self.seq, "hash": self.hash}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """A record as it is kept: its line, and beside it what the line says or comes to.
 
     Attributes:
@@ -56,8 +54,7 @@ class Row:
         return {"seq": self.seq, "hash": self.hash, "line": self.line.decode(errors="replace")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is not as it was written; `seq` is the record where that shows."""
 
     code: str

@@ -17,10 +17,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
+
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchBuildError, PatchMalformedError
@@ -54,8 +56,7 @@ _DATE_1980: Final = 1 << 5 | 1
 _VERSION: Final = 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(msgspec.Struct, frozen=True, kw_only=True):
     """A regular file of a folder that is compared."""
 
     file: Path

@@ -17,11 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from asyncsup.errors import PatchNotFoundError, StateError, TargetNotFoundError
 from asyncsup.patch import audit
@@ -145,8 +146,7 @@ OPEN_PHASES: Final = (Phase.BEGUN, Phase.SWITCHED, Phase.SWITCHED_BACK)
 """A transaction in one of these has its targets to itself."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetRow:
+class TargetRow(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     root: Path
     layout: str
@@ -155,16 +155,14 @@ class TargetRow:
     releasing: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaled:
+class Scaled(msgspec.Struct, frozen=True, kw_only=True):
     """How many instances an operator wanted, and how many were configured when that was said."""
 
     configured: int
     instances: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRow:
+class GenerationRow(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     number: int
     parent: int | None
@@ -177,8 +175,7 @@ class GenerationRow:
     made: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRow:
+class FileRow(msgspec.Struct, frozen=True, kw_only=True):
     """A managed file of a generation; without `sha256` the record that a patch deleted it."""
 
     path: str
@@ -194,8 +191,7 @@ Origin = tuple[int | None] | None
 for, or None when it was adopted. None where no patch has ever touched the name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeptRow:
+class KeptRow(msgspec.Struct, frozen=True, kw_only=True):
     """Something stands under a name in a generation that is not what a patch has for it.
 
     Attributes:
@@ -209,8 +205,7 @@ class KeptRow:
     note: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChangeRow:
+class ChangeRow(msgspec.Struct, frozen=True, kw_only=True):
     """What a transaction does to one path of a target; `position` makes its temporary names unique."""
 
     position: int
@@ -221,8 +216,7 @@ class ChangeRow:
     seen: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartRow:
+class PartRow(msgspec.Struct, frozen=True, kw_only=True):
     """One target's part in a transaction: from generation `source` to `destination`."""
 
     txn: int
@@ -232,8 +226,7 @@ class PartRow:
     staged: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransactionRow:
+class TransactionRow(msgspec.Struct, frozen=True, kw_only=True):
     txn: int
     action: str
     patch: str | None
@@ -255,8 +248,7 @@ class TransactionRow:
     by_hand: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Note:
+class _Note(msgspec.Struct, frozen=True, kw_only=True):
     """Something to be written down in the audit."""
 
     event: str

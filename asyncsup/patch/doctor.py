@@ -12,9 +12,11 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import msgspec
+from msgspec.structs import asdict
 
 from asyncsup.errors import StateError
 from asyncsup.patch import fs
@@ -48,8 +50,7 @@ Level = Literal["problem", "warning"]
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is not as it should be.
 
     Attributes:
@@ -70,11 +71,10 @@ class Finding:
         return self.code, self.target, self.generation, self.path
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
-@dataclass(slots=True, kw_only=True)
-class Diagnosis:
+class Diagnosis(msgspec.Struct, kw_only=True):
     """What an examination has found.
 
     Attributes:
@@ -84,7 +84,7 @@ class Diagnosis:
 
     path: Path
     running: int | None
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = msgspec.field(default_factory=list)
     head: Head | None = None
     records: int = 0
     targets: int = 0

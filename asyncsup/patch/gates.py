@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
+
+import msgspec
 
 from asyncsup.patch.delta import INSTALL
 from asyncsup.patch.manifest import Kind, Manifest
@@ -19,8 +20,7 @@ from asyncsup.patch.plan import FilePlan, what_would_do
 from asyncsup.patch.space import Room
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetFacts:
+class TargetFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a target.
 
     Args:
@@ -46,8 +46,7 @@ class TargetFacts:
     reads_deltas: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
     """One verdict; `code` is None when the gate is open."""
 
     name: str
@@ -56,8 +55,7 @@ class Gate:
     code: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assessment:
+class Assessment(msgspec.Struct, frozen=True, kw_only=True):
     """All verdicts for one target, in the order in which they count.
 
     `already`: no gate is closed, and the target is what the patch would make it. That is a success, and there

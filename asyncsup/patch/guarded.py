@@ -10,9 +10,10 @@ import contextlib
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from asyncsup.patch import fs
 from asyncsup.patch.look import split
@@ -21,8 +22,7 @@ from asyncsup.patch.plan import Found, PlanError, Presence
 _NOT_THERE: Final = (OSError, fs.BlockedPathError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guarded:
+class Guarded(msgspec.Struct, frozen=True, kw_only=True):
     """The places, by what they are called in a message.
 
     Attributes:
@@ -31,7 +31,7 @@ class Guarded:
             appears would be read as well.
     """
 
-    places: Mapping[Path, str] = field(default_factory=dict)
+    places: Mapping[Path, str] = msgspec.field(default_factory=dict)
     patterns: tuple[str, ...] = ()
 
 

@@ -18,12 +18,12 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import anyio
 import anyio.abc
+import msgspec
 import orjson
 from asyncinotify import Inotify, Mask
 
@@ -43,8 +43,7 @@ _LONGEST_ENDING: Final = ".sha256"
 """Of the files that lie beside a package."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """A zip that lies in the inbox; ``size`` in bytes."""
 
     path: Path

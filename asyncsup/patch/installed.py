@@ -10,8 +10,10 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.errors import PatchNotFoundError
 from asyncsup.patch import fs, paths
@@ -20,8 +22,7 @@ from asyncsup.patch.database import FileRow, TargetRow
 from asyncsup.patch.statedir import StateDirectory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Installed:
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
     """The files of one generation, as programs see them.
 
     Attributes:

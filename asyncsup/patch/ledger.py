@@ -6,10 +6,12 @@ Works beside a running supervisor: everything is read in one SQLite snapshot.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
+from msgspec.structs import asdict
 
 from asyncsup.errors import StateError
 from asyncsup.patch.audit import MOST_FAULTS, Examiner, Fault, Head, Row, decode
@@ -23,8 +25,7 @@ MOST_BYTES: Final = 512 << 10
 """What one answer carries at most."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     """What became of an examination.
 
     Attributes:

@@ -11,11 +11,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final, NoReturn, TypeVar
 
+import msgspec
 import orjson
 
 from asyncsup.errors import PatchMalformedError
@@ -71,8 +71,7 @@ class Op(StrEnum):
     DELETED = "deleted"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What a package holds of a modified file in place of its content: its difference to the old content.
 
     Args:
@@ -85,8 +84,7 @@ class Delta:
     size: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileChange:
+class FileChange(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a patch.
 
     Args:
@@ -111,16 +109,14 @@ class FileChange:
     delta: Delta | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requires:
+class Requires(msgspec.Struct, frozen=True, kw_only=True):
     """Between which builds the target must be, both included; None is no bound."""
 
     build_min: int | None = None
     build_max: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a patch is and does.
 
     Args:
@@ -147,11 +143,10 @@ class Manifest:
     downgrade: bool = False
     probation: float | None = None
     notes: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that is wrong with a manifest: where (a JSON path), which rule, and what would do."""
 
     code: str

@@ -12,9 +12,11 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
@@ -28,8 +30,7 @@ ADOPTION_ATTEMPTS: Final = 8
 _ADOPTED: Final = f"{TEMPORARY_PREFIX}adopted"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Home:
+class Home(msgspec.Struct, frozen=True, kw_only=True):
     """A generation that an adopted file belongs into.
 
     Attributes:
@@ -41,8 +42,7 @@ class Home:
     taken: Set[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Linked:
+class _Linked(msgspec.Struct, frozen=True, kw_only=True):
     """An ordinary file that has been given its name in the generations, before the swap."""
 
     status: os.stat_result

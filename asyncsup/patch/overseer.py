@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 import anyio
 import anyio.abc
 import anyio.to_thread
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.actor import Actor
 from asyncsup.config import PatchLimits
@@ -83,8 +84,7 @@ _TRUST_DETAILS: Final = ("required", "signers", "uncounted", "signature")
 """What an error about signatures says of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(msgspec.Struct, frozen=True, kw_only=True):
     """Where a package is, and what its checksum should be.
 
     Attributes:
@@ -108,8 +108,7 @@ class Source:
         return None if self.crc32 is None else "crc32"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What the sender of a patch wants besides having it applied.
 
     Attributes:
@@ -139,8 +138,7 @@ class Wish:
         return target.config.patch.drift if self.drift is None else self.drift
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WayBack:
+class WayBack(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be taken back.
 
     Attributes:
@@ -165,8 +163,7 @@ class WayBack:
         }
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
+class _Job(msgspec.Struct, eq=False):
     """An apply or a rollback under way.
 
     Attributes:
@@ -179,7 +176,7 @@ class _Job:
     request: dict[str, Any]
     answer: asyncio.Future[dict[str, Any]]
     end: asyncio.Future[dict[str, Any]]
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    scope: anyio.CancelScope = msgspec.field(default_factory=anyio.CancelScope)
     transaction: Transaction | None = None
     targets: Sequence[str] = ()
     because: str = "cancelled"
@@ -200,8 +197,7 @@ class _Job:
         return _is_called(reference, self.report.txn, self.report.patch)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Arriving:
+class _Arriving(msgspec.Struct, eq=False, kw_only=True):
     """A package of the inbox that is being applied, or waits for others that share targets with it.
 
     Attributes:
@@ -213,7 +209,7 @@ class _Arriving:
     targets: frozenset[str]
     file: tuple[Any, ...]
     changed: bool = False
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    done: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
 
 Work = Callable[[_Job, Sequence[Target]], Awaitable[Verdict]]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
+
+import msgspec
 
 MAX_COMPONENT_BYTES: Final = 255
 """What Linux file systems take as one name."""
@@ -32,8 +33,7 @@ _FILE_VERSION = re.compile(r";[0-9]*$")
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\u00b9\u00b2\u00b3])(?:\.|$)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathFault:
+class PathFault(msgspec.Struct, frozen=True, kw_only=True):
     """Why a path is refused: a short stable name for the rule, and a clause for people."""
 
     rule: str
@@ -105,8 +105,7 @@ def collision_key(path: str) -> str:
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collision:
+class Collision(msgspec.Struct, frozen=True, kw_only=True):
     """Two paths that cannot both be: equal but for case, or one a file where the other needs a folder."""
 
     kind: Literal["duplicate", "prefix_conflict"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, get_args
+
+import msgspec
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch.manifest import FileChange, Op
@@ -43,8 +44,7 @@ class Presence(Enum):
     __hash__ = object.__hash__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanError:
+class PlanError(msgspec.Struct, frozen=True, kw_only=True):
     """Why a file cannot be changed as the patch wants.
 
     Attributes:
@@ -56,8 +56,7 @@ class PlanError:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(msgspec.Struct, frozen=True, kw_only=True):
     """What was found at a path.
 
     Attributes:
@@ -92,8 +91,7 @@ class Found:
         return self.exists and (not self.delivered or self.drifted or self.kept is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilePlan:
+class FilePlan(msgspec.Struct, frozen=True, kw_only=True):
     """What would happen to one file.
 
     Attributes:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.errors import UsageError
 from asyncsup.patch.manifest import (
@@ -51,8 +53,7 @@ _CRC32_HEX = re.compile(r"0[xX][0-9a-fA-F]{1,8}|[0-9a-fA-F]{8}")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._+-]+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrototypeFile:
+class PrototypeFile(msgspec.Struct, frozen=True, kw_only=True):
     """One line of a list: what happens to which path, and which entry of the archive stands for it.
 
     The entry of a deleted file need not exist; where it does, nobody reads it.
@@ -63,8 +64,7 @@ class PrototypeFile:
     source: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prototype:
+class Prototype(msgspec.Struct, frozen=True, kw_only=True):
     """What the prototype's manifest says; `files` in the order in which the prototype acted."""
 
     region: str
@@ -73,8 +73,7 @@ class Prototype:
     files: tuple[PrototypeFile, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
+class Content(msgspec.Struct, frozen=True, kw_only=True):
     """Digest (lower-case hex) and size in bytes of one source."""
 
     sha256: str

@@ -13,9 +13,10 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+import msgspec
 
 from asyncsup.actor import Actor
 from asyncsup.errors import AsyncsupError, NotAllowedError, StateError, StateLockedError
@@ -41,8 +42,7 @@ T = TypeVar("T")
 Key = tuple[str, str | None, int | None, str | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mended:
+class Mended(msgspec.Struct, frozen=True, kw_only=True):
     """A finding, and what was done about it."""
 
     finding: Finding
@@ -52,8 +52,7 @@ class Mended:
         return {**self.finding.to_json(), "done": self.done}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a repair has come to.
 
     Attributes:

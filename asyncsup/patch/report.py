@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from asyncsup.errors import (
     AsyncsupError,
@@ -55,8 +56,7 @@ class PackageView:
         self._package.rebuild(self._originals[change.path], base, fd, progress)
 
 
-@dataclass(slots=True, kw_only=True)
-class Part:
+class Part(msgspec.Struct, kw_only=True):
     """One target's part in a request, as far as it has been looked at.
 
     Attributes:
@@ -85,8 +85,7 @@ class Part:
             self.participant.changed = self.changed
 
 
-@dataclass(slots=True, kw_only=True)
-class Report:
+class Report(msgspec.Struct, kw_only=True):
     """Everything that is known about one request; JSON in the end."""
 
     action: Literal["apply", "rollback"]
@@ -102,13 +101,13 @@ class Report:
     build: int | None = None
     kind: str | None = None
     txn: int | None = None
-    parts: list[Part] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    signers: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[Part] = msgspec.field(default_factory=list)
+    steps: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    signers: list[dict[str, Any]] = msgspec.field(default_factory=list)
     """Whose signatures counted, where the configuration asks for some."""
     audit: dict[str, Any] | None = None
     """The audit's last record about it: whoever keeps its hash can tell later that nothing was taken away."""
-    began: float = field(default_factory=time.monotonic)
+    began: float = msgspec.field(default_factory=time.monotonic)
 
     def to_json(self, verdict: Verdict, error: AsyncsupError | None = None) -> dict[str, Any]:
         manifest = self.manifest

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from asyncsup.errors import AllowedSignersError
 from asyncsup.patch.sshsig import (
@@ -37,8 +38,7 @@ _MAX_PATTERN: Final = 1022
 """Bytes. To `ssh-keygen` a list with a longer pattern matches nobody, whatever else is in it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signer:
+class Signer(msgspec.Struct, frozen=True, kw_only=True):
     """One line: a key, and what it is allowed.
 
     Args:

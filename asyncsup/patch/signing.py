@@ -19,9 +19,10 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
+
+import msgspec
 
 from asyncsup.config.settings import PatchLimits
 from asyncsup.errors import PatchMalformedError, PatchSignError
@@ -50,8 +51,7 @@ _VERSION: Final = 20
 _DATE_1980: Final = 1 << 5 | 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignedPackage:
+class SignedPackage(msgspec.Struct, frozen=True, kw_only=True):
     """A package as it is after signing.
 
     Args:

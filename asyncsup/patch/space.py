@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 BLOCK_BYTES: Final = 4096
 """What a folder, a link or the last piece of a file takes at least."""
@@ -14,8 +15,7 @@ MARGIN_INODES: Final = 64
 """For the database, the pointer's sets, and whatever else is written at the same time."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
+class Need(msgspec.Struct, frozen=True, kw_only=True):
     """What is going to be written below `place`, a folder that exists; ``size`` in bytes."""
 
     place: Path
@@ -23,8 +23,7 @@ class Need:
     inodes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class Room(msgspec.Struct, frozen=True, kw_only=True):
     """One file system: what is needed of it, margin included, and what is free for anybody.
 
     Attributes:

@@ -13,9 +13,10 @@ import hashlib
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
+
+import msgspec
 
 MAGIC: Final = b"SSHSIG"
 VERSION: Final = 1
@@ -111,8 +112,7 @@ class EcdsaNumbers(NamedTuple):
     s: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublicKey:
+class PublicKey(msgspec.Struct, frozen=True, kw_only=True):
     """A public key.
 
     Args:
@@ -122,8 +122,8 @@ class PublicKey:
     """
 
     type: KeyType
-    blob: bytes = field(repr=False)
-    material: bytes | RsaNumbers = field(repr=False)
+    blob: bytes
+    material: bytes | RsaNumbers
     application: str = ""
 
     @property
@@ -139,8 +139,7 @@ class PublicKey:
         return (self.type.curve or "ed25519", self.material)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SshSignature:
+class SshSignature(msgspec.Struct, frozen=True, kw_only=True):
     """What a ``.sig`` file says; nothing in it has been verified.
 
     Args:
@@ -160,8 +159,7 @@ class SshSignature:
         return MAGIC + b"".join(map(encode_string, fields))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignatureValue:
+class SignatureValue(msgspec.Struct, frozen=True, kw_only=True):
     """The signature itself.
 
     Args:

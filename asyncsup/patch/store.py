@@ -23,11 +23,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from asyncsup.errors import (
     AsyncsupError,
@@ -100,8 +102,7 @@ class Layout(StrEnum):
     TREE = "tree"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetRoot:
+class TargetRoot(msgspec.Struct, frozen=True, kw_only=True):
     """A target as configured.
 
     Attributes:
@@ -116,8 +117,7 @@ class TargetRoot:
     build: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetState:
+class TargetState(msgspec.Struct, frozen=True, kw_only=True):
     """What a target has now; `patch` is the id of the patch its generation came from."""
 
     name: str
@@ -128,8 +128,7 @@ class TargetState:
     layout: Layout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PatchInfo:
+class PatchInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The patch of a transaction, for the history, and for what is remembered of it for good."""
 
     id: str
@@ -141,16 +140,14 @@ class PatchInfo:
     downgrade: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class Survey(msgspec.Struct, frozen=True, kw_only=True):
     """What a patch would do to the files of one target, and what room it needs for that."""
 
     files: tuple[FilePlan, ...]
     needs: tuple[Need, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedTarget:
+class StagedTarget(msgspec.Struct, frozen=True, kw_only=True):
     """A generation that is ready to be switched to."""
 
     target: str
@@ -161,8 +158,7 @@ class StagedTarget:
     files: tuple[FilePlan, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undecided:
+class Undecided(msgspec.Struct, frozen=True, kw_only=True):
     """A transaction that waits for somebody to decide about it; `error` says why."""
 
     txn: int
@@ -180,8 +176,7 @@ class Undecided:
         return [part.target for part in self.parts]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RollbackPlan:
+class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What going back would do; `kind` is cold as soon as one of the patches undone was."""
 
     generation: int
@@ -190,8 +185,7 @@ class RollbackPlan:
     files: tuple[FilePlan, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recovered:
+class Recovered(msgspec.Struct, frozen=True, kw_only=True):
     """What recovery did about one transaction.
 
     Attributes:

@@ -13,12 +13,13 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 
 import anyio
 import anyio.to_thread
+import msgspec
+from msgspec.structs import asdict
 
 from asyncsup.channel import PeerError, PeerGoneError
 from asyncsup.errors import (
@@ -52,8 +53,7 @@ Standing = Sequence[tuple[Instance, int | None]]
 """Instances that have taken a change up, and with which process."""
 
 
-@dataclass(slots=True, kw_only=True)
-class InstanceRecord:
+class InstanceRecord(msgspec.Struct, kw_only=True):
     """What happened to one instance; durations in seconds."""
 
     name: str
@@ -67,11 +67,10 @@ class InstanceRecord:
     reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
-@dataclass(slots=True, kw_only=True)
-class Participant:
+class Participant(msgspec.Struct, kw_only=True):
     """One target's part in a transaction.
 
     Attributes:
@@ -84,9 +83,9 @@ class Participant:
     build_after: int
     changed: Sequence[str]
     stage: Callable[[int, Progress], object]
-    instances: list[Instance] = field(default_factory=list)
+    instances: list[Instance] = msgspec.field(default_factory=list)
     """Those that have, or are to have, a process: a target that is stopped gets the files only."""
-    records: dict[str, InstanceRecord] = field(default_factory=dict)
+    records: dict[str, InstanceRecord] = msgspec.field(default_factory=dict)
 
     @property
     def present(self) -> list[Instance]:
@@ -105,8 +104,7 @@ class Participant:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be done.
 
     Attributes:

@@ -13,10 +13,11 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.failpoints import failpoint
@@ -87,8 +88,7 @@ def reconcile(
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
     """How much there is in a tree; ``size`` is what its files take on disk, in bytes."""
 
     files: int

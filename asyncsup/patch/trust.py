@@ -11,10 +11,11 @@ has signed it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from asyncsup.errors import AllowedSignersError, PatchMalformedError, TrustUnavailableError
 from asyncsup.patch import fs
@@ -39,8 +40,7 @@ NAMESPACE: Final = "asyncsup-patch"
 MAX_SIGNERS_BYTES: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
     """A signature that counts: what it is called in the package, and the line that allows its key."""
 
     name: str
@@ -61,8 +61,7 @@ class Signature:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uncounted:
+class Uncounted(msgspec.Struct, frozen=True, kw_only=True):
     """A signature that is left out of the count, and why."""
 
     name: str
@@ -73,8 +72,7 @@ class Uncounted:
         return {"name": self.name, "code": self.code, "reason": self.reason}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endorsement:
+class Endorsement(msgspec.Struct, frozen=True, kw_only=True):
     """A patch is signed as it has to be."""
 
     required: int

@@ -7,13 +7,13 @@ operator says ``only``, on one that is named. It is never dug out from under a l
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from asyncsup.errors import PatchNotFoundError, PatchRefusedError, UsageError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """One generation on the way back from a target's current one.
 
     Attributes:
@@ -35,8 +35,7 @@ Stacks = Mapping[str, Sequence[Layer]]
 """Of every target its current generation, then the one that was made from, and so on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
+class Extent(msgspec.Struct, frozen=True, kw_only=True):
     """How far back one target is to go: to before its current patch, to a build, or to a generation."""
 
     build: int | None = None
