@@ -16,9 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
-import zmq
-import zmq.auth
-
 from asyncsup.errors import KeysError
 
 Role = Literal["view", "operate", "patch"]
@@ -71,6 +68,8 @@ def generate(folder: Path, name: str) -> Path:
     Raises:
         KeysError: there is one by that name; a key that is in use is not replaced by accident.
     """
+    from zmq.auth import create_certificates  # noqa: PLC0415 - slow to import, and few have keys
+
     check_name(name)
     secret = folder / f"{name}.key_secret"
     if secret.exists():
@@ -82,7 +81,7 @@ def generate(folder: Path, name: str) -> Path:
     before = os.umask(0o077)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        zmq.auth.create_certificates(folder, name)
+        create_certificates(folder, name)
     except OSError as error:
         raise KeysError(f"{error.filename or folder}: {error.strerror}", code="keys.unwritable") from None
     finally:
@@ -118,11 +117,13 @@ def public_key(text: str) -> str:
 
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
+    from zmq.auth import load_certificate  # noqa: PLC0415 - as above
+
     no_key = KeysError(f"{path} holds no CURVE key, as ZeroMQ writes it", path=str(path))
     try:
         if path.stat().st_size > MOST_BYTES:
             raise no_key
-        public, secret = zmq.auth.load_certificate(path)
+        public, secret = load_certificate(path)
     except OSError as error:
         why = error.strerror or "no such file"
         raise KeysError(f"{path}: {why}", code="keys.unreadable", path=str(path)) from None
