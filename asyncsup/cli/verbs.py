@@ -8,33 +8,42 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from asyncsup.cli.session import Session
 
 
-def _none(parser: argparse.ArgumentParser) -> None:
-    """A verb without arguments of its own."""
+# Plain classes: a NamedTuple compiles its annotations, and `asyncsup status` would wait for it.
 
 
-class Action(NamedTuple):
-    """What a verb does (returns the exit status), and the arguments it declares for it."""
+class Action:
+    """What a verb does (returns the exit status), and how it declares its own arguments, if it has any."""
 
-    run: Callable[[Session], int]
-    configure: Callable[[argparse.ArgumentParser], None] = _none
+    __slots__ = ("configure", "run")
+
+    def __init__(
+        self,
+        run: Callable[[Session], int],
+        configure: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+    ) -> None:
+        self.run = run
+        self.configure = configure
 
 
-class Verb(NamedTuple):
+class Verb:
     """One command.
 
-    Attributes:
+    Args:
         summary: its line in the overview.
         where: its `Action`, as ``module.NAME`` in this package.
     """
 
-    summary: str
-    where: str
+    __slots__ = ("summary", "where")
+
+    def __init__(self, summary: str, where: str) -> None:
+        self.summary = summary
+        self.where = where
 
     @property
     def action(self) -> Action:
