@@ -121,6 +121,10 @@ class Inbox:
             task_status.started()
             self._arrived.set()
             async for event in inotify:
+                if Mask.Q_OVERFLOW in event.mask:
+                    # More than the kernel keeps: what was lost may have been a package.
+                    self._arrived.set()
+                    continue
                 # A name need not be text: whoever reads of it is given what can be shown.
                 name = os.fsencode(str(event.name or "")).decode("utf-8", "replace")
                 if name.startswith(".") or not name.endswith((".zip", ".zip.sha256")):
