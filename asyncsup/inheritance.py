@@ -23,10 +23,11 @@ from asyncsup import adoption
 from asyncsup.adoption import AdoptedChild
 from asyncsup.cgroups import Cgroup
 from asyncsup.errors import AsyncsupError
-from asyncsup.instance import Instance, Runtime
+from asyncsup.instance import Instance
 from asyncsup.lifecycle import READY, State
 from asyncsup.record import InstanceRecord, PatchRecord, ProcessRecord
 from asyncsup.restart import Exit
+from asyncsup.runtime import Runtime
 from asyncsup.target import Target
 
 log = logging.getLogger("asyncsup")

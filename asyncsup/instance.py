@@ -28,8 +28,8 @@ from msgspec.structs import replace
 
 from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process, owners
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
-from asyncsup.cgroups import Cgroup, Cgroups, Usage
-from asyncsup.channel import PeerError, PeerGoneError, TargetChannel
+from asyncsup.cgroups import Cgroup, Usage
+from asyncsup.channel import PeerError, PeerGoneError
 from asyncsup.child import (
     Child,
     SpawnSpec,
@@ -44,19 +44,17 @@ from asyncsup.config import TargetConfig
 from asyncsup.config.settings import SOCKET
 from asyncsup.environment import build_environment
 from asyncsup.errors import HandoverFailedError, SpawnError, TargetNotRunningError
-from asyncsup.events import EventStream, timestamp
+from asyncsup.events import timestamp
 from asyncsup.fd_store import FdStore
-from asyncsup.journal import Journal
-from asyncsup.keeper_link import KeeperLink
 from asyncsup.lifecycle import Event, State
 from asyncsup.logreader import Cursor
 from asyncsup.logs import OutputStream
 from asyncsup.notification import STORED, Notification, Refusal, ReloadHandshake
 from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord, Role
-from asyncsup.restart import Exit, RestartHistory, RestartPolicy, decide
-from asyncsup.slot_output import LogFiles, SlotOutput
-from asyncsup.sockets import ManagedSockets
+from asyncsup.restart import Exit, LastExit, RestartHistory, RestartPolicy, decide
+from asyncsup.runtime import Runtime
+from asyncsup.slot_output import SlotOutput
 from asyncsup.steering import SETTLE_SECONDS
 from asyncsup.watch import Watch
 from target_sdk import protocol
@@ -77,38 +75,6 @@ NONE: Final[Mapping[int, int]] = MappingProxyType({})
 ToldBy = Literal["sdk", "signal", "command", "nobody"]
 
 
-class RootFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What an instance is told about the resources it is started on."""
-
-    build: int
-    generation: int | None
-    current: Path | None
-    """The path that always leads to the generation in force; None for a target without a root."""
-
-
-class Runtime(msgspec.Struct, kw_only=True):
-    """What all instances share."""
-
-    events: EventStream
-    channel: TargetChannel
-    keeper: KeeperLink
-    cgroups: Cgroups
-    journal: Journal
-    sockets: ManagedSockets
-    target_endpoint: str
-    notify_path: Path
-    runtime_dir: Path
-    state_dir: Path
-    environ: Mapping[str, str]
-    root_facts: Callable[[str], RootFacts]
-    essential_ended: Callable[[Instance], None]
-    hear_last_words: Callable[[], None]
-    """Act upon what programs have said to the notify socket so far."""
-    groups: dict[int, Instance] = msgspec.field(default_factory=dict)
-    """The process groups that may speak to the notify socket, and for whom."""
-    log_files: LogFiles = msgspec.field(default_factory=LogFiles)
-
-
 class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a reload went; ``took`` in seconds."""
 
@@ -116,49 +82,6 @@ class ReloadOutcome(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     took: float
     reason: str | None = None
-
-
-class LastExit(msgspec.Struct, frozen=True, kw_only=True):
-    ended: Exit | str
-    at: str
-    reason: str
-    out_of_memory: bool = False
-
-    @property
-    def exit_status(self) -> int:
-        """As a shell would report it: 128 and the signal for a process that was killed."""
-        if not isinstance(self.ended, Exit) or self.ended == Exit():
-            return 1
-        return 128 + self.ended.signal if self.ended.signal is not None else self.ended.status or 0
-
-    def to_json(self) -> dict[str, Any]:
-        ended = self.ended
-        how: dict[str, Any] = {}
-        if isinstance(ended, Exit):
-            how = {"status": ended.status} if ended.signal is None else {"signal": ended.signal}
-        if self.out_of_memory:
-            how["out_of_memory"] = True
-        return {**how, "at": self.at, "reason": self.reason}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LastExit:
-        reason = str(value["reason"])
-        how = {name: value[name] for name in ("status", "signal") if name in value}
-        out_of_memory = bool(value.get("out_of_memory"))
-        ended = Exit(**how) if how else reason
-        return cls(ended=ended, at=str(value["at"]), reason=reason, out_of_memory=out_of_memory)
-
-
-def _policy_of(config: TargetConfig) -> RestartPolicy:
-    return RestartPolicy(
-        mode=config.restart,
-        delay=config.restart_delay,
-        max_delay=config.restart_max_delay,
-        burst=config.start_limit_burst,
-        interval=config.start_limit_interval,
-        min_uptime=config.min_uptime,
-        success_exit_codes=config.success_exit_codes,
-    )
 
 
 class Instance:
@@ -1362,7 +1285,7 @@ class Instance:
             return
         now = time.monotonic()
         uptime = now - self._ready_at if self._ready_at is not None else None
-        policy = _policy_of(self.config)
+        policy = RestartPolicy.of(self.config)
         how: Exit | str = ended
         if self._never_said_ready and isinstance(ended, Exit) and ended.status in policy.success_exit_codes:
             how = f"ended before it was ready ({ended})"

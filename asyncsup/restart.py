@@ -9,11 +9,15 @@ earlier waits ``restart_delay``, then twice that, and so on up to ``restart_max_
 from __future__ import annotations
 
 import signal
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from asyncsup.lifecycle import Event
+
+if TYPE_CHECKING:
+    from asyncsup.config import TargetConfig
 
 RestartMode = Literal["always", "on-failure", "unless-stopped", "never"]
 
@@ -41,6 +45,45 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
             return f"killed by signal {self.signal}"
 
 
+class LastExit(msgspec.Struct, frozen=True, kw_only=True):
+    """How the last process of an instance ended, as people and the next supervisor are told.
+
+    Attributes:
+        ended: or why there was no process.
+        at: timestamp.
+        reason: for people.
+    """
+
+    ended: Exit | str
+    at: str
+    reason: str
+    out_of_memory: bool = False
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell would report it: 128 and the signal for a process that was killed."""
+        if not isinstance(self.ended, Exit) or self.ended == Exit():
+            return 1
+        return 128 + self.ended.signal if self.ended.signal is not None else self.ended.status or 0
+
+    def to_json(self) -> dict[str, Any]:
+        ended = self.ended
+        how: dict[str, Any] = {}
+        if isinstance(ended, Exit):
+            how = {"status": ended.status} if ended.signal is None else {"signal": ended.signal}
+        if self.out_of_memory:
+            how["out_of_memory"] = True
+        return {**how, "at": self.at, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LastExit:
+        reason = str(value["reason"])
+        how = {name: value[name] for name in ("status", "signal") if name in value}
+        out_of_memory = bool(value.get("out_of_memory"))
+        ended = Exit(**how) if how else reason
+        return cls(ended=ended, at=str(value["at"]), reason=reason, out_of_memory=out_of_memory)
+
+
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When to start again; durations in seconds."""
 
@@ -51,6 +94,18 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     interval: float
     min_uptime: float
     success_exit_codes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: TargetConfig) -> RestartPolicy:
+        return cls(
+            mode=config.restart,
+            delay=config.restart_delay,
+            max_delay=config.restart_max_delay,
+            burst=config.start_limit_burst,
+            interval=config.start_limit_interval,
+            min_uptime=config.min_uptime,
+            success_exit_codes=config.success_exit_codes,
+        )
 
     def is_success(self, ended: Exit) -> bool:
         return ended.status in self.success_exit_codes

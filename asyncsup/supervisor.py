@@ -42,7 +42,7 @@ from asyncsup.errors import (
 )
 from asyncsup.events import EventStream, timestamp
 from asyncsup.inheritance import HANDED_OVER, Inheritance
-from asyncsup.instance import Instance, RootFacts, Runtime
+from asyncsup.instance import Instance
 from asyncsup.ipc import Publisher, Router, private_directory
 from asyncsup.journal import Journal
 from asyncsup.keeper_link import KeeperLink
@@ -57,6 +57,7 @@ from asyncsup.patch.overseer import PatchOverseer
 from asyncsup.patch.store import Layout, Store, TargetRoot
 from asyncsup.reconfigure import Reconfigurer
 from asyncsup.remote import RemoteAccess
+from asyncsup.runtime import RootFacts, Runtime
 from asyncsup.schedule import keep
 from asyncsup.sockets import ManagedSockets
 from asyncsup.strays import StrayReaper

@@ -34,10 +34,11 @@ from asyncsup.errors import (
     TargetBusyError,
     TargetNotRunningError,
 )
-from asyncsup.instance import Instance, ReloadOutcome, Runtime
+from asyncsup.instance import Instance, ReloadOutcome
 from asyncsup.lifecycle import ALIVE, State
 from asyncsup.record import Role
 from asyncsup.rollout import Rollout
+from asyncsup.runtime import Runtime
 from asyncsup.sockets import Readiness
 from target_sdk.protocol import Reload
 
