@@ -285,7 +285,9 @@ def test_a_supervisor_that_was_killed_finds_its_chain_whole_and_writes_down_what
     assert ground.client.call("audit.verify")["ok"]
 
 
-def test_the_commands_work_with_a_supervisor_and_without_one(ground: Ground, command: Command) -> None:
+def test_the_commands_work_with_a_supervisor_and_without_one(
+    ground: Ground, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ground.start()
     report = ground.apply(ground.package(300))
     ground.refused(ground.package(100))
@@ -299,6 +301,9 @@ def test_the_commands_work_with_a_supervisor_and_without_one(ground: Ground, com
     listed = command("audit", "list", "-n", "3")[1].splitlines()
     assert len(listed) == 3
     assert "gate.build" in listed[-1]
+    monkeypatch.setattr("asyncsup.cli.audit.PAGE", 2)
+    over_pages = command("audit", "list", "-n", "3")[1].splitlines()
+    assert over_pages == listed
     of_one = command("audit", "list", "--txn", "1", "--json")[1].splitlines()
     assert {json.loads(line)["txn"] for line in of_one} == {1}
     assert command("audit", "verify", "--head", "0" * 64)[0] == 1

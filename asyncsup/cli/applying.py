@@ -14,8 +14,6 @@ from asyncsup.cli.arguments import digest_options, matching, timeout_option
 from asyncsup.cli.session import QUERY_SECONDS, Session, file_error
 from asyncsup.cli.verbs import Action
 from asyncsup.errors import AsyncsupError, PatchNotFoundError, UsageError
-from asyncsup.live import call_live
-from asyncsup.patch.checksum import read_checksum
 
 EXIT_REFUSED: Final = 20
 
@@ -48,6 +46,8 @@ def _package(session: Session, argument: str) -> dict[str, Any]:
         return {**params, "name": argument}
     path = os.path.abspath(argument)  # noqa: PTH100 - without ".."
     if args.sha256 is None and args.crc32 is None:
+        from asyncsup.patch.checksum import read_checksum  # noqa: PLC0415 - as below
+
         params["sha256"] = read_checksum(Path(path))
     if session.client.endpoint.startswith("ipc://") and not args.upload:
         return {**params, "path": path}
@@ -204,6 +204,9 @@ def _transact(session: Session, method: str, params: Mapping[str, Any]) -> dict[
     Raises:
         RemoteError: it was not; the transcript has been printed all the same.
     """
+    # Tab in `patch apply` need not wait for libzmq.
+    from asyncsup.live import call_live  # noqa: PLC0415
+
     out = session.out
     try:
         report: dict[str, Any] = call_live(session.client, out, method, params, timeout=session.args.timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -111,7 +112,11 @@ def _records(session: Session, *, after: int | None, txn: int | None, limit: int
             ]
             return records
 
-        yield from _paged(ask, after, limit)
+        if after is None and limit is not None and limit > PAGE:
+            # A page is of the last ones or goes on behind a number, so there is no second one of the last.
+            yield from deque(_paged(ask, 0, None), maxlen=limit)
+        else:
+            yield from _paged(ask, after, limit)
         return
     with closing(Database.open_to_read(Path(state_dir, "state.db"))) as database:
 
