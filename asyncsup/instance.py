@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
-import re
 import secrets
 import signal
 import time
@@ -26,31 +24,27 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
-from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process, owners
+from asyncsup import adoption, lifecycle, listen_fds, listeners, main_process
 from asyncsup.adoption import ENV_HOOK, AdoptedChild
 from asyncsup.cgroups import Cgroup, Usage
 from asyncsup.channel import PeerError, PeerGoneError
 from asyncsup.child import (
     Child,
-    SpawnSpec,
     group_members,
     out_of_the_way,
-    spawn,
     ticks_now,
     user_ids,
     when_groups_empty,
 )
 from asyncsup.config import TargetConfig
-from asyncsup.config.settings import SOCKET
-from asyncsup.environment import build_environment
 from asyncsup.errors import HandoverFailedError, SpawnError, TargetNotRunningError
 from asyncsup.events import timestamp
 from asyncsup.fd_store import FdStore
+from asyncsup.launch import expand, managed_sockets, run_as
 from asyncsup.lifecycle import Event, State
 from asyncsup.logreader import Cursor
 from asyncsup.logs import OutputStream
 from asyncsup.notification import STORED, Notification, Refusal, ReloadHandshake
-from asyncsup.patch import bytecode
 from asyncsup.record import InstanceRecord, ProcessRecord, Role
 from asyncsup.restart import Exit, LastExit, RestartHistory, RestartPolicy, decide
 from asyncsup.runtime import Runtime
@@ -830,7 +824,7 @@ class Instance:
     def _new_watch(self) -> Watch:
         return Watch(
             self.config,
-            expand=self._expand,
+            expand=lambda text: expand(text, self.config, self.index),
             run_command=lambda command, deadline: self.run_command(command, {}, deadline),
             ping=lambda deadline: self._runtime.channel.request(self.token, "ping", {}, deadline=deadline),
             accepts=self._why_it_does_not_accept,
@@ -877,7 +871,7 @@ class Instance:
         """
         number, descriptor, stored = self.config.ready.fd, None, self._store.named()
         names = [*self.config.sockets, *(name for name, _ in stored)]
-        passed = self._sockets()
+        passed = managed_sockets(self.config, self._runtime)
         first = listen_fds.FIRST + len(passed)
         passed |= {first + position: fd for position, (_, fd) in enumerate(stored)}
         with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as child_ends:
@@ -904,18 +898,6 @@ class Instance:
             on_failure.pop_all()
         return child, output, begin, descriptor
 
-    def _sockets(self) -> dict[int, int]:
-        """The managed sockets: number in the program to number here.
-
-        Raises:
-            SpawnError: one cannot be bound.
-        """
-        sockets = self._runtime.sockets
-        return {
-            number: sockets.get(name).fileno()
-            for number, name in enumerate(self.config.sockets, listen_fds.FIRST)
-        }
-
     def _spawn_command(
         self,
         command: tuple[str, ...],
@@ -925,33 +907,20 @@ class Instance:
         pid_variables: Sequence[str] = (),
         cgroup: Cgroup | None = None,
     ) -> Child:
-        """Run a command as this instance: its environment, folder, user, limits and output."""
-        expand = self._expand
-        environment = build_environment(
-            environ=self._runtime.environ,
-            inherit=self.config.inherit_env,
-            user=self.config.user,
-            env_files=self.config.env_files,
-            env={name: expand(value) for name, value in self.config.env.items()},
-            own={**self._own_environment(), **extra},
-        )
+        """Run a command as this instance. Raises SpawnError."""
         try:
             with self._output.child_ends(has_writers=self._has_writers) as opened:
-                return spawn(
-                    SpawnSpec(
-                        command=[expand(part) for part in command],
-                        directory=self.config.directory,
-                        env=environment,
-                        stdout=opened["stdout"],
-                        stderr=opened.get("stderr", opened["stdout"]),
-                        descriptors=descriptors,
-                        pid_variables=pid_variables,
-                        umask=self.config.umask,
-                        user=self.config.user,
-                        group=self.config.group,
-                        limits=self.config.rlimits,
-                        cgroup=None if cgroup is None else cgroup.path,
-                    )
+                return run_as(
+                    self.config,
+                    self.index,
+                    self._runtime,
+                    command,
+                    token=self.token,
+                    output=opened,
+                    extra=extra,
+                    descriptors=descriptors,
+                    pid_variables=pid_variables,
+                    cgroup=cgroup,
                 )
         except OSError as error:
             raise SpawnError(f"{command[0]}: no place for its output: {error}") from None
@@ -1003,53 +972,6 @@ class Instance:
         self._hooks.add(task)
         task.add_done_callback(self._hooks.discard)
         return task
-
-    def _own_environment(self) -> dict[str, str]:
-        config, facts = self.config, self._runtime.root_facts(self.config.name)
-        own = {
-            protocol.ENV_ENDPOINT: self._runtime.target_endpoint,
-            protocol.ENV_TOKEN: self.token,
-            protocol.ENV_NAME: config.name,
-            protocol.ENV_INSTANCE: self.name,
-            protocol.ENV_REGION: config.region,
-            protocol.ENV_BUILD: str(facts.build),
-        }
-        if config.root is not None and facts.current is not None:
-            own[protocol.ENV_ROOT] = str(config.root)
-            own[protocol.ENV_CURRENT] = str(facts.current)
-            home, generation = self._runtime.state_dir, facts.generation or 0
-            if config.user is None:
-                bytecode.lay_out(home, config.name, generation, config.root)
-            own["PYTHONPYCACHEPREFIX"] = str(bytecode.prefix(home, config.name, generation))
-        if config.protocol == "sdk":
-            own[protocol.ENV_HANDOVER] = str(self._rendezvous())
-        if config.speaks_notify:
-            own["NOTIFY_SOCKET"] = str(self._runtime.notify_path)
-            if config.watchdog_timeout is not None:
-                own["WATCHDOG_USEC"] = str(int(config.watchdog_timeout * 1e6))
-            if config.fd_store_max:
-                own["FDSTORE"] = str(config.fd_store_max)
-        return own
-
-    def _rendezvous(self) -> Path:
-        """Where those that follow one another in this slot find each other. The program makes the socket, so
-        the folder is its user's. Named by a digest: the path of a socket must be short."""
-        digest = hashlib.blake2b(self.config.name.encode(), digest_size=8).hexdigest()
-        folder = self._runtime.runtime_dir / "handover" / digest
-        with contextlib.suppress(OSError):  # without it there is no hand-over, and nothing else is missing
-            folder.parent.mkdir(mode=0o711, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            owners.give(folder, user=self.config.user)
-        return folder / str(self.index)
-
-    def _expand(self, text: str) -> str:
-        """Put in what is known at the start only: the index, and the numbers of sockets."""
-
-        def number(match: re.Match[str]) -> str:
-            names = self.config.sockets
-            return str(listen_fds.FIRST + names.index(match[1])) if match[1] in names else match[0]
-
-        return SOCKET.sub(number, text.replace("${instance}", str(self.index)))
 
     @property
     def _ready_name(self) -> str:
