@@ -69,6 +69,7 @@ class Inheritance:
         }
         self.patches: dict[int, PatchRecord] = {}
         """What was written down of patches under way, by transaction."""
+        self._slots = {slot.name: (target, slot) for target in targets.values() for slot in target.instances}
         self._records: dict[Instance, InstanceRecord] = {}
         self._leftovers: dict[str, ProcessRecord] = {}
         for key, value in facts.items():
@@ -91,11 +92,9 @@ class Inheritance:
 
     def _seat(self, name: str, record: InstanceRecord) -> Instance | None:
         """Where a process of this record belongs; None when there is no such slot any more."""
-        target = self._targets.get(name.rpartition(":")[0])
-        slots = [] if target is None else [i for i in target.instances if i.name == name]
-        if target is None or not slots:
+        if name not in self._slots:
             return None
-        (slot,) = slots
+        target, slot = self._slots[name]
         if record.role == "current":
             slot.seat = record.seat
             return slot

@@ -73,7 +73,8 @@ class SlotOutput:
         self._slot = slot
         self._settings = settings
         self._logs = logs
-        self._fifos = fifos
+        self._folder = fifos
+        self._fifos: dict[str, Path] = {}
         self._files = files
         self._keeper = keeper
         self._streams: dict[str, OutputStream] = {}
@@ -137,7 +138,9 @@ class SlotOutput:
         return f"output/{self._slot}.{stream}"
 
     def fifo(self, stream: str) -> Path:
-        return self._fifos / f"{self._slot}.{stream}"
+        if stream not in self._fifos:
+            self._fifos[stream] = Path(f"{self._folder}/{self._slot}.{stream}")
+        return self._fifos[stream]
 
     @contextlib.contextmanager
     def child_ends(self, *, has_writers: bool) -> Iterator[dict[str, int]]:
