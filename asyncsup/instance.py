@@ -190,6 +190,7 @@ class Instance:
 
     @property
     def _has_writers(self) -> bool:
+        """Whether there is a process; of one that is only looked for, somebody may be left as well."""
         return self._process is not None and self._process.pid is not None
 
     @property
@@ -366,11 +367,28 @@ class Instance:
         if self.config.protocol == "sdk" and self.hello is None:
             with anyio.move_on_after(RECONNECT_SECONDS):
                 await self.wait_until(lambda i: i.hello is not None)
+        began = time.monotonic()
         # One without the SDK knows nothing of a drain.
         why = None if self.hello is None else await self._ask_to_drain(seconds)
-        if seconds and await self._runtime.sockets.steer_away(self._pids(), self.config.sockets):
-            await asyncio.sleep(min(seconds, SETTLE_SECONDS))
+        left = seconds - (time.monotonic() - began)
+        if left > 0 and self.config.sockets:
+            await self._steer_away(min(left, SETTLE_SECONDS))
         return why
+
+    async def _steer_away(self, seconds: float) -> None:
+        """Let it take no more connections, and finish what it has taken.
+
+        In the middle of that it is done once more: a program may have asked to hear of its sockets just after
+        the first time, which it does not do when it waits.
+        """
+        steer_away = partial(self._runtime.sockets.steer_away, self._groups, self.config.sockets)
+        if await steer_away():
+            await asyncio.sleep(seconds / 2)
+            await steer_away()
+            await asyncio.sleep(seconds / 2)
+
+    def _groups(self) -> Sequence[int]:
+        return self._child.groups if self._child is not None else ()
 
     async def _ask_to_drain(self, seconds: float) -> str | None:
         await self._connected()
@@ -846,10 +864,7 @@ class Instance:
             sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
         except SpawnError as error:
             return error.message
-        return listeners.why_not(self._pids(), sockets)
-
-    def _pids(self) -> list[int]:
-        return group_members(*self._child.groups) if self._child is not None else []
+        return listeners.why_not(group_members(*self._groups()), sockets)
 
     def _new_output(self) -> SlotOutput:
         runtime = self._runtime
@@ -984,7 +999,7 @@ class Instance:
         """
         before, self.config = self.config, config
         if before.log != config.log:
-            self._output.configure(config.log, has_writers=self._has_writers)
+            self._output.configure(config.log, has_writers=self._process is not None)
         if self.ready and self._watch is not None and before != config:
             self._watch.close()
             self._watch = self._new_watch()
@@ -999,7 +1014,7 @@ class Instance:
             task.cancel()
         if self.role == "current":
             self._store.close()
-            self._output.close(keep=self._has_writers)
+            self._output.close(keep=self._process is not None)
 
     def _survived(self) -> None:
         self._became_ready(f"up for {self.config.min_uptime:g} s" if self.config.min_uptime else "spawned")
@@ -1263,7 +1278,7 @@ class Instance:
         if record.process is not None:
             self._find_process(record.process)
         self._output.take_back(
-            None if self._child is None else self._child.pid, has_writers=self._has_writers
+            None if self._child is None else self._child.pid, has_writers=self._process is not None
         )
 
     def _find_process(self, record: ProcessRecord) -> None:

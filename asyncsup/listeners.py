@@ -11,26 +11,33 @@ import contextlib
 import os
 import platform
 import re
+import select
 import socket
 from collections.abc import Container, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from asyncsup.child import read_proc
 
-EPOLLIN: Final = 1
-_WATCHED: Final = re.compile(rb"^tfd:\s*(\d+) events:\s*([0-9a-f]+) .*?ino:\s*([0-9a-f]+)", re.MULTILINE)
+_WATCHED: Final = re.compile(
+    rb"^tfd:\s*(\d+) events:\s*([0-9a-f]+) data:\s*([0-9a-f]+) .*?ino:\s*([0-9a-f]+)", re.MULTILINE
+)
+_ALWAYS: Final = select.EPOLLERR | select.EPOLLHUP
+"""Told of whatever is in there, asked for or not."""
 _ACCEPTS: Final = {"x86_64": (43, 288), "aarch64": (202, 242)}.get(platform.machine(), ())
 """The numbers of accept(2) and accept4(2)."""
 
 
 class Watch(NamedTuple):
-    """A process waits, with an epoll descriptor, for what comes in at a socket."""
+    """A process has a socket in an epoll descriptor."""
 
-    pid: int
     epoll: int
     """The descriptor's number in the process."""
     number: int
     """The socket's number there, when it was put in."""
+    events: int
+    """What is told of it; with EPOLLONESHOT nothing, until the program asks again."""
+    data: int
+    """What the program knows it by."""
     inode: int
     """The socket's."""
 
@@ -40,21 +47,25 @@ def why_not(pids: Iterable[int], sockets: Iterable[socket.socket]) -> str | None
     wanted = {os.fstat(each.fileno()).st_ino for each in sockets}
     looked = False
     for pid in pids:
-        try:
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
             links = _links(pid)
-        except OSError:
-            continue  # it has ended, or is somebody else's
-        looked = True
-        ours = {number for number, link in links.items() if _inode(link) in wanted}
-        if ours and (any(_watches(pid, links, wanted)) or _is_accepting(pid, ours)):
-            return None
+            looked = True
+            ours = {number for number, link in links.items() if _inode(link) in wanted}
+            waits = any(watch.events & select.EPOLLIN for watch in _watches(pid, links, wanted))
+            if ours and (waits or _is_accepting(pid, ours)):
+                return None
     return "nobody waits for connections yet" if looked else "its processes may not be looked at"
 
 
 def watches(pid: int, wanted: Container[int]) -> Iterator[Watch]:
-    """Where a process waits for sockets that are wanted, by inode: nowhere, if it may not be looked at."""
-    with contextlib.suppress(OSError):
-        yield from _watches(pid, _links(pid), wanted)
+    """Where a process waits for sockets that are wanted, by inode, or will do so when it has dealt with what
+    came last: nowhere, if it may not be looked at.
+
+    Raises:
+        OSError: there are no descriptors left to look with.
+    """
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        yield from (watch for watch in _watches(pid, _links(pid), wanted) if watch.events & ~_ALWAYS)
 
 
 def _links(pid: int) -> dict[int, str]:
@@ -76,11 +87,11 @@ def _watches(pid: int, links: dict[int, str], wanted: Container[int]) -> Iterato
             continue
         try:
             text = read_proc(pid, f"fdinfo/{epoll}")
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        for number, events, inode in _WATCHED.findall(text):
-            if int(events, 16) & EPOLLIN and int(inode, 16) in wanted:
-                yield Watch(pid, epoll, int(number), int(inode, 16))
+        for number, events, data, inode in _WATCHED.findall(text):
+            if int(inode, 16) in wanted:
+                yield Watch(epoll, int(number), int(events, 16), int(data, 16), int(inode, 16))
 
 
 def _is_accepting(pid: int, ours: set[int]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ from asyncsup.config.address import EVERY, Address
 from asyncsup.config.settings import SocketConfig
 from asyncsup.errors import SpawnError
 from asyncsup.keeper_link import KeeperLink
-from asyncsup.pidfds import copy_descriptor
+from asyncsup.pidfds import copy_descriptor, opened
 from asyncsup.steering import steer_away
 
 log = logging.getLogger("asyncsup.sockets")
@@ -79,8 +80,11 @@ class ManagedSockets:
             self._bind(name)
         return self._bound[name]
 
-    async def steer_away(self, pids: Iterable[int], names: Iterable[str]) -> bool:
+    async def steer_away(self, groups: Callable[[], Iterable[int]], names: Iterable[str]) -> bool:
         """Have processes that are to end take no more connections from some of them.
+
+        Args:
+            groups: says which process groups that are, when it is their turn.
 
         Returns:
             Whether they have taken any so far.
@@ -89,10 +93,11 @@ class ManagedSockets:
             # A millisecond or two: where hundreds end at once, others have their turn in between.
             await asyncio.sleep(0)
             try:
-                return steer_away(pids, [self._bound[name] for name in names if name in self._bound]) > 0
+                return steer_away(groups(), [self._bound[name] for name in names if name in self._bound]) > 0
             except OSError as error:
-                if not self._cannot_steer:
-                    self._cannot_steer = True
+                is_for_good = error.errno in {errno.EPERM, errno.ENOSYS}
+                if not (is_for_good and self._cannot_steer):
+                    self._cannot_steer = self._cannot_steer or is_for_good
                     log.warning(
                         "programs go on taking connections until their stop signal, unless they drain: %s",
                         error.strerror,
@@ -303,17 +308,15 @@ def _is_socket(path: str) -> bool:
 
 def _copy_from(pid: int, address: Address) -> socket.socket | None:
     """The socket of this address that a process has, as a descriptor of ours; None if we may not look."""
-    try:
+    with contextlib.suppress(OSError), opened(pid) as pidfd:
         for number in map(int, os.listdir(f"/proc/{pid}/fd")):  # noqa: PTH208 - numbers
             if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):  # noqa: PTH115
                 continue
             try:
-                copied = copy_descriptor(pid, number)
+                copied = copy_descriptor(pidfd, number)
             except OSError:
                 continue
             found = _if_it_is(address, socket.socket(fileno=copied))
             if found is not None:
                 return found
-    except OSError:
-        pass
     return None

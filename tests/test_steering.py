@@ -19,6 +19,8 @@ import pytest
 from conftest import Asked, Serve, wait_for
 from test_overlap import PATIENCE, Client, Town
 
+from asyncsup import steering as steering_of_asyncsup
+from asyncsup.pidfds import copy_descriptor
 from asyncsup.steering import steer_away
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -71,7 +73,10 @@ def steering() -> None:
 def echo(loop: str, *sockets: socket.socket) -> Iterator[int]:
     numbers = [each.fileno() for each in sockets]
     process = subprocess.Popen(
-        [sys.executable, "-c", ECHO, loop, *map(str, numbers)], pass_fds=numbers, stdout=subprocess.PIPE
+        [sys.executable, "-c", ECHO, loop, *map(str, numbers)],
+        pass_fds=numbers,
+        stdout=subprocess.PIPE,
+        process_group=0,
     )
     assert process.stdout is not None
     with process, process.stdout:
@@ -154,6 +159,119 @@ def test_who_is_gone_waits_for_nothing() -> None:
         with echo("asyncio", listening) as pid:
             pass
         assert steer_away([pid], [listening]) == 0
+
+
+WAITER = """
+import os, select, socket, sys
+
+listening = socket.socket(fileno=int(sys.argv[1]))
+waiting = select.epoll()
+waiting.register(listening, eval(sys.argv[2]))
+connections = []
+print("up", flush=True)
+for line in sys.stdin:
+    try:
+        if line == "take\\n":
+            assert waiting.poll(60) == [(listening.fileno(), select.EPOLLIN)]
+            connections.append(listening.accept())
+        elif line == "wait\\n":
+            assert waiting.poll(0.1) == []
+        elif line == "leave\\n":
+            waiting.unregister(listening)
+        print("ok", flush=True)
+    except Exception as error:
+        print(repr(error), flush=True)
+"""
+"""Waits for a socket with epoll(7) itself, and does what it is told."""
+
+
+class Waiter:
+    """A program that does what it is told.
+
+    Args:
+        events: what it asks epoll(7) for.
+    """
+
+    def __init__(self, listening: socket.socket, events: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", WAITER, str(listening.fileno()), events],
+            pass_fds=[listening.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self.pid = self._process.pid
+        assert self._hear() == "up"
+
+    def _hear(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def tell(self, what: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        return self._hear()
+
+    def __enter__(self) -> Waiter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.mark.usefixtures("steering")
+def test_a_program_finds_its_socket_where_it_has_put_it() -> None:
+    """Twisted, and nginx with a mutex, do wrong things when it is not there."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Waiter(listening, "select.EPOLLIN | select.EPOLLET") as program,
+    ):
+        assert steer_away([program.pid], [listening]) == 1
+        with connected(listening):
+            assert program.tell("wait") == "ok"
+        assert program.tell("leave") == "ok"
+
+
+@pytest.mark.usefixtures("steering")
+def test_one_that_shares_the_waiting_is_steered_as_well() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Waiter(listening, "select.EPOLLIN | select.EPOLLEXCLUSIVE") as program,
+    ):
+        assert steer_away([program.pid], [listening]) == 1
+        with connected(listening):
+            assert program.tell("wait") == "ok"
+
+
+@pytest.mark.usefixtures("steering")
+def test_one_that_has_not_asked_again_yet_is_steered_as_well() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Waiter(listening, "select.EPOLLIN | select.EPOLLONESHOT") as program,
+        connected(listening),
+    ):
+        assert program.tell("take") == "ok"
+        assert steer_away([program.pid], [listening]) == 1
+        assert steer_away([program.pid], [listening]) == 0
+
+
+@pytest.mark.usefixtures("steering")
+def test_one_that_cannot_be_steered_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [PermissionError(errno.EPERM, "not allowed")]
+
+    def refused_once(pidfd: int, number: int) -> int:
+        if refusals:
+            raise refusals.pop()
+        return copy_descriptor(pidfd, number)
+
+    monkeypatch.setattr(steering_of_asyncsup, "copy_descriptor", refused_once)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        pids = [stack.enter_context(echo("asyncio", listening)) for _ in range(3)]
+        assert steer_away(pids, [listening]) == 2
 
 
 def without_pidfd_getfd(work: Callable[[], T]) -> T:
