@@ -36,6 +36,9 @@ RUN_ID = uuid.uuid4().hex
 os.environ[MARK] = RUN_ID
 # Hundreds of supervisors are started: each would compile all modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A shell that runs the tests in the background has them ignore it, and every program they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time: whoever lands something unrelated must not be the one to find a rare case.
 # `ASYNCSUP_TESTS=all` looks for others.

@@ -147,7 +147,7 @@ def refusal(client: ControlClient) -> RemoteError:
 
 
 def group_of(client: ControlClient) -> Path:
-    return Path(instance(client)["cgroup"])
+    return Path(wait_for(lambda: instance(client)["cgroup"], "the instance to have a group"))
 
 
 def members(group: Path) -> set[int]:
