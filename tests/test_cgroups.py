@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import Serve, alive, children_of, end_process, wait_for
 
@@ -472,7 +473,7 @@ def test_somebody_who_may_not_move_processes_there_is_told(short_tmp: Path, dele
         "from pathlib import Path; from asyncsup.cgroups import Cgroups; "
         f"print(Cgroups(Path({str(group)!r}), Path('x')).why)"
     )
-    folder = str(Path(__file__).parents[1])
+    folders = (Path(__file__).parents[1], Path(msgspec.__file__).parents[1])
     asked = subprocess.run(
         [
             "setpriv",
@@ -484,7 +485,7 @@ def test_somebody_who_may_not_move_processes_there_is_told(short_tmp: Path, dele
             "-c",
             script,
         ],
-        env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,
