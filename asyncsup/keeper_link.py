@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import resource
@@ -18,6 +17,7 @@ from typing import Final
 
 from asyncsup import keeper
 from asyncsup.errors import StateError
+from asyncsup.libc import checked, libc
 
 log = logging.getLogger("asyncsup.keeper")
 
@@ -249,7 +249,4 @@ def become_subreaper() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    checked(libc.prctl(option, value, 0, 0, 0))

@@ -13,6 +13,7 @@ from asyncsup.cgroups import Cgroup
 from asyncsup.child import Child, SpawnSpec, spawn
 from asyncsup.config import TargetConfig
 from asyncsup.config.settings import SOCKET
+from asyncsup.config.values import INSTANCE
 from asyncsup.environment import build_environment
 from asyncsup.patch import bytecode
 from asyncsup.runtime import Runtime
@@ -26,7 +27,7 @@ def expand(text: str, config: TargetConfig, index: int) -> str:
         names = config.sockets
         return str(listen_fds.FIRST + names.index(match[1])) if match[1] in names else match[0]
 
-    return SOCKET.sub(number, text.replace("${instance}", str(index)))
+    return SOCKET.sub(number, text.replace(INSTANCE, str(index)))
 
 
 def managed_sockets(config: TargetConfig, runtime: Runtime) -> dict[int, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 from typing import Final
+
+from asyncsup.libc import checked, libc
 
 _SYS_PIDFD_GETFD: Final = 438
 """The same number on all architectures."""
@@ -28,9 +29,4 @@ def copy_descriptor(pidfd: int, number: int) -> int:
     Raises:
         OSError: it is not there, or the host does not let us.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    copied = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
-    if copied < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return copied
+    return checked(libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))

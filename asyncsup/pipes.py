@@ -11,6 +11,8 @@ import fcntl
 import os
 from typing import Final
 
+from asyncsup.libc import checked
+
 PIPE_BYTES: Final = 1 << 20
 """As much as a pipe of an unprivileged user may hold; with the usual 64 KiB a flood costs more wake-ups."""
 
@@ -39,10 +41,7 @@ class Peephole:
         Raises:
             BlockingIOError: it is empty.
         """
-        size = _libc.tee(pipe, self._writer, limit, os.SPLICE_F_NONBLOCK)
-        if size < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        size = checked(_libc.tee(pipe, self._writer, limit, os.SPLICE_F_NONBLOCK))
         data = os.read(self._reader, size) if size else b""
         while len(data) < size:
             data += os.read(self._reader, size - len(data))

@@ -14,6 +14,7 @@ from typing import Final
 
 from asyncsup.compressor import Compressor
 from asyncsup.config import LogConfig
+from asyncsup.config.values import INSTANCE
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.logfile import LogLimits, RotatingFile
 from asyncsup.logs import OutputStream
@@ -107,7 +108,7 @@ class SlotOutput:
         paths = {"stdout": settings.stdout or self._logs / f"{name}.{index}.log"}
         if settings.stderr != "stdout":
             paths["stderr"] = settings.stderr or self._logs / f"{name}.{index}.err.log"
-        return {stream: Path(str(path).replace("${instance}", index)) for stream, path in paths.items()}
+        return {stream: Path(str(path).replace(INSTANCE, index)) for stream, path in paths.items()}
 
     def _open(self, stream: str, path: Path) -> None:
         name = self._held_name(stream)
@@ -204,9 +205,9 @@ class SlotOutput:
         if self._streams or not (has_writers or any(self._held_name(stream) in held for stream in STREAMS)):
             return
         for stream in STREAMS:
-            expected = stream == "stdout" or self._settings.stderr != "stdout"
-            is_there = self._held_name(stream) in held or self.fifo(stream).exists()
-            if pid is not None and expected and not is_there:
+            if pid is None or not (stream == "stdout" or self._settings.stderr != "stdout"):
+                continue
+            if self._held_name(stream) not in held and not self.fifo(stream).exists():
                 self._take_from(pid, stream)
         self.open(has_writers=has_writers)
         if "stderr" not in self._streams and (

@@ -23,6 +23,7 @@ from typing import Final
 
 from asyncsup import listeners
 from asyncsup.child import group_members, read_facts
+from asyncsup.libc import checked, libc
 from asyncsup.listeners import Watch
 from asyncsup.pidfds import copy_descriptor, opened
 
@@ -95,8 +96,7 @@ def _silence(watches: Sequence[tuple[int, Watch]], ours: Mapping[int, int]) -> i
     """
     # Python's handler of a signal writes to a descriptor by its number.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    libc = ctypes.CDLL(None, use_errno=True)
-    _checked(libc.unshare(_CLONE_FILES))
+    checked(libc.unshare(_CLONE_FILES))
     above = max(watch.number for _, watch in watches) + 1
 
     def out_of_the_way(fd: int) -> int:
@@ -112,7 +112,7 @@ def _silence(watches: Sequence[tuple[int, Watch]], ours: Mapping[int, int]) -> i
             os.close(copied)
             try:
                 os.dup2(sockets[watch.inode], watch.number, inheritable=False)
-                _leave_out(libc, epoll, watch)
+                _leave_out(epoll, watch)
             finally:
                 os.close(epoll)
             silenced += 1
@@ -124,18 +124,12 @@ def _silence(watches: Sequence[tuple[int, Watch]], ours: Mapping[int, int]) -> i
     return silenced
 
 
-def _leave_out(libc: ctypes.CDLL, epoll: int, watch: Watch) -> None:
+def _leave_out(epoll: int, watch: Watch) -> None:
     """Nothing is to be told of the socket; but it stays in there, where the program will look for it when it
     ends. Raises OSError."""
     event = _EpollEvent(0, watch.data)
-    if libc.epoll_ctl(epoll, _EPOLL_CTL_MOD, watch.number, ctypes.byref(event)) != 0:
-        if ctypes.get_errno() != errno.EINVAL:
-            _checked(-1)
+    result = libc.epoll_ctl(epoll, _EPOLL_CTL_MOD, watch.number, ctypes.byref(event))
+    if result < 0 and ctypes.get_errno() == errno.EINVAL:
         # EPOLLEXCLUSIVE: such an entry cannot be changed.
-        _checked(libc.epoll_ctl(epoll, _EPOLL_CTL_DEL, watch.number, None))
-
-
-def _checked(result: int) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        result = libc.epoll_ctl(epoll, _EPOLL_CTL_DEL, watch.number, None)
+    checked(result)

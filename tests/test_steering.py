@@ -274,6 +274,19 @@ def test_one_that_cannot_be_steered_keeps_no_other_from_it(monkeypatch: pytest.M
         assert steer_away(pids, [listening]) == 2
 
 
+@pytest.mark.usefixtures("steering")
+def test_one_whose_number_was_another_s_a_moment_ago_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        echo("asyncio", listening) as old,
+        echo("asyncio", listening) as new,
+    ):
+        monkeypatch.setattr(steering_of_asyncsup, "group_members", lambda *_: [old, new])
+        assert steer_away([old], [listening]) == 1
+        with connected(listening) as connection:
+            assert asked(connection) == new
+
+
 def without_pidfd_getfd(work: Callable[[], T]) -> T:
     """What comes of some work, of a thread to which the kernel refuses that call, and its child processes."""
     load, equal, answer = 0x20, 0x15, 0x06
