@@ -251,6 +251,8 @@ def running(trust: str, patch: str = "") -> Iterator[Site]:
     serve = make_site(folder, trust, patch)
     try:
         with serve.start() as client:
+            # Each start leaves its traces: links to bytecode, for example.
+            client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
             yield Site(serve=serve, client=client)
     finally:
         if serve.process is not None:
