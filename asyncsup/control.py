@@ -1,7 +1,9 @@
 """The control server: one request, one supervisor call, one reply.
 
 The only way in. The command line, the console, and whatever else drives a supervisor are clients of this
-socket. Requests run concurrently; a client that gives up sends ``cancel`` with the id of its request.
+socket. Requests that wait for something run concurrently; a client that gives up sends ``cancel`` with the id
+of its request. What can be said at once is said before the next message is read: a task for each question
+would cost more than the answer.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import inspect
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import anyio
@@ -67,7 +70,8 @@ LOG_ANSWER_BYTES: Final = 4 << 20
 LATEST_MOMENT: Final = 253_402_300_800
 """The end of the year 9999, which is as far as dates are written."""
 
-Handler = Callable[["ControlServer", "Call"], Awaitable[Any]]
+Handler = Callable[["ControlServer", "Call"], Any]
+"""Returns the result, or, as a coroutine function, what has to be awaited for it."""
 METHODS: dict[str, Method] = {}
 T = TypeVar("T")
 
@@ -78,33 +82,46 @@ class Method(NamedTuple):
     Attributes:
         role: what a client that comes over TCP must at least have. Local users, who may write to the socket,
             may do everything.
+        waits: it is a coroutine function, whose requests can be cancelled.
     """
 
     handler: Handler
     role: Role
+    waits: bool
 
 
 def method(name: str, role: Role) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
-        METHODS[name] = Method(handler, role)
+        METHODS[name] = Method(handler, role, inspect.iscoroutinefunction(handler))
         return handler
 
     return register
 
 
 class Call:
-    """The parameters of one request, read with their types; what is not read at all is an error.
+    """One request, its parameters read with their types; a parameter that is not read at all is an error.
 
-    Attributes:
-        actor: the local user and process behind the socket.
-        asked_by: the same for people.
+    Args:
+        peer: who waits for the answer.
+        find_actor: looks up who that is; only called for those who want to know.
     """
 
-    def __init__(self, params: Mapping[str, Any], actor: Actor) -> None:
-        self.actor = actor
-        self.asked_by = str(actor)
-        self._params = params
+    def __init__(self, request: Request, peer: Peer, find_actor: Callable[[], Actor]) -> None:
+        self.request = request
+        self.peer = peer
+        self._find_actor = find_actor
+        self._params = request.params
         self._read: set[str] = set()
+
+    @cached_property
+    def actor(self) -> Actor:
+        """The local user and process behind the socket, or the key."""
+        return self._find_actor()
+
+    @property
+    def asked_by(self) -> str:
+        """The same for people."""
+        return str(self.actor)
 
     def string(self, key: str) -> str:
         value = self.optional_string(key)
@@ -173,6 +190,13 @@ class Call:
             raise RequestError(f"{key}: must be one of {', '.join(choices)}, is {value!r}")
         return value
 
+    def request_id(self, key: str) -> RequestId:
+        value = self._params.get(key)
+        self._read.add(key)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise RequestError(f"{key}: must be the integer or the string that is a request's id")
+        return value
+
     def array(self, key: str) -> list[Any]:
         return self._get(key, list, "an array") or []
 
@@ -197,10 +221,23 @@ class Call:
 
 
 class Peer(NamedTuple):
-    """Whom to answer, and over which socket."""
+    """Whom to answer, and how.
+
+    Attributes:
+        envelope: what has to come before the answer.
+    """
 
     router: Router
     identity: bytes
+    envelope: Sequence[bytes]
+
+    def send(self, reply: Result | Failure) -> None:
+        try:
+            frame = reply.encode()
+        except (TypeError, ValueError) as error:
+            log.exception("an answer cannot be encoded")
+            frame = Failure(id=reply.id, number=INTERNAL_ERROR, message=str(error)).encode()
+        self.router.send(self.identity, *self.envelope, frame)
 
 
 MakeRouter = Callable[[Callable[[bytes, Sequence[bytes], Origin], None]], Router]
@@ -223,7 +260,7 @@ class ControlServer:
         self.supervisor = supervisor
         self._tasks = tasks
         self._remote = remote
-        self._running: dict[tuple[Peer, RequestId], anyio.CancelScope] = {}
+        self._running: dict[tuple[Router, bytes, RequestId], anyio.CancelScope] = {}
         self._router = make_router(lambda *message: self._on_message(self._router, *message))
         self._routers = [self._router]
         if remote is not None:
@@ -254,67 +291,62 @@ class ControlServer:
         if not isinstance(message, Request):
             self.supervisor.counters["control.unexpected"] += 1
             return
-        self._tasks.start_soon(self._answer, Peer(router, identity), envelope, message, origin)
+        self._answer(Peer(router, identity, envelope), message, origin)
 
-    async def _answer(self, peer: Peer, envelope: list[bytes], request: Request, origin: Origin) -> None:
+    def _answer(self, peer: Peer, request: Request, origin: Origin) -> None:
+        """Answer a request, or have a task do so that waits for what it needs."""
         found = METHODS.get(request.method)
-        key = (peer, request.id)
-        reply: Result | Failure
+        key = (peer.router, peer.identity, request.id)
         if found is None:
             known = ", ".join(sorted(METHODS))
             text = f"unknown method {request.method!r:.80}; known are {known}"
-            reply = Failure(
-                id=request.id, number=METHOD_NOT_FOUND, message=text, data={"code": "request.unknown_method"}
-            )
-        elif key in self._running:
+            unknown = {"code": "request.unknown_method"}
+            peer.send(Failure(id=request.id, number=METHOD_NOT_FOUND, message=text, data=unknown))
+            return
+        if key in self._running:
             text = f"request {request.id!r} of this connection is still running"
-            reply = Failure(
-                id=request.id, number=APPLICATION_ERROR, message=text, data={"code": "request.repeated_id"}
-            )
-        elif request.method == "cancel":
-            reply = self._cancel(peer, request)
-        else:
-            reply = await self._carry_out(found, key, request, origin)
+            repeated = {"code": "request.repeated_id"}
+            peer.send(Failure(id=request.id, number=APPLICATION_ERROR, message=text, data=repeated))
+            return
         try:
-            frame = reply.encode()
-        except (TypeError, ValueError) as error:
-            log.exception("the answer to %s cannot be encoded", request.method)
-            frame = Failure(id=request.id, number=INTERNAL_ERROR, message=str(error)).encode()
-        peer.router.send(peer.identity, *envelope, frame)
+            call = Call(request, peer, self._admit(peer, request.method, found.role, origin))
+            if found.waits:
+                # Here: a `cancel` may be the next message, before the task has begun.
+                scope = self._running[key] = anyio.CancelScope()
+                self._tasks.start_soon(self._carry_out, found.handler, call, scope)
+                return
+            reply: Result | Failure = Result(id=request.id, result=found.handler(self, call))
+        except Exception as error:
+            reply = _failure_in(request, error)
+        peer.send(reply)
 
-    async def _carry_out(
-        self, wanted: Method, key: tuple[Peer, RequestId], request: Request, origin: Origin
-    ) -> Result | Failure:
-        with anyio.CancelScope() as scope:
-            self._running[key] = scope
-            try:
-                actor = self._admit(key[0], request.method, wanted.role, origin)
-                return Result(id=request.id, result=await wanted.handler(self, Call(request.params, actor)))
-            except AsyncsupError as error:
-                return failure_of(request.id, error)
-            except Exception as error:
-                log.exception("%s failed unexpectedly", request.method)
-                text = f"internal error: {type(error).__name__}: {error}"
-                return Failure(id=request.id, number=INTERNAL_ERROR, message=text, data={"code": "internal"})
-            finally:
-                del self._running[key]
-        return failure_of(
+    async def _carry_out(self, handler: Handler, call: Call, scope: anyio.CancelScope) -> None:
+        request, peer = call.request, call.peer
+        reply: Result | Failure = failure_of(
             request.id, CancelledByRequestError(f"{request.method} was cancelled by its client")
         )
+        try:
+            with scope:
+                reply = Result(id=request.id, result=await handler(self, call))
+        except Exception as error:
+            reply = _failure_in(request, error)
+        finally:
+            del self._running[peer.router, peer.identity, request.id]
+        peer.send(reply)
 
-    def _admit(self, peer: Peer, name: str, needed: Role, origin: Origin) -> Actor:
-        """Who it is that asks.
+    def _admit(self, peer: Peer, name: str, needed: Role, origin: Origin) -> Callable[[], Actor]:
+        """Returns what looks up who it is that asks.
 
         Raises:
             NotAllowedError: the key has another role, or has been revoked; it is written down who tried.
         """
         if peer.router is self._router:
-            return Actor.of_peer(origin.address)
+            return partial(Actor.of_peer, origin.address)
         assert self._remote is not None
         key = self._remote.key_of(origin)
         actor = Actor.of_key(origin.user, origin.address)
         if key is not None and covers(key.role, needed):
-            return actor
+            return lambda: actor
         why = "has been revoked" if key is None else f"has the role {key.role}; {name} needs {needed}"
         self._refused(actor, name, why)
         raise NotAllowedError(f"the key {origin.user} {why}", method=name, role=needed)
@@ -323,30 +355,27 @@ class ControlServer:
         self.supervisor.counters["control.not_allowed"] += 1
         self.supervisor.refused(actor, name, why)
 
-    def _cancel(self, peer: Peer, request: Request) -> Result | Failure:
-        wanted = request.params.get("id")
-        scope = self._running.get((peer, wanted)) if isinstance(wanted, int | str) else None
-        if scope is None:
-            error = RequestError(f"id: no request {wanted!r:.80} of this connection is running")
-            return failure_of(request.id, error)
-        scope.cancel()
-        return Result(id=request.id, result={})
-
     # --- the supervisor -------------------------------------------------------------------------------------
 
     @method("cancel", "view")
-    async def cancel(self, call: Call) -> Any:
-        raise NotImplementedError  # answered by `_answer`, which knows the connection
+    def cancel(self, call: Call) -> Any:
+        wanted = call.request_id("id")
+        call.finish()
+        scope = self._running.get((call.peer.router, call.peer.identity, wanted))
+        if scope is None:
+            raise RequestError(f"id: no request {wanted!r:.80} of this connection is running")
+        scope.cancel()
+        return {}
 
     @method("rpc.discover", "view")
-    async def discover(self, call: Call) -> Any:
+    def discover(self, call: Call) -> Any:
         from asyncsup.openrpc import openrpc  # noqa: PLC0415 - most never ask
 
         call.finish()
         return openrpc()
 
     @method("supervisor.info", "view")
-    async def info(self, call: Call) -> Any:
+    def info(self, call: Call) -> Any:
         call.finish()
         info = self.supervisor.info()
         info["counters"]["control.undeliverable"] = sum(router.undeliverable for router in self._routers)
@@ -356,7 +385,7 @@ class ControlServer:
         return info
 
     @method("shutdown", "operate")
-    async def shutdown(self, call: Call) -> Any:
+    def shutdown(self, call: Call) -> Any:
         call.finish()
         return {"stopping": self.supervisor.shutdown(call.asked_by)}
 
@@ -373,7 +402,7 @@ class ControlServer:
         return {"version": successor.version, "command": list(successor.command)}
 
     @method("status", "view")
-    async def status(self, call: Call) -> Any:
+    def status(self, call: Call) -> Any:
         names = call.strings("names")
         usage = call.boolean("usage", default=False)
         call.finish()
@@ -407,7 +436,7 @@ class ControlServer:
         return described
 
     @method("events.since", "view")
-    async def events_since(self, call: Call) -> Any:
+    def events_since(self, call: Call) -> Any:
         seq = call.integer("seq", 0, at_most=2**63)
         call.finish()
         events, oldest = self.supervisor.events.since(seq)
@@ -477,7 +506,7 @@ class ControlServer:
         return {"target": target.name, "instances": wanted}
 
     @method("signal", "operate")
-    async def signal(self, call: Call) -> Any:
+    def signal(self, call: Call) -> Any:
         names, wanted = call.strings("names"), call.string("signal")
         call.finish()
         number = _signal_number(wanted)
@@ -595,7 +624,7 @@ class ControlServer:
         return {"chunks": chunks}
 
     @method("logs.reopen", "operate")
-    async def reopen(self, call: Call) -> Any:
+    def reopen(self, call: Call) -> Any:
         names = call.strings("names") or ["all"]
         call.finish()
         return {"paths": self.supervisor.reopen_logs(found.target for found in self._named(names))}
@@ -616,7 +645,7 @@ class ControlServer:
         )
 
     @method("patch.upload", "patch")
-    async def patch_upload(self, call: Call) -> Any:
+    def patch_upload(self, call: Call) -> Any:
         upload, encoded = call.optional_string("upload"), call.string("data")
         offset = call.integer("offset", 0, at_most=2**53)
         last = call.boolean("last", False)
@@ -743,6 +772,14 @@ class ControlServer:
         limit = call.integer("limit", 100, at_most=1000)
         call.finish()
         return await self.supervisor.overseer.audit(after=after, txn=txn, limit=limit)
+
+
+def _failure_in(request: Request, error: Exception) -> Failure:
+    if isinstance(error, AsyncsupError):
+        return failure_of(request.id, error)
+    log.error("%s failed unexpectedly", request.method, exc_info=error)
+    text = f"internal error: {type(error).__name__}: {error}"
+    return Failure(id=request.id, number=INTERNAL_ERROR, message=text, data={"code": "internal"})
 
 
 def failure_of(request_id: RequestId, error: AsyncsupError) -> Failure:

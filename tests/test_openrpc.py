@@ -7,7 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import jsonschema
@@ -17,6 +17,7 @@ from conftest import Serve
 from asyncsup import control
 from asyncsup.actor import Actor
 from asyncsup.openrpc import openrpc
+from target_sdk.protocol import Request, RequestId
 
 DOCUMENT = openrpc()
 METHODS = {method["name"]: method for method in DOCUMENT["methods"]}
@@ -30,11 +31,12 @@ class Recorder(control.Call):
     """Notes how every parameter is read, and gives each a value that will do."""
 
     def __init__(self) -> None:
-        super().__init__({}, Actor(via="control"))
-        self.found: dict[str, tuple[str, bool]] = {}
+        peer: Any = None
+        super().__init__(Request(id=1, method="", params={}), peer, lambda: Actor(via="control"))
+        self.found: dict[str, tuple[str | list[str], bool]] = {}
         self.choices: dict[str, Sequence[str]] = {}
 
-    def _note(self, key: str, kind: str, *, required: bool) -> None:
+    def _note(self, key: str, kind: str | list[str], *, required: bool) -> None:
         # Read twice, once to see whether it is there: it may be left out.
         self.found.setdefault(key, (kind, required))
 
@@ -75,6 +77,10 @@ class Recorder(control.Call):
         self.choices[key] = choices
         return default or choices[0]
 
+    def request_id(self, key: str) -> RequestId:
+        self._note(key, ["integer", "string"], required=True)
+        return 1
+
     def array(self, key: str) -> list[Any]:
         self._note(key, "array", required=False)
         return []
@@ -100,16 +106,22 @@ class Stub:
         return Stub()
 
 
+async def until(answer: Awaitable[Any]) -> None:
+    await answer
+
+
 def test_every_method_is_there() -> None:
     assert METHODS.keys() == control.METHODS.keys()
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"cancel"}))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_its_parameters_are_those_that_are_read(name: str) -> None:
     recorder = Recorder()
     handler: Any = control.METHODS[name].handler
     with pytest.raises(EnoughError):
-        asyncio.run(handler(Stub(), recorder))
+        answer = handler(Stub(), recorder)
+        if inspect.isawaitable(answer):
+            asyncio.run(until(answer))
     described = {param["name"]: param for param in METHODS[name]["params"]}
     assert described.keys() == recorder.found.keys()
     for key, (kind, required) in recorder.found.items():
