@@ -20,6 +20,11 @@ GOODBYE_CODE: Final = 1012
 """What a websocket is closed with: the service restarts, come again (IANA's registry of close codes)."""
 GOODBYE_REASON: Final = "service restart"
 
+GOODBYE_PAUSE: Final = 0.02
+GOODBYE_SPREAD: Final = 1.0
+"""Seconds from one goodbye to the next, and for all of them at most: every client comes back at once, and all
+of them at one time would keep the new process from answering anybody (HAProxy: ``close-spread-time``)."""
+
 Websockets = Literal["close", "leave"]
 Goodbye = Callable[[], Awaitable[object]]
 
@@ -93,11 +98,18 @@ class Draining:
         return self.requests == 0 and len(self.connections) <= len(self.goodbyes)
 
     async def _say_goodbye(self, deadline: float) -> None:
-        goodbyes = [asyncio.ensure_future(_quietly(goodbye)) for goodbye in self.goodbyes.values()]
+        loop = asyncio.get_running_loop()
+        spread = min(GOODBYE_SPREAD, (deadline - loop.time()) / 2)
+        pause = min(GOODBYE_PAUSE, spread / max(1, len(self.goodbyes)))
+        spoken: list[asyncio.Future[None]] = []
+        for key, goodbye in list(self.goodbyes.items()):
+            if key in self.goodbyes:  # its client may have left in the meantime
+                spoken.append(asyncio.ensure_future(_quietly(goodbye)))
+                await asyncio.sleep(pause)
         await self.connections.wait_until(
-            lambda: not self.goodbyes and all(one.done() for one in goodbyes), deadline
+            lambda: not self.goodbyes and all(one.done() for one in spoken), deadline
         )
-        for one in goodbyes:
+        for one in spoken:
             one.cancel()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import sys
 import time
@@ -31,7 +32,7 @@ import target_sdk.aiohttp  # noqa: E402
 import target_sdk.asgi  # noqa: E402
 from target_sdk import Target  # noqa: E402
 from target_sdk.connections import Connections  # noqa: E402
-from target_sdk.draining import Draining, Websockets  # noqa: E402
+from target_sdk.draining import GOODBYE_PAUSE, Draining, Websockets  # noqa: E402
 from target_sdk.http2 import FORGET_ABOVE, GOAWAY, Goaways  # noqa: E402
 from target_sdk.protocol import Result  # noqa: E402
 
@@ -391,6 +392,38 @@ async def test_websockets_may_be_left_until_the_deadline(
             assert (message.type, message.data) == (WSMsgType.CLOSE, 1012)
             await draining
         assert service.draining.goodbyes == {}
+
+
+async def test_goodbyes_are_spread_over_time() -> None:
+    draining = Draining(Connections())
+    said: list[float] = []
+
+    def websocket(number: int) -> None:
+        async def goodbye() -> None:
+            said.append(time.monotonic())
+            del draining.goodbyes[number]
+            draining.goodbyes.pop(3, None)  # its client left by itself
+
+        draining.goodbyes[number] = goodbye
+
+    for number in range(5):
+        websocket(number)
+    await draining.drain(WAIT_SECONDS)
+    assert len(said) == 4
+    # The loop's clock and this one may differ by a tick.
+    assert all(later - earlier > GOODBYE_PAUSE * 0.9 for earlier, later in itertools.pairwise(said))
+
+
+async def test_a_thousand_goodbyes_are_said_in_time() -> None:
+    draining = Draining(Connections())
+    for number in range(1000):
+
+        async def goodbye(number: int = number) -> None:
+            del draining.goodbyes[number]
+
+        draining.goodbyes[number] = goodbye
+    await draining.drain(1000 * GOODBYE_PAUSE / 2)
+    assert draining.goodbyes == {}
 
 
 async def test_clients_of_http_2_are_told_to_come_back_on_another_connection(
