@@ -193,9 +193,10 @@ class AdoptedChild(Child):
     def __init__(self, record: ProcessRecord, pidfd: int, keeper: KeeperLink) -> None:
         assert record.pid is not None
         super().__init__(record.pid, pidfd=pidfd, started=record.spawned, groups=record.groups)
-        self._start_ticks = record.start_ticks
         self._keeper = keeper
-        keeper.expect(self.pid, self._start_ticks)
+        self._known_as = record.pid, record.start_ticks
+        """What the keeper calls it."""
+        keeper.expect(*self._known_as)
 
     def _readable(self, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]) -> None:
         try:
@@ -212,15 +213,15 @@ class AdoptedChild(Child):
         self, deadline: float, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]
     ) -> None:
         assert self._loop is not None
-        status = self._keeper.exit_of(self.pid, self._start_ticks)
+        status = self._keeper.exit_of(*self._known_as)
         if status is None:
-            status = exit_status(self._pidfd, self.pid, self._start_ticks)
+            status = exit_status(self._pidfd, *self._known_as)
         if status is None and self._keeper.reaps and self._loop.time() < deadline:
             self._loop.call_later(KEEPER_LOOK_SECONDS, self._ask, deadline, callback, before_reaping)
             return
         ended = Exit() if status is None else Exit.from_wait_status(status)
         before_reaping(ended)
-        self._keeper.forget(self.pid, self._start_ticks)
+        self._keeper.forget(*self._known_as)
         self._let_go()
         callback(ended)
 

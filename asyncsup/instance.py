@@ -822,8 +822,9 @@ class Instance:
             return
         self._program_runs = True
         self._take_down(self._child)
-        assert self._process is not None
-        self._process = replace(self._process, output_from=(begin.inode, begin.offset))
+        if begin is not None:
+            assert self._process is not None
+            self._process = replace(self._process, output_from=(begin.inode, begin.offset))
         self._runtime.channel.admit(self.token, self)
         self._await_exit(self._child)
         self._watch = self._new_watch()
@@ -877,9 +878,9 @@ class Instance:
             keeper=runtime.keeper,
         )
 
-    def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor, int | None]:
-        """Spawn the program; with its output, where that begins, and the descriptor on which it says that it
-        is ready.
+    def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor | None, int | None]:
+        """Spawn the program; with its output, where that begins if somebody is going to look for a line of
+        it, and the descriptor on which it says that it is ready.
 
         Raises:
             SpawnError: nothing was started, and nothing is left open.
@@ -892,7 +893,7 @@ class Instance:
         with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as child_ends:
             try:
                 output = self.streams["stdout"]
-                begin = output.reader.end()
+                begin = None if self.config.ready.log is None else output.reader.end()
                 if number is not None:
                     descriptor, child_end = os.pipe2(os.O_CLOEXEC)
                     on_failure.callback(os.close, descriptor)

@@ -31,7 +31,8 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
         ended: how it ended, when that was seen and has not been acted upon.
         hook: it is the `pre_start` hook, before the program.
         generation: of the resources it was started on, or has taken up since.
-        output_from: inode of the log file and offset at which its output begins.
+        output_from: inode of the log file and offset at which its output begins, where it is read for a line
+            that says the program is ready.
         cgroup: the folder of its control group; None if it has none.
         oom_kills: how many processes the kernel had killed for memory in that group before.
         groups: its process groups, where it does not lead its only one: another process was spawned, and has

@@ -72,12 +72,17 @@ class Watch:
     # --- before it is ready ---------------------------------------------------------------------------------
 
     def await_ready(
-        self, output: OutputStream, begin: Cursor, descriptor: int | None, *, since: float | None = None
+        self,
+        output: OutputStream,
+        begin: Cursor | None,
+        descriptor: int | None,
+        *,
+        since: float | None = None,
     ) -> None:
         """Begin to look for readiness, where it shows from outside.
 
         Args:
-            begin: where in the output the process began.
+            begin: where in the output the process began; asked for only where a line of it says it is ready.
             descriptor: what its `ready.fd` leads to; closed here.
             since: monotonic time of the spawn, if that was not a moment ago.
         """
@@ -89,6 +94,7 @@ class Watch:
             self._descriptor = descriptor
             self._loop.add_reader(descriptor, self._read_descriptor)
         elif ready.log is not None:
+            assert begin is not None
             self._readiness = self._start(self._await_line(output, begin, ready.log))
         elif config.readiness == "accepts":
             self._readiness = self._start(self._await_probe(self._ask_whether_it_accepts))
