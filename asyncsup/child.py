@@ -17,6 +17,7 @@ import resource
 import shlex
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,14 +78,17 @@ def resolve_program(program: str, directory: Path, search_path: str | None) -> s
         SpawnError: nothing there, a folder, or not executable; the message says which.
     """
     if "/" in program:
-        path = directory / program
-        if not path.exists():
-            raise SpawnError(f"{program}: no such file (looked in {directory})")
-        if path.is_dir():
+        path = program if program.startswith("/") else str(directory / program)
+        try:
+            status = os.stat(path)  # noqa: PTH116 - pathlib takes longer than the kernel
+        except OSError as error:
+            why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            raise SpawnError(f"{program}: {why} (looked in {directory})") from None
+        if stat.S_ISDIR(status.st_mode):
             raise SpawnError(f"{program} is a folder, not a program")
         if not os.access(path, os.X_OK):
-            raise SpawnError(f"{program} is not executable; `chmod +x {shlex.quote(str(path))}` would do")
-        return str(path)
+            raise SpawnError(f"{program} is not executable; `chmod +x {shlex.quote(path)}` would do")
+        return path
     found = shutil.which(program, path=search_path or os.defpath)
     if found is None:
         raise SpawnError(f"{program}: command not found in PATH={search_path or os.defpath}")
@@ -374,11 +378,11 @@ def read_proc(pid: int, name: str) -> bytes:
 def read_facts(pid: int) -> ProcessFacts | None:
     """Read /proc/PID/stat, see proc(5); None when there is no such process."""
     try:
-        stat = read_proc(pid, "stat")
+        line = read_proc(pid, "stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command is in parentheses, and may hold blanks and parentheses itself.
-    values = stat[stat.rindex(b")") + 2 :].split()
+    values = line[line.rindex(b")") + 2 :].split()
     ended = values[0] in {b"Z", b"X"}
     return ProcessFacts(
         state=values[0].decode(),

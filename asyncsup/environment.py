@@ -58,9 +58,19 @@ def _login_variables(user: str) -> dict[str, str]:
     }
 
 
+def may_be_inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of the supervisor's own environment an instance has that is to inherit all of it."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in NEVER_INHERITED and not name.startswith("ASYNCSUP_")
+    }
+
+
 def build_environment(
     *,
     environ: Mapping[str, str],
+    inheritable: Mapping[str, str],
     inherit: bool | Iterable[str],
     user: str | None = None,
     env_files: Iterable[Path],
@@ -70,15 +80,15 @@ def build_environment(
     """Put an environment together; later sources win, asyncsup's own variables win over all.
 
     Args:
-        inherit: everything of ``environ``, nothing, or these names. PATH is always there: without one no
+        environ: the supervisor's own.
+        inheritable: as much of that as `may_be_inherited` has left.
+        inherit: ``inheritable``, nothing, or these names. PATH is always there: without one no
             program by name would be found.
         user: a name or a number; HOME, USER, LOGNAME and SHELL are theirs and not the supervisor's.
     """
     result: dict[str, str] = {}
     if inherit is True:
-        result = {
-            k: v for k, v in environ.items() if k not in NEVER_INHERITED and not k.startswith("ASYNCSUP_")
-        }
+        result.update(inheritable)
     elif inherit is not False:
         result = {name: environ[name] for name in inherit if name in environ}
     if user is not None:

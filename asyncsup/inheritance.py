@@ -126,7 +126,7 @@ class Inheritance:
             return False
         if process is None or process.pid != pid or process.ended is not None:
             return False
-        finding = adoption.find(process, self._runtime.runtime_dir / "output" / f"{name}.stdout")
+        finding = adoption.find(process, self._runtime.fifos / f"{name}.stdout")
         if finding.pidfd < 0:
             return False
         running = not select.select([finding.pidfd], [], [], 0)[0]
@@ -196,7 +196,7 @@ class Inheritance:
 
     def _end_leftover(self, name: str, record: ProcessRecord) -> None:
         """An instance that is not configured any more."""
-        fifo = self._runtime.runtime_dir / "output" / f"{name.partition('~')[0]}.stdout"
+        fifo = self._runtime.fifos / f"{name.partition('~')[0]}.stdout"
         finding = adoption.find(record, fifo)
         if finding.verdict is not adoption.Verdict.OURS:
             if finding.pidfd >= 0:

@@ -872,8 +872,8 @@ class Instance:
         return SlotOutput(
             self.name,
             self.config.log,
-            logs=runtime.state_dir / "logs",
-            fifos=runtime.runtime_dir / "output",
+            logs=runtime.logs,
+            fifos=runtime.fifos,
             files=runtime.log_files,
             keeper=runtime.keeper,
         )

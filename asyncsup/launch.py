@@ -69,6 +69,7 @@ def run_as(
     """
     environment = build_environment(
         environ=runtime.environ,
+        inheritable=runtime.inheritable,
         inherit=config.inherit_env,
         user=config.user,
         env_files=config.env_files,

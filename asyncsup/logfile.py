@@ -24,6 +24,7 @@ log = logging.getLogger("asyncsup.logs")
 
 MOST_LINE_ROOM: Final = 4 << 10
 PACKED: Final = ".gz"
+PART: Final = f"{PACKED}.part"
 
 
 class LogLimits(TypedDict):
@@ -72,7 +73,8 @@ class RotatingFile:
 
     def take_up(self) -> None:
         """Go on with what an earlier supervisor has left: an age, files to compress, one half compressed."""
-        self.part.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.path}{PART}")  # noqa: PTH108 - as often as there are instances
         self._watch_age()
         self._offer()
 
@@ -208,7 +210,7 @@ class RotatingFile:
     @property
     def part(self) -> Path:
         """What is being compressed; whole files have other names."""
-        return Path(f"{self.path}{PACKED}.part")
+        return Path(f"{self.path}{PART}")
 
     def to_compress(self) -> Path | None:
         """The newest file that is complete and not compressed."""

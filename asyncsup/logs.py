@@ -47,7 +47,7 @@ class OutputStream:
     """One stream of one instance: its FIFO, its file, and whoever waits for more of it.
 
     Args:
-        fifo: path of the FIFO; made here unless it is there.
+        fifo: path of the FIFO; made here unless it is there, or held.
         held: a descriptor of the FIFO that outlived an earlier supervisor; ours from here on.
         instance: name in JSON lines.
         stream: ``stdout`` or ``stderr``.
@@ -76,12 +76,12 @@ class OutputStream:
         self._loop = asyncio.get_running_loop()
         self._followers: list[asyncio.Future[None]] = []
         self._pause: asyncio.TimerHandle | None = None
-        is_new = _make_fifo(fifo)
+        is_new = held is None and _make_fifo(fifo)
         # Read-write: with a writer of our own the FIFO never comes to its end, which would be "readable" for
         # ever once the last instance has gone.
         self._reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if held is None else held
         try:
-            self._spool = self._open_spool(Path(f"{fifo}.spool"), is_new=is_new)
+            self._spool = None if is_new and format_ == "raw" else self._open_spool()
         except OSError:
             os.close(self._reader)
             raise
@@ -102,7 +102,7 @@ class OutputStream:
         self._take_all()
         self.file, self._format = file, format_
         if format_ != "raw":
-            self._spool = self._spool or Spool(Path(f"{self._fifo}.spool"))
+            self._spool = self._spool or Spool(self._spool_path)
         elif self._spool is not None:
             self._let_through(self._spool)
             self._spool = None
@@ -198,9 +198,14 @@ class OutputStream:
             self._count_loss(error, dropped)
             return dropped
 
-    def _open_spool(self, path: Path, *, is_new: bool) -> Spool | None:
+    @property
+    def _spool_path(self) -> Path:
+        return Path(f"{self._fifo}.spool")
+
+    def _open_spool(self) -> Spool | None:
         """The spool, where the format needs one; what an earlier supervisor has left in it is written."""
-        if self._format == "raw" and (is_new or not path.exists()):
+        path = self._spool_path
+        if self._format == "raw" and not path.exists():
             return None
         spool = Spool(path)
         try:

@@ -42,7 +42,12 @@ class Runtime(msgspec.Struct, kw_only=True):
     notify_path: Path
     runtime_dir: Path
     state_dir: Path
+    logs: Path
+    """The folder of the log files that are configured to be nowhere else."""
+    fifos: Path
+    """The folder of the FIFOs that output comes by."""
     environ: Mapping[str, str]
+    inheritable: Mapping[str, str]
     root_facts: Callable[[str], RootFacts]
     essential_ended: Callable[[Instance], None]
     hear_last_words: Callable[[], None]

@@ -65,6 +65,9 @@ def _run(config: Config, link: KeeperLink) -> tuple[int, Successor | None]:
     gc.freeze()
     gc.enable()
 
+    # What no line of ours says nobody has to find out for each of them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     logging.basicConfig(
         level=config.supervisor.log_level.upper(),
         format="%(asctime)s %(levelname)-7s %(message)s",

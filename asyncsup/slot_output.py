@@ -105,9 +105,9 @@ class SlotOutput:
     def _paths(self) -> dict[str, Path]:
         settings = self._settings
         name, _, index = self._slot.rpartition(":")
-        paths = {"stdout": settings.stdout or self._logs / f"{name}.{index}.log"}
+        paths = {"stdout": settings.stdout or f"{self._logs}/{name}.{index}.log"}
         if settings.stderr != "stdout":
-            paths["stderr"] = settings.stderr or self._logs / f"{name}.{index}.err.log"
+            paths["stderr"] = settings.stderr or f"{self._logs}/{name}.{index}.err.log"
         return {stream: Path(str(path).replace(INSTANCE, index)) for stream, path in paths.items()}
 
     def _open(self, stream: str, path: Path) -> None:

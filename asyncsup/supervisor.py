@@ -31,6 +31,7 @@ from asyncsup.cgroups import Cgroups
 from asyncsup.channel import TargetChannel
 from asyncsup.child import raise_descriptor_limit, seal_descriptors
 from asyncsup.config import INSTANCE, Config
+from asyncsup.environment import may_be_inherited
 from asyncsup.errors import (
     AsyncsupError,
     RequestError,
@@ -187,7 +188,10 @@ class Supervisor:
             notify_path=self.notify.path,
             runtime_dir=run,
             state_dir=settings.state_dir,
+            logs=settings.state_dir / "logs",
+            fifos=run / "output",
             environ=dict(os.environ),
+            inheritable=may_be_inherited(os.environ),
             root_facts=self.root_facts,
             essential_ended=self._essential_ended,
             hear_last_words=self.notify.hear_last_words,
