@@ -101,7 +101,7 @@ class FdStore:
     def restore(self, most: int) -> None:
         """Take what an earlier supervisor has left with the keeper."""
         found: list[tuple[int, bool, str, str]] = []
-        for held in [name for name in self._keeper.held if name.startswith(self._prefix)]:
+        for held in self._keeper.names_below(self._prefix):
             number, polled, quoted = held.removeprefix(self._prefix).split("/")
             found.append((int(number), polled == "1", unquote(quoted), held))
         for serial, poll, name, held in sorted(found)[:most]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
+import itertools
 import logging
 import os
 import resource
@@ -70,6 +72,8 @@ class KeeperLink:
     def __init__(self, channel: socket.socket | None = None) -> None:
         self.pid: int | None = None
         self.held: dict[str, int] = {}
+        self._names: list[str] = []
+        """Of what was in `held` in the beginning, in order."""
         self._channel = channel
         self._exits: dict[tuple[int, int], int] = {}
         self._expected: set[tuple[int, int]] = set()
@@ -99,6 +103,7 @@ class KeeperLink:
             self._receive()
             if self._channel is None or (self.pid is not None and os.getppid() != self.pid):
                 raise StateError("the keeper has ended", code="state.keeper")
+        self._names = sorted(self.held)
 
     # --- what it holds --------------------------------------------------------------------------------------
 
@@ -113,6 +118,13 @@ class KeeperLink:
         """A descriptor that an earlier supervisor had the keeper hold: the caller's from now on, while the
         keeper goes on holding its own."""
         return self.held.pop(name, None)
+
+    def names_below(self, prefix: str) -> list[str]:
+        """The names that begin with this, of what was left and nobody has taken yet."""
+        first = bisect.bisect_left(self._names, prefix)
+        from_there = (self._names[position] for position in range(first, len(self._names)))
+        names = itertools.takewhile(lambda name: name.startswith(prefix), from_there)
+        return [name for name in names if name in self.held]
 
     def drop_the_rest(self) -> None:
         """Nobody has asked for what is still in `held`, nor for the exits that came with it."""
