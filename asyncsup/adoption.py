@@ -167,12 +167,12 @@ def groups_of(record: ProcessRecord, output: Path) -> list[int]:
     The number of one that was left empty may be in use again.
     """
     assert record.pid is not None
+    if not record.groups:
+        return [record.pid]
     facts = read_facts(record.pid)
     own = {record.pid} if facts is None else {record.pid, facts.group}
     return [
-        group
-        for group in record.groups or (record.pid,)
-        if group in own or is_group_of(record, group_members(group), output)
+        group for group in record.groups if group in own or is_group_of(record, group_members(group), output)
     ]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import orjson
 from msgspec.structs import asdict
 
@@ -28,6 +29,9 @@ VERSION: Final = 1
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 SMALLEST_COMPACTION: Final = 1 << 20
 """Bytes below which a file is not written anew."""
+
+_LINE: Final = msgspec.json.Decoder(tuple[str, msgspec.Raw])
+"""Most lines are out of date: what they say is not looked at."""
 
 
 class Journal:
@@ -46,8 +50,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._boot = BOOT_ID.read_text().strip()
-        self.left_behind = self._read()
-        self._facts: dict[str, bytes] = {key: orjson.dumps(value) for key, value in self.left_behind.items()}
+        texts = self._read()
+        self.left_behind: dict[str, Any] = {
+            key: value for key, text in texts.items() if (value := _decoded(text)) is not None
+        }
+        self._facts = {key: texts[key] for key in self.left_behind}
         self._fd = -1
         self._size = 0
         self._limit = SMALLEST_COMPACTION
@@ -85,12 +92,13 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, bytes]:
+        """The last word on each fact, as it was written."""
         try:
             lines = self._path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return {}
-        facts: dict[str, Any] = {}
+        facts: dict[str, bytes] = {}
         header = _decoded(lines[0])
         if not isinstance(header, Mapping) or header.get("boot") != self._boot:
             return {}
@@ -101,11 +109,11 @@ class Journal:
                 code="state.version",
             )
         for line in lines[1:]:
-            match _decoded(line):
-                case [str(key), None]:
-                    facts.pop(key, None)
-                case [str(key), value]:
-                    facts[key] = value
+            try:
+                key, text = _LINE.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                continue  # cut off
+            facts[key] = bytes(text)
         return facts
 
     def _append(self, line: bytes) -> None:
@@ -166,7 +174,7 @@ def _encoded(value: object) -> bytes:
 
 
 def _decoded(line: bytes) -> Any:
-    """None for a line that was cut off."""
+    """None for what was cut off, and for a fact that was forgotten."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
