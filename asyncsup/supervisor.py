@@ -82,8 +82,6 @@ LAST_WORDS_SECONDS: Final = 1.0
 """How long the answer to `reexec` may take to leave."""
 LOCK_SECONDS: Final = 5.0
 LOCK_LOOK_SECONDS: Final = 0.02
-SPAWNS_AT_ONCE: Final = 1
-"""A spawn blocks the event loop for a third of a millisecond; between two of them it serves others."""
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +194,7 @@ class Supervisor:
             essential_ended=self._essential_ended,
             hear_last_words=self.notify.hear_last_words,
         )
-        self._spawn_gate = anyio.Semaphore(SPAWNS_AT_ONCE)
+        self._spawn_gate = asyncio.Lock()
         for name in self.config.targets:
             self._make_target(name)
         self.connect_targets()

@@ -116,8 +116,8 @@ class Target:
     """A configured program and its instances.
 
     Args:
-        spawn_gate: lets one spawn through at a time, over all targets, so that the event loop stays
-            responsive while a thousand instances start.
+        spawn_gate: lets one spawn through in each turn of the event loop, over all targets: it takes the
+            loop's time, and while a thousand instances start others are served in between.
         on_wanted: told when an operator's wish for this target (up or down) changes.
     """
 
@@ -126,7 +126,7 @@ class Target:
         config: TargetConfig,
         runtime: Runtime,
         *,
-        spawn_gate: anyio.Semaphore,
+        spawn_gate: asyncio.Lock,
         on_wanted: Callable[[str, bool], None],
     ) -> None:
         self.config = config
@@ -698,7 +698,7 @@ class Target:
                 continue
             async with self._spawn_gate:
                 instance.start(reason)
-                await anyio.lowlevel.checkpoint()
+                await asyncio.sleep(0)
 
     async def stop_instances(
         self, chosen: Sequence[Instance], reason: str, *, for_good: bool = False
