@@ -6,6 +6,7 @@ there, and asks `events.since` when a number is missing.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,19 +24,31 @@ def timestamp() -> str:
 
 
 class EventStream:
-    """Numbers events and hands them to `publish` as ``(topic, frame)``."""
+    """Numbers events and hands them to `publish` as ``(topic, frame)``, in the next turn of the event loop:
+    whoever has something to tell, a crash for one, has something to do about it first.
+    """
 
     def __init__(self, publish: Callable[[bytes, bytes], None]) -> None:
         self._publish = publish
         self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
+        self._unpublished: list[dict[str, Any]] = []
+        self._loop = asyncio.get_running_loop()
         self.seq = 0
 
     def emit(self, kind: str, **fields: Any) -> dict[str, Any]:
         self.seq += 1
         event = {"seq": self.seq, "at": timestamp(), "type": kind, **fields}
         self._kept.append(event)
-        self._publish(kind.encode(), Notification(method="event", params=event).encode())
+        if not self._unpublished:
+            self._loop.call_soon(self.flush)
+        self._unpublished.append(event)
         return event
+
+    def flush(self) -> None:
+        """Publish what is not published yet."""
+        unpublished, self._unpublished = self._unpublished, []
+        for event in unpublished:
+            self._publish(event["type"].encode(), Notification(method="event", params=event).encode())
 
     def since(self, seq: int) -> tuple[list[dict[str, Any]], int]:
         """Events after ``seq`` and the oldest number still kept."""

@@ -1137,7 +1137,6 @@ class Instance:
     def _exited(self, ended: Exit) -> None:
         assert self._child is not None
         self._end_watch()
-        self._output.drain()
         self._runtime.channel.dismiss(self.token)
         child = self._child
         if self.config.kill_mode != "group":

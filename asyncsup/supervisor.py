@@ -164,6 +164,7 @@ class Supervisor:
             self._cleanup.callback(self._remote.close)
             self._publishers.append(self._remote.publish)
         self.events = EventStream(self._publish)
+        self._cleanup.callback(self.events.flush)
         target_mode = 0o666 if self._strangers else 0o600
         self.channel = TargetChannel(partial(Router, context, f"ipc://{run}/target.sock", mode=target_mode))
         self._cleanup.callback(self.channel.close)
