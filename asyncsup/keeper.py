@@ -58,8 +58,8 @@ class Keeper:
         self.command_before: list[str] = []
         """What to go back to, when the command that replaced it does not come up."""
         self.held: dict[str, int] = {}
-        self.exits: deque[tuple[int, int, int]] = deque(maxlen=MOST_EXITS)
-        """Pid, start time and wait status of reaped processes the supervisor has not seen to yet."""
+        self.exits: dict[tuple[int, int], int] = {}
+        """Wait statuses of reaped processes the supervisor has not seen to yet, by pid and start time."""
         self.soft_limit = -1
         """Of descriptors, as the supervisor is to find it."""
         self.supervisor = 0
@@ -168,7 +168,7 @@ class Keeper:
         self.tell(f"keeper {os.getpid()}")
         for name, fd in self.held.items():
             self.tell(f"held {name}", fd)
-        for pid, start, status in self.exits:
+        for (pid, start), status in self.exits.items():
             self.tell(f"exit {pid} {start} {status}")
         self.tell("done")
 
@@ -218,7 +218,7 @@ class Keeper:
                 self.tell(f"signal {self.ending_signal}")
         elif word == "seen":
             pid, start = map(int, rest.split())
-            self.exits = deque((e for e in self.exits if e[:2] != (pid, start)), MOST_EXITS)
+            self.exits.pop((pid, start), None)
         elif word == "end":
             self.end_status = int(rest)
         elif word == "replace":
@@ -247,7 +247,9 @@ class Keeper:
             if info.si_pid == self.supervisor:
                 ended = status
             else:
-                self.exits.append((info.si_pid, start, status))
+                self.exits[info.si_pid, start] = status
+                if len(self.exits) > MOST_EXITS:
+                    del self.exits[next(iter(self.exits))]
                 self.tell(f"exit {info.si_pid} {start} {status}")
 
     def supervisor_ended(self, status: int) -> int | None:
@@ -343,7 +345,7 @@ def write_state(keeper: Keeper) -> bytes:
         ["command", *keeper.command],
         ["command_before", *keeper.command_before],
         *(["held", str(fd), name] for name, fd in keeper.held.items()),
-        *(["exit", *map(str, each)] for each in keeper.exits),
+        *(["exit", str(pid), str(start), str(status)] for (pid, start), status in keeper.exits.items()),
     ]
     # In hex, because a command may hold anything.
     return "\n".join(" ".join(os.fsencode(word).hex() for word in line) for line in lines).encode()
@@ -375,7 +377,7 @@ def read_state(fd: int) -> Keeper:
             keeper.held[values[1]] = int(values[0])
         elif word == "exit":
             pid, start, status = map(int, values)
-            keeper.exits.append((pid, start, status))
+            keeper.exits[pid, start] = status
     os.close(fd)
     return keeper
 
