@@ -7,9 +7,10 @@ there, and asks `events.since` when a number is missing.
 from __future__ import annotations
 
 import asyncio
+import functools
+import time
 from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from target_sdk.protocol import Notification
@@ -20,7 +21,13 @@ KEPT_EVENTS: Final = 10_000
 
 def timestamp() -> str:
     """Now, as RFC 3339 in UTC with milliseconds: for people, never for measuring."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    second, milliseconds = divmod(time.time_ns() // 10**6, 1000)
+    return f"{_in_utc(second)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def _in_utc(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class EventStream:

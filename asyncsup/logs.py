@@ -80,6 +80,8 @@ class OutputStream:
         # Read-write: with a writer of our own the FIFO never comes to its end, which would be "readable" for
         # ever once the last instance has gone.
         self._reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if held is None else held
+        if held is None:
+            enlarge(self._reader)
         try:
             self._spool = None if is_new and format_ == "raw" else self._open_spool()
         except OSError:
@@ -117,9 +119,7 @@ class OutputStream:
         belongs to the description and the program must not see it. The caller closes it after the spawn.
         """
         # Not by its path, from which something that tidies up may have removed it.
-        fd = os.open(f"/proc/self/fd/{self._reader}", os.O_RDWR | os.O_CLOEXEC)
-        enlarge(fd)
-        return fd
+        return os.open(f"/proc/self/fd/{self._reader}", os.O_RDWR | os.O_CLOEXEC)
 
     def drain(self) -> None:
         """Take what lies in the FIFO; called when the instance has ended. At most two pipe-fulls: a child it
