@@ -13,6 +13,7 @@ import errno
 import fcntl
 import functools
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -182,8 +183,13 @@ def spawn(spec: SpawnSpec) -> Child:
     except ValueError as error:
         raise SpawnError(f"{spec.command[0]}: cannot be started: {error}") from None
     except OSError as error:
-        where = f" (in {spec.directory})" if error.filename == str(spec.directory) else ""
-        raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}{where}") from None
+        if error.filename == str(spec.directory):
+            why = f"cannot be started in {spec.directory}: {error.strerror}"
+        elif error.errno == errno.ENOENT and (interpreter := _interpreter(program, spec.directory)):
+            why = f"cannot be started: its first line names {interpreter!r}, which is not there"
+        else:
+            why = f"cannot be started: {error.strerror}"
+        raise SpawnError(f"{spec.command[0]}: {why}") from None
     finally:
         os.close(before)
     # In most cases the clock leaves no choice, and nobody has to be asked.
@@ -195,6 +201,18 @@ def spawn(spec: SpawnSpec) -> Child:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise SpawnError(f"{spec.command[0]}: cannot be started: {error.strerror}") from None
+
+
+def _interpreter(program: str, directory: Path) -> str | None:
+    """What the first line of a script names after ``#!``; None where there is no such line."""
+    try:
+        with (directory / program).open("rb") as file:
+            first = file.readline(256)
+    except OSError:
+        return None
+    # Only blanks end it for the kernel: a carriage return is part of the name, and often what is wrong.
+    words = re.split(rb"[ \t]+", first.removeprefix(b"#!").rstrip(b"\n").lstrip(b" \t"), maxsplit=1)
+    return os.fsdecode(words[0]) or None if first.startswith(b"#!") else None
 
 
 def out_of_the_way(fd: int) -> int:

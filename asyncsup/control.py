@@ -804,7 +804,7 @@ def _signal_number(text: str) -> int:
             signal.Signals(int(name)) if name.isdigit() else signal.Signals[f"SIG{name.removeprefix('SIG')}"]
         )
     except (KeyError, ValueError):
-        raise RequestError(f"signal: {text!r:.40} is none; for example HUP, SIGUSR1 or 15") from None
+        raise RequestError(f"signal: there is no {text!r:.40}; name one such as HUP, SIGUSR1 or 15") from None
 
 
 def _share(streams: int) -> int:

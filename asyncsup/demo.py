@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from asyncsup.client import ControlClient
-from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError
+from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError, UsageError
 from asyncsup.patch.build import build_patch, build_prototype_patch
 from asyncsup.patch.manifest import Kind
 from asyncsup.render import Ink, report_lines
@@ -311,10 +311,13 @@ def run_demo(*, as_json: bool = False, colour: bool = False, keep: Path | None =
 
     Args:
         keep: a folder to play in and leave behind, instead of a temporary one.
+
+    Raises:
+        UsageError: ``demo.folder``: that folder is of no use.
     """
     ink = Ink(colour)
     say: Say = (lambda _: None) if as_json else _say
-    folder = Path(tempfile.mkdtemp(prefix="asyncsup-demo-")) if keep is None else keep
+    folder = Path(tempfile.mkdtemp(prefix="asyncsup-demo-")) if keep is None else _empty_folder(keep)
     plays: list[Play] = []
     try:
         with Stage(folder) as stage:
@@ -338,6 +341,19 @@ def run_demo(*, as_json: bool = False, colour: bool = False, keep: Path | None =
         return 1
     say(ink("green", f"All {len(plays)} plays went as they should."))
     return 0
+
+
+def _empty_folder(path: Path) -> Path:
+    """The absolute path of a folder that is made if need be; one with anything in it is not played in."""
+    folder = Path(os.path.abspath(path))  # noqa: PTH100 - also where the working directory is a link
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be played in: {error.strerror}", code="demo.folder") from None
+    if occupied:
+        raise UsageError(f"{folder} is not empty; name a new folder", code="demo.folder")
+    return folder
 
 
 def _show(play: Play, say: Say, ink: Ink) -> None:

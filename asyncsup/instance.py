@@ -613,7 +613,8 @@ class Instance:
         self.detail = reason
         self._settle_store()
         self._remember()
-        log.info("%s: %s -> %s (%s)", self.name, before.value, self.state.value, reason)
+        level = logging.WARNING if self.state is State.FAILED else logging.INFO
+        log.log(level, "%s: %s -> %s (%s)", self.name, before.value, self.state.value, reason)
         self._runtime.events.emit(
             "instance.state",
             target=self.config.name,

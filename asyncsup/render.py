@@ -436,12 +436,22 @@ def _instance_detail(instance: Value) -> str:
 
 
 def _exit_text(ended: Value) -> str:
-    if ended.get("signal") is not None:
-        text = f"killed by {clean(ended['signal'])}"
-    else:
-        text = f"exit status {clean(ended.get('status'))}"
-    reason = ended.get("reason")
-    return f"{text}: {clean(reason)}" if reason else text
+    status, number, reason = ended.get("status"), ended.get("signal"), ended.get("reason")
+    if status is None and number is None:
+        return clean(reason or "ended unseen")  # there was no process, or nobody saw it end
+    text = f"exit status {clean(status)}" if number is None else f"killed by {_signal_name(number)}"
+    if not reason:
+        return text
+    return clean(reason) if text in str(reason) else f"{text}: {clean(reason)}"
+
+
+def _signal_name(number: Any) -> str:
+    import signal  # noqa: PLC0415 - most output has no use for it
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return clean(number)
 
 
 def _state_colour(value: Value) -> str:

@@ -151,6 +151,8 @@ async def test_a_program_may_be_told_its_own_pid_and_is_given_descriptors(output
         ("./folder", "is a folder"),
         ("./plain", "is not executable"),
         ("./broken", "cannot be started: Exec format error"),
+        ("./script", "its first line names '/no/such/sh', which is not there"),
+        ("./from-elsewhere", r"its first line names '/bin/sh\r', which is not there"),
     ],
 )
 async def test_a_program_that_cannot_run_is_named_with_the_reason(
@@ -161,6 +163,10 @@ async def test_a_program_that_cannot_run_is_named_with_the_reason(
     (folder / "plain").write_text("#!/bin/sh\n")
     (folder / "broken").write_bytes(b"\x7fELF nonsense")
     (folder / "broken").chmod(0o755)
+    (folder / "script").write_text("#! /no/such/sh -e\n")
+    (folder / "script").chmod(0o755)
+    (folder / "from-elsewhere").write_bytes(b"#!/bin/sh\r\n")
+    (folder / "from-elsewhere").chmod(0o755)
     with pytest.raises(SpawnError) as caught:
         spawn(spec(output, command))
     assert says in caught.value.message
@@ -168,7 +174,7 @@ async def test_a_program_that_cannot_run_is_named_with_the_reason(
 
 
 async def test_a_missing_folder_is_named(output: Output) -> None:
-    with pytest.raises(SpawnError, match=r"No such file or directory \(in /nowhere/at/all\)"):
+    with pytest.raises(SpawnError, match="cannot be started in /nowhere/at/all: No such file or directory"):
         spawn(spec(output, "/bin/true", directory=Path("/nowhere/at/all")))
     assert Path.cwd().exists()
 

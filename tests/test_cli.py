@@ -598,6 +598,25 @@ def test_a_checksum_file_that_names_no_checksum_is_not_passed_over(run: Run, pac
     assert "p.zip.sha256 has no SHA-256 for p.zip" in outcome.err
 
 
+@pytest.mark.parametrize("verb", ["plan", "apply"])
+def test_where_a_checksum_and_a_name_have_come_from_is_said(
+    run: Run, supervisor: FakeSupervisor, package: Path, verb: str
+) -> None:
+    digest = "ab" * 32
+
+    def another(_: Call) -> Any:
+        raise RefusalError(f"p.zip: {digest} was asked for", code="digest.sha256", exit_status=21)
+
+    supervisor.handlers[f"patch.{verb}"] = another
+    package.with_name("p.zip.sha256").write_text(f"{digest}  p.zip\n")
+    whence = f"asyncsup: the SHA-256 that is asked for is the one in {package}.sha256\n"
+    assert run("patch", verb, package).err == f"{whence}asyncsup: p.zip: {digest} was asked for\n"
+    assert run("patch", verb, package, "--sha256", digest).err == f"asyncsup: p.zip: {digest} was asked for\n"
+
+    supervisor.handlers[f"patch.{verb}"] = refuse("patch.not_found", 4)
+    assert "there is no file typo.zip in this folder\n" in run("patch", verb, "typo.zip").err
+
+
 def test_apply_sends_the_file_where_the_supervisor_cannot_open_it(
     run: Run, supervisor: FakeSupervisor, package: Path
 ) -> None:

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from asyncsup import demo
 from asyncsup.demo import CASES, Case
+from asyncsup.errors import UsageError
 from asyncsup.patch.manifest import Kind
 
 
@@ -43,6 +45,18 @@ def test_all_plays_go_as_they_should() -> None:
             assert (refused["exit_status"], refused["code"]) == (20, case.refused_by)
     flipped = [play for play in plays if "flipped" in play["title"]]
     assert {play["exit_status"] for play in flipped} == {21}
+
+
+def test_a_relative_folder_is_played_in_and_one_with_something_in_it_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "CASES", CASES[2:3])
+    assert demo.run_demo(keep=Path("new/folder")) == 0
+    assert (tmp_path / "new/folder/asyncsup.toml").is_file()
+    for folder, says in (("new", "is not empty"), ("new/folder/asyncsup.toml", "File exists")):
+        with pytest.raises(UsageError, match=says):
+            demo.run_demo(keep=Path(folder))
 
 
 @pytest.mark.parametrize(

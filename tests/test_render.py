@@ -157,6 +157,23 @@ def test_the_detail_says_what_the_target_is_busy_with_and_why_an_instance_is_dow
     assert "killed by SIGKILL" in shown
 
 
+def test_the_last_exit_is_said_once_and_a_start_without_a_process_has_no_status() -> None:
+    def last_exit(**how: object) -> str:
+        value = {**target("a", instance("a:0", exit={"at": "2026-11-22T10:00:00Z", **how})), "config": {}}
+        (line,) = [
+            line for line in text(render.show_lines(value, tz=UTC)).splitlines() if "last exit" in line
+        ]
+        return line.split("last exit", 1)[1].strip()
+
+    at = " at 2026-11-22 10:00:00"
+    assert last_exit(signal=15, reason="stopped: killed by SIGTERM") == f"stopped: killed by SIGTERM{at}"
+    assert last_exit(signal=15, reason="too late") == f"killed by SIGTERM: too late{at}"
+    assert last_exit(status=3, reason="exit status 3; gave up") == f"exit status 3; gave up{at}"
+    assert last_exit(reason="x: command not found") == f"x: command not found{at}"
+    assert last_exit() == f"ended unseen{at}"
+    assert last_exit(signal=999) == f"killed by 999{at}"
+
+
 def test_a_narrow_terminal_loses_columns_and_the_end_of_the_detail_never_the_name() -> None:
     value = status(target("pricer", instance("pricer:0", status_text="a long story " * 10)))
     for width in (40, 60, 80, 120):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -59,6 +60,25 @@ def _package(session: Session, argument: str) -> dict[str, Any]:
     return {**params, "upload": upload}
 
 
+@contextmanager
+def _said_whence(session: Session, package: Mapping[str, Any]) -> Iterator[None]:
+    """Add to some errors what whoever typed the command has not: where its parameters have come from.
+
+    Args:
+        package: what `_package` made of the argument.
+    """
+    args, out = session.args, session.out
+    try:
+        yield
+    except AsyncsupError as error:
+        sha256 = package.get("sha256")
+        if error.error_code == "digest.sha256" and sha256 and not args.sha256 and sha256 in error.message:
+            out.note(f"the SHA-256 that is asked for is the one in {render.clean(args.package)}.sha256")
+        elif error.error_code == "patch.not_found" and args.package is not None and "name" in package:
+            out.note(f"there is no file {render.clean(args.package)} in this folder")
+        raise
+
+
 def in_inbox(session: Session, entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """The packages of the inbox to apply, oldest build first; those that are still being written are not."""
     ready = []
@@ -92,7 +112,10 @@ def _packages_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(session: Session) -> int:
     out = session.out
-    plans = [session.client.call("patch.plan", package) for package in _packages(session)]
+    plans = []
+    for package in _packages(session):
+        with _said_whence(session, package):
+            plans.append(session.client.call("patch.plan", package))
     for plan in plans:
         out.lines(render.plan_lines(plan, ink=out.ink))
     _print_each(session, "plans", plans)
@@ -111,7 +134,8 @@ def _apply(session: Session) -> int:
             "trust_clock": args.trust_clock or None,
         }
         try:
-            reports.append(_transact(session, "patch.apply", params))
+            with _said_whence(session, package):
+                reports.append(_transact(session, "patch.apply", params))
         except AsyncsupError:
             left = [str(each["name"]) for each in packages[index + 1 :]]
             if left:
