@@ -544,8 +544,10 @@ class Supervisor:
                     f"{target.name} writes to {path}, which {wanted} instances would share; "
                     f"put {INSTANCE} into its name"
                 )
-        await target.scale(wanted, asked_by=asked_by, wait=wait)
-        self.store.set_scaled(target.name, configured=target.config.instances, instances=wanted)
+        remember = partial(
+            self.store.set_scaled, target.name, configured=target.config.instances, instances=wanted
+        )
+        await target.scale(wanted, asked_by=asked_by, wait=wait, remember=remember)
         self.events.emit("target.scaled", target=target.name, instances=wanted)
         return wanted
 

@@ -537,8 +537,11 @@ class Target:
         if wait and not rolling:
             await self.wait_settled(self.in_slots_of(chosen))
 
-    async def scale(self, number: int, *, asked_by: str, wait: bool) -> None:
+    async def scale(self, number: int, *, asked_by: str, wait: bool, remember: Callable[[], None]) -> None:
         """Have another number of instances: the last ones go, new ones are started if the target is to be up.
+
+        Args:
+            remember: writes the number down for the next supervisor. If it raises, nothing was changed.
 
         Raises:
             StartFailedError: with ``wait``, a new one did not become ready.
@@ -547,6 +550,7 @@ class Target:
         started: list[Instance] = []
 
         async def work() -> None:
+            remember()
             reason = f"scaled to {number} by {asked_by}"
             await self.stop_instances(self.instances[number:], reason)
             before = len(self.instances)

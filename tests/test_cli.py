@@ -934,6 +934,23 @@ def test_config_check_reports_every_problem(tmp_path: Path, capsys: pytest.Captu
 # --- as a process -------------------------------------------------------------------------------------------
 
 
+def test_ctrl_c_while_the_command_is_still_being_loaded_is_no_traceback() -> None:
+    script = (
+        "import sys\n"
+        "from asyncsup.cli import main\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'asyncsup.cli.command_line':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "sys.exit(main(['status']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_status_imports_nothing_it_has_to_wait_for(supervisor: FakeSupervisor) -> None:
     script = (
         "import sys; from asyncsup.cli import main; status = main(sys.argv[1:]); "

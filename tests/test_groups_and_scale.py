@@ -89,6 +89,18 @@ def test_a_number_that_was_set_outlives_the_supervisor_until_another_is_configur
     client.close()
 
 
+def test_a_number_counts_for_later_supervisors_although_a_new_instance_has_failed(serve: Serve) -> None:
+    command = """command = ["sh", "-c", "[ ${instance} = 0 ] && exec sleep 600"]"""
+    client = serve.start(f"{QUICK}[target.web]\n{command}\nrestart = 'never'\n")
+    assert fails(client, "scale", name="web", instances=2).error_code == "target.start_failed"
+    assert len(pids(client, "web")) == 2
+    client.close()
+    assert serve.stop() == 0
+    client = serve.start()
+    assert len(pids(client, "web")) == 2
+    client.close()
+
+
 def test_scaling_a_stopped_target_starts_nothing(serve: Serve) -> None:
     client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}autostart = false\n")
     client.call("scale", name="web", instances=3)

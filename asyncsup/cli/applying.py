@@ -42,6 +42,8 @@ def _package(session: Session, argument: str) -> dict[str, Any]:
         "drift": args.drift,
     }
     if not os.path.isfile(argument):  # noqa: PTH113 - Path.is_file raises where a folder is not readable
+        if os.path.isdir(argument):  # noqa: PTH112 - as above
+            raise PatchNotFoundError(f"{argument} is a folder; a package is a zip file", path=argument)
         if "/" in argument:
             raise PatchNotFoundError(f"there is no file {argument}", path=argument)
         return {**params, "name": argument}
