@@ -391,7 +391,8 @@ def _take_lock(path: Path) -> int:
         except BlockingIOError:
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
             raise StateLockedError(
-                f"{path.parent} is in use by another supervisor (process {holder or 'unknown'})",
+                f"{path.parent} is in use by another supervisor (process {holder or 'unknown'}); "
+                "stop that one with `asyncsup shutdown`, or give this one a state_dir of its own",
                 pid=int(holder) if holder.isdecimal() else None,
                 state_dir=str(path.parent),
             ) from None
