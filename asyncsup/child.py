@@ -113,7 +113,9 @@ def _through_shim(program: str, spec: SpawnSpec) -> list[str]:
         settings.append(f"umask {spec.umask:03o}")
     for name, value in spec.limits.items():
         amount = "unlimited" if value < 0 else str(value // _ULIMIT_UNITS.get(name, 1))
-        settings.append(f"ulimit {_ULIMIT_FLAGS[name]} {amount}")
+        # The shell's own words name neither the limit nor the value.
+        says = f"asyncsup: limits.{name} cannot be set to {'unlimited' if value < 0 else value}"
+        settings.append(f"{{ ulimit {_ULIMIT_FLAGS[name]} {amount} || {{ echo '{says}' >&2; exit 1; }}; }}")
     if settings:
         argv = ["/bin/sh", "-c", " && ".join([*settings, 'exec "$@"']), "sh", *argv]
     return argv

@@ -23,7 +23,9 @@ def read_env_file(path: Path) -> dict[str, str]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SpawnError(f"env file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise SpawnError(f"env file {path} cannot be read: {error}") from None
     variables: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):

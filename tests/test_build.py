@@ -305,6 +305,12 @@ def test_links_and_devices_are_refused(old: Path, new: Path, output: Path, side:
     error = refuse("build.file_type", old=old, new=new, output=output)
     assert str(strange) in error.message
     assert "symbolic link" in error.message
+    assert "exclude it" in error.message
+    strange.unlink()
+    strange.symlink_to("/state/current/web/libs/strange")
+    error = refuse("build.file_type", old=old, new=new, output=output)
+    assert "a link that patches of web have made" in error.message
+    assert "--from-generation current -t web" in error.message
     strange.unlink()
     strange.symlink_to(old)  # a folder behind it
     refuse("build.file_type", old=old, new=new, output=output)

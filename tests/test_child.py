@@ -143,6 +143,12 @@ async def test_a_program_may_be_told_its_own_pid_and_is_given_descriptors(output
     assert output.text == f"{child.pid} {child.pid}\nthrough the descriptor\n"
 
 
+async def test_a_limit_that_may_not_be_set_is_named(output: Output) -> None:
+    child = spawn(spec(output, "/bin/true", limits={"nofile": 1 << 40}))
+    assert (await ended(child)).status == 1
+    assert f"asyncsup: limits.nofile cannot be set to {1 << 40}\n" in output.text
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

@@ -249,12 +249,33 @@ def _normalised(files: Mapping[str, Source]) -> dict[str, Source]:
     }
 
 
+def _delivered_to(root: Path, path: str) -> str | None:
+    """The target in whose root patches have made this link; None where it is another, or none.
+
+    Such a link ends in ``current/TARGET/PATH``, and `root` may be any folder of that root.
+    """
+    try:
+        link = str((root / path).readlink())
+    except OSError:
+        return None
+    below = link.rpartition("/current/")[2]
+    target, _, rest = below.partition("/")
+    return target if below != link and f"/{rest}".endswith(f"/{path}") else None
+
+
 def _source(root: Path, path: str, status: os.stat_result) -> Source:
     mode = status.st_mode
     if not stat.S_ISREG(mode):
         word = "a symbolic link" if stat.S_ISLNK(mode) else "no plain file"
+        what_would_do = "exclude it, or put its content there"
+        if (target := _delivered_to(root, path)) is not None:
+            word = f"a link that patches of {target} have made"
+            what_would_do = (
+                f"`--from-generation current -t {target}` stands for what it has now, in place of a folder; "
+                "`cp -rL` copies content"
+            )
         raise PatchBuildError(
-            f"{root / path} is {word}; a patch holds plain files only: exclude it, or put its content there",
+            f"{root / path} is {word}; a patch holds plain files only: {what_would_do}",
             code="build.file_type",
             path=path,
         )
