@@ -219,7 +219,7 @@ class StateDirectory:
 
     def number(self, target: str) -> int:
         """The generation that `target` has now."""
-        text = self.pointer.entries().get(target)
+        text = self.pointer.entry(target)
         if text is None:
             raise StateError(f"the current set has no link for {target}", code="state.pointer")
         return self.number_in(target, text)
