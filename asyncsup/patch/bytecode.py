@@ -32,7 +32,7 @@ MOST_NEIGHBOURS: Final = 128
 
 
 def prefix(state: Path, target: str, generation: int) -> Path:
-    return state / PYCACHE / target / str(generation)
+    return Path(f"{state}/{PYCACHE}/{target}/{generation}")
 
 
 def lay_out(state: Path, target: str, generation: int, root: Path) -> None:
@@ -42,23 +42,29 @@ def lay_out(state: Path, target: str, generation: int, root: Path) -> None:
     """
     own = prefix(state, target, generation)
     with contextlib.suppress(OSError):
-        own.parent.mkdir(parents=True, exist_ok=True)
-        own.mkdir()
-        for path in _outside(Path("/"), {root, state}):
-            mirrored = path.relative_to("/")
-            shared = state / PYCACHE / SHARED / mirrored
-            shared.mkdir(
-                parents=True, exist_ok=True
-            )  # Python makes no folder behind a link that leads nowhere
-            (own / mirrored).parent.mkdir(parents=True, exist_ok=True)
-            (own / mirrored).symlink_to(shared)
+        try:
+            own.mkdir()
+        except FileNotFoundError:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.mkdir()
+        for path in _outside("/", {str(root), str(state)}):
+            shared, link = f"{state}/{PYCACHE}/{SHARED}{path}", Path(f"{own}{path}")
+            if not os.access(shared, os.F_OK):
+                # Python makes no folder behind a link that leads nowhere.
+                Path(shared).mkdir(parents=True, exist_ok=True)
+            try:
+                link.symlink_to(shared)
+            except FileNotFoundError:
+                link.parent.mkdir(parents=True)
+                link.symlink_to(shared)
 
 
-def _outside(folder: Path, inner: Set[Path]) -> Iterator[Path]:
-    """The uppermost folders that neither lie in one of `inner` nor lead to one."""
+def _outside(folder: str, inner: Set[str]) -> Iterator[str]:
+    """The uppermost folders that neither lie in one of `inner` nor lead to one. It is the start of a program
+    that waits for this, so it does without pathlib."""
     folders = [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-    for path in map(Path, folders):
-        if any(each.is_relative_to(path) for each in inner):
+    for path in folders:
+        if any(each == path or each.startswith(f"{path}/") for each in inner):
             if path not in inner:
                 yield from _outside(path, inner)
         elif len(folders) <= MOST_NEIGHBOURS:
