@@ -47,7 +47,7 @@ from asyncsup.logs import OutputStream
 from asyncsup.notification import STORED, Notification, Refusal, ReloadHandshake
 from asyncsup.record import InstanceRecord, ProcessRecord, Role
 from asyncsup.restart import Exit, LastExit, RestartHistory, RestartPolicy, decide
-from asyncsup.runtime import Runtime
+from asyncsup.runtime import RootFacts, Runtime
 from asyncsup.slot_output import SlotOutput
 from asyncsup.steering import SETTLE_SECONDS
 from asyncsup.watch import Watch
@@ -130,6 +130,8 @@ class Instance:
         self._hooks: set[asyncio.Task[None]] = set()
         self._process: ProcessRecord | None = None
         """How the next supervisor will know the process again."""
+        self._facts: RootFacts | None = None
+        """What there was in its root when its start began."""
         self._cgroup: Cgroup | None = None
         """Of the process there is, or was last."""
         self._missed: Exit | None = None
@@ -695,9 +697,13 @@ class Instance:
     def _new_record(self, *, hook: bool) -> ProcessRecord:
         path = None if self.config.cgroup == "off" else self._runtime.cgroups.path_of(self.seat_name)
         cgroup = None if path is None else str(path)
-        generation = self._runtime.root_facts(self.config.name).generation
+        self._facts = self._runtime.root_facts(self.config.name)
         return ProcessRecord(
-            token=self.token, start_ticks=ticks_now(), hook=hook, cgroup=cgroup, generation=generation
+            token=self.token,
+            start_ticks=ticks_now(),
+            hook=hook,
+            cgroup=cgroup,
+            generation=self._facts.generation,
         )
 
     def _enter_cgroup(self) -> None:
@@ -786,7 +792,9 @@ class Instance:
             return
         try:
             self._enter_cgroup()
-            self._child = self._spawn_command(hooks.pre_start, {ENV_HOOK: "pre_start"}, cgroup=self._cgroup)
+            self._child = self._spawn_command(
+                hooks.pre_start, {ENV_HOOK: "pre_start"}, facts=self._facts, cgroup=self._cgroup
+            )
         except SpawnError as error:
             self._spawn_failed(f"pre_start: {error.message}")
             return
@@ -909,6 +917,7 @@ class Instance:
                 self.config.command,
                 listen_fds.environment(names),
                 passed,
+                facts=self._facts,
                 cgroup=self._cgroup,
                 pid_variables=[listen_fds.LISTEN_PID] if names else [],
             )
@@ -921,10 +930,15 @@ class Instance:
         extra: Mapping[str, str],
         descriptors: Mapping[int, int] = NONE,
         *,
+        facts: RootFacts | None = None,
         pid_variables: Sequence[str] = (),
         cgroup: Cgroup | None = None,
     ) -> Child:
-        """Run a command as this instance. Raises SpawnError."""
+        """Run a command as this instance. Raises SpawnError.
+
+        Args:
+            facts: what it finds in the root; by default whatever is there by now.
+        """
         try:
             with self._output.child_ends(has_writers=self._has_writers) as opened:
                 return run_as(
@@ -932,6 +946,7 @@ class Instance:
                     self.index,
                     self._runtime,
                     command,
+                    facts=facts or self._runtime.root_facts(self.config.name),
                     token=self.token,
                     output=opened,
                     extra=extra,

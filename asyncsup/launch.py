@@ -16,7 +16,7 @@ from asyncsup.config.settings import SOCKET
 from asyncsup.config.values import INSTANCE
 from asyncsup.environment import build_environment
 from asyncsup.patch import bytecode
-from asyncsup.runtime import Runtime
+from asyncsup.runtime import RootFacts, Runtime
 from target_sdk import protocol
 
 
@@ -48,6 +48,7 @@ def run_as(
     runtime: Runtime,
     command: Sequence[str],
     *,
+    facts: RootFacts,
     token: str,
     output: Mapping[str, int],
     extra: Mapping[str, str],
@@ -58,6 +59,7 @@ def run_as(
     """Start a command as an instance of a target.
 
     Args:
+        facts: what it finds in its root.
         token: by which asyncsup knows the program again.
         output: descriptors by the name of the stream.
         extra: variables of this command.
@@ -74,7 +76,7 @@ def run_as(
         user=config.user,
         env_files=config.env_files,
         env={name: expand(value, config, index) for name, value in config.env.items()},
-        own={**_own_environment(config, index, runtime, token), **extra},
+        own={**_own_environment(config, index, runtime, facts, token), **extra},
     )
     return spawn(
         SpawnSpec(
@@ -94,8 +96,9 @@ def run_as(
     )
 
 
-def _own_environment(config: TargetConfig, index: int, runtime: Runtime, token: str) -> dict[str, str]:
-    facts = runtime.root_facts(config.name)
+def _own_environment(
+    config: TargetConfig, index: int, runtime: Runtime, facts: RootFacts, token: str
+) -> dict[str, str]:
     own = {
         protocol.ENV_ENDPOINT: runtime.target_endpoint,
         protocol.ENV_TOKEN: token,

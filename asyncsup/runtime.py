@@ -25,6 +25,8 @@ class RootFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     build: int
     generation: int | None
+    patch: str | None
+    """The one that has made this generation, if one has."""
     current: Path | None
     """The path that always leads to the generation in force; None for a target without a root."""
 

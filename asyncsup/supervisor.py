@@ -633,10 +633,13 @@ class Supervisor:
     def root_facts(self, name: str) -> RootFacts:
         config = self.config.targets[name]
         if config.root is None:
-            return RootFacts(build=config.build, generation=None, current=None)
+            return RootFacts(build=config.build, generation=None, patch=None, current=None)
         state = self.store.state(name)
         return RootFacts(
-            build=state.build, generation=state.generation, current=self.store.current_link(name)
+            build=state.build,
+            generation=state.generation,
+            patch=state.patch,
+            current=self.store.current_link(name),
         )
 
     def _on_notify(self, sender: Sender, said: Notification, descriptors: list[int]) -> Refusal | None:
@@ -684,7 +687,7 @@ class Supervisor:
             "build": facts.build,
             "region": target.config.region,
             "generation": facts.generation,
-            "patch": self.store.state(target.name).patch if target.config.root is not None else None,
+            "patch": facts.patch,
             "wanted": "up" if target.wanted else "down",
             "busy": target.busy,
             "waiting": target.waiting,
