@@ -134,7 +134,7 @@ def test_a_folder_that_disappears_is_named(serve: Serve) -> None:
     client = serve.start(f'{QUICK}[target.web]\n{SLEEPER}directory = "here"\nautostart = false\n')
     folder.rmdir()
     error = fails(client, "start", names=["web"])
-    assert f"(in {folder})" in error.message
+    assert f"cannot be started in {folder}: " in error.message
     client.close()
 
 
