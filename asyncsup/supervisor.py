@@ -52,10 +52,11 @@ from asyncsup.lifecycle import State
 from asyncsup.logs import OutputStream
 from asyncsup.notification import Notification, Refusal
 from asyncsup.notify import NotifySocket, Sender
+from asyncsup.patch.facts import Layout, TargetRoot
 from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.overseer import PatchOverseer
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.store import Store
 from asyncsup.reconfigure import Reconfigurer
 from asyncsup.remote import RemoteAccess
 from asyncsup.runtime import RootFacts, Runtime
@@ -354,7 +355,7 @@ class Supervisor:
             if found is not None and found.action == "kept":
                 self.overseer.go_on(record)
                 undecided |= {part.target for part in record.parts}
-            elif record.switched and self.store.is_undone(txn):
+            elif record.switched and self.store.history.is_undone(txn):
                 names = [part.target for part in record.parts]
                 self.overseer.bring_back(txn, names, record.patch, record)
                 undecided.update(names)

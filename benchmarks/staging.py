@@ -12,9 +12,10 @@ from rig import folder, median, row
 
 from asyncsup.config import PatchLimits
 from asyncsup.patch.build import build_patch
+from asyncsup.patch.facts import Layout, PatchInfo, TargetRoot
 from asyncsup.patch.manifest import Kind
 from asyncsup.patch.package import open_package
-from asyncsup.patch.store import Layout, PatchInfo, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 LIMITS = PatchLimits(package_size=1 << 40, file_size=1 << 40, total_size=1 << 40)
 MIB = 1 << 20
@@ -70,8 +71,8 @@ def ours(home: Path, package: Path, turn: int, layout: Layout) -> float:
         began = time.monotonic()
         with open_package(package, limits=LIMITS) as patch:
             manifest = patch.manifest
-            store.content_matches("t", manifest)
-            store.plan("t", manifest)
+            store.preview.content_matches("t", manifest)
+            store.preview.plan("t", manifest)
             info = PatchInfo(
                 id=patch.id, name=manifest.name, version="1", build=manifest.build, kind=manifest.kind.value
             )

@@ -21,8 +21,9 @@ from traced import traced
 from asyncsup.errors import AsyncsupError
 from asyncsup.patch.audit import decode
 from asyncsup.patch.database import FileRow
+from asyncsup.patch.facts import UNDECIDED, Layout, TargetRoot
 from asyncsup.patch.plan import Policy
-from asyncsup.patch.store import UNDECIDED, Layout, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 UNIMPORTANT: Final = frozenset({"lock", "state.db-shm"})
 """Who holds the lock; and an index that SQLite makes anew when it is the first to open the database."""
@@ -267,7 +268,7 @@ def check_goes_on(scene: Scene, store: Store, build: int, promises: Promises) ->
         check_programs(scene, scene.really_sees(), replace(promises, pinned=True), frozenset({number}))
         for each in scene.targets:
             check(leftovers(each.root) == [], f"left over by the next patch: {leftovers(each.root)}")
-    judgement = store.examine()
+    judgement = store.history.examine()
     check(judgement.ok, f"the audit is at fault: {[fault.message for fault in judgement.faults]}")
 
 
@@ -282,7 +283,7 @@ def check_treasures(scene: Scene, promises: Promises) -> None:
 
 def check_copies(scene: Scene, store: Store) -> None:
     """A transaction that has overwritten nothing leaves no copies of what it would have."""
-    verdicts = {entry["txn"]: entry["verdict"] for entry in store.history()}
+    verdicts = {entry["txn"]: entry["verdict"] for entry in store.history.latest()}
     for folder in (scene.state / "state" / "saved").glob("*/*"):
         if folder.name.isdecimal():
             verdict = verdicts[int(folder.name)]
@@ -290,7 +291,7 @@ def check_copies(scene: Scene, store: Store) -> None:
 
 
 def check_history(store: Store, promises: Promises) -> None:
-    known = {entry["txn"]: entry for entry in store.history()}
+    known = {entry["txn"]: entry for entry in store.history.latest()}
     for txn in promises.begun:
         check(txn in known, f"transaction {txn} was reported, and is not known")
     for txn, entry in known.items():
@@ -313,7 +314,7 @@ def check_history(store: Store, promises: Promises) -> None:
         scaled = store.scaled(target_)
         check(scaled is not None and scaled.instances == instances, f"{target_} should be scaled: {scaled}")
     if promises.anchors or promises.noted:
-        records = store.records(limit=1000)
+        records = store.history.records(limit=1000)
         check(promises.anchors <= {record.hash for record in records}, "a record that was told is missing")
         events = {(decode(record.line) or {}).get("event") for record in records}
         check(promises.noted <= events, f"not in the audit: {promises.noted - events}")

@@ -23,10 +23,11 @@ from traced import mark
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import fs
+from asyncsup.patch.facts import Layout, TargetRoot
 from asyncsup.patch.look import TEMPORARY_PREFIX
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import Policy
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.store import Store
 from asyncsup.patch.tree_files import TreeFiles
 
 PERSISTENT: Final = "data"
@@ -552,7 +553,7 @@ def play_rollback(scene: Scene) -> None:
             txn = store.begin(action="rollback", patch=None, targets=scene.names, asked_by="test")
             promise(begun=[txn])
             for name in scene.names:
-                generation = store.rollback_target(name)
+                generation = store.preview.rollback_target(name)
                 assert generation is not None
                 store.stage_rollback(txn, name, generation)
             switch_and_commit(store, txn, old, new)
@@ -566,7 +567,7 @@ def play_keeping_rollback(scene: Scene) -> None:
         txn = store.begin(action="rollback", patch=None, targets=scene.names, asked_by="test")
         promise(begun=[txn])
         for name in scene.names:
-            generation = store.rollback_target(name)
+            generation = store.preview.rollback_target(name)
             assert generation is not None
             store.stage_rollback(txn, name, generation, policy="keep")
         promise(altered={200: {path: text}})
@@ -601,10 +602,10 @@ def play_words(scene: Scene) -> None:
         store.trust_clock(by={"name": "test"})
         promise(noted=["clock.trusted"])
         for ask in (
-            lambda: store.head().hash,
-            lambda: store.records(limit=1)[-1].hash,
-            lambda: store.examine().to_json()["head"]["hash"],
-            lambda: store.transaction(txn)["audit"]["hash"],
+            lambda: store.history.head().hash,
+            lambda: store.history.records(limit=1)[-1].hash,
+            lambda: store.history.examine().to_json()["head"]["hash"],
+            lambda: store.history.transaction(txn)["audit"]["hash"],
         ):
             store.note("test.asked", txn=txn)
             promise(anchors=[ask()])

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from asyncsup.errors import PatchRefusedError
+from asyncsup.patch.facts import Layout, PatchInfo, TargetRoot
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, encode_manifest
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.plan import Policy
-from asyncsup.patch.store import Layout, PatchInfo, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 Tree = dict[str, bytes]
 
@@ -169,7 +170,7 @@ def roll_back(store: Store, *targets: str, policy: Policy = "refuse") -> int:
     targets = targets or ("web",)
     txn = store.begin(action="rollback", patch=None, targets=targets, asked_by="test")
     for target in targets:
-        generation = store.rollback_target(target)
+        generation = store.preview.rollback_target(target)
         assert generation is not None
         store.stage_rollback(txn, target, generation, policy=policy)
     store.switch(txn)

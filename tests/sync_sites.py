@@ -26,15 +26,15 @@ from asyncsup.patch.database import Database
 
 FOLDER: Final = Path(fs.__file__).parent
 MODULES: Final = (
-    "database", "fs", "overlay", "overlay_files", "pointer", "statedir", "store", "target_files", "tree",
-    "tree_files",
+    "carrying", "confirmed", "database", "fs", "overlay", "overlay_files", "pointer", "pruning", "recovery",
+    "registration", "statedir", "store", "target_files", "tree", "tree_files",
 )  # fmt: skip
 
 NOW: Final = "now"
 AT_THE_BARRIER: Final = "at the barrier"
 WRITE: Final = "write"
 
-INSIDE: Final = frozenset({"Store._register", "Store._begin_anew", "Store._add_transaction"})
+INSIDE: Final = frozenset({"Registration._register", "Registration._begin_anew", "Store._add_transaction"})
 """Functions that are called in a write only, and so do not end one."""
 
 

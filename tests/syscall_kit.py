@@ -29,7 +29,8 @@ from power_plays import (
 from traced import Run, mark, traced
 
 from asyncsup.errors import AsyncsupError
-from asyncsup.patch.store import Layout, Store
+from asyncsup.patch.facts import Layout
+from asyncsup.patch.store import Store
 
 OPEN: Final = ("open", "openat")
 GROWING: Final = (
@@ -288,7 +289,7 @@ def try_rollback(scene: Scene, store: Store, number: int, *, after: int) -> None
     promise(begun=[txn])
     with undoing(store, txn, after):
         for name in scene.names:
-            generation = store.rollback_target(name)
+            generation = store.preview.rollback_target(name)
             assert generation is not None
             store.stage_rollback(txn, name, generation)
         switch_and_confirm(store, txn, after, number)

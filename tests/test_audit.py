@@ -23,8 +23,9 @@ from asyncsup import failpoints
 from asyncsup.errors import StateError
 from asyncsup.patch.audit import MAX_TEXT, Examiner, Head, Row, digest, encode, plain_text
 from asyncsup.patch.doctor import diagnose
+from asyncsup.patch.facts import Layout
 from asyncsup.patch.ledger import examine_export, examine_state
-from asyncsup.patch.store import Layout, Store
+from asyncsup.patch.store import Store
 
 AT = "2026-11-23T12:00:00.000Z"
 
@@ -219,8 +220,8 @@ def eventful(base: Path) -> Kept:
         )  # fmt: skip
         b.store.prune("web", 0)
         b.store.release("db")
-        head = b.store.head().hash
-        assert b.store.examine([head]).ok
+        head = b.store.history.head().hash
+        assert b.store.history.examine([head]).ok
     return Kept(base / "state", head)
 
 
@@ -341,7 +342,7 @@ def test_what_is_written_after_a_tail_was_cut_off_leaves_the_gap_to_be_seen() ->
             database.commit()
         b.store = Store.open(base / "state")
         b.store.hold("a" * 64, "x")
-        found = [(fault.code, fault.seq) for fault in b.store.examine().faults]
+        found = [(fault.code, fault.seq) for fault in b.store.history.examine().faults]
         assert found == [("audit.missing", count - 2)]
 
 
@@ -411,7 +412,7 @@ def test_every_event_is_documented_and_every_documented_one_exists() -> None:
         for row in table.splitlines()
         for name in re.findall(r"`(\w+\.\w+)`", row.split("|")[1:2][0] if "|" in row else "")
     }
-    used = set(re.findall(r'(?:record|note|_advance)\(\s*(?:[\w.]+, )*"(\w+\.\w+)"', source))
+    used = set(re.findall(r'(?:record|note|advance)\(\s*(?:[\w.]+, )*"(\w+\.\w+)"', source))
     used |= set(re.findall(r'event="(\w+\.\w+)"', source)) | {"txn.begun", "txn.attempted"}
     assert documented == used
 
@@ -426,7 +427,7 @@ def bench() -> Iterator[Callable[..., Bench]]:
 
 
 def events(store: Store, txn: int | None = None) -> list[str]:
-    return [json.loads(row.line)["event"] for row in store.records(after=0, txn=txn, limit=1000)]
+    return [json.loads(row.line)["event"] for row in store.history.records(after=0, txn=txn, limit=1000)]
 
 
 def test_a_transaction_is_written_down_from_beginning_to_end(bench: Callable[..., Bench]) -> None:
@@ -444,7 +445,7 @@ def test_a_transaction_is_written_down_from_beginning_to_end(bench: Callable[...
     assert events(b.store, txn) == [
         "txn.begun", "txn.step", "txn.switched", "txn.step", "txn.confirmed", "txn.ended",
     ]  # fmt: skip
-    records = [json.loads(row.line) for row in b.store.records(txn=txn, limit=10)]
+    records = [json.loads(row.line) for row in b.store.history.records(txn=txn, limit=10)]
     assert records[0]["by"] == {"uid": 0}
     assert records[1]["took_us"] == 500_000
     assert records[4]["targets"] == [{"target": "web", "generation": 1, "build": 300}]
@@ -469,14 +470,14 @@ def test_an_attempt_is_found_in_the_history_like_a_transaction(bench: Callable[.
         verdict="refused", error="other region", code="gate.region",
         request={"by": {"via": "control", "uid": 0}, "gates": gates},
     )  # fmt: skip
-    (entry,) = b.store.history("web")
+    (entry,) = b.store.history.latest("web")
     assert (entry["txn"], entry["verdict"], entry["code"], entry["build"]) == (
         number,
         "refused",
         "gate.region",
         300,
     )
-    shown = b.store.find_transaction("ffff")
+    shown = b.store.history.find("ffff")
     assert shown["request"] == {"by": {"via": "control", "uid": 0}, "gates": gates}
     assert (shown["steps"], shown["files"]) == ([], [])
     assert shown["audit"]["count"] == 1
@@ -529,8 +530,8 @@ def test_names_of_any_bytes_in_an_error_can_be_written_down(bench: Callable[...,
     )
     b.store.finish(txn, verdict="refused", error="\udcff.log is in the way", code="x")
     b.store.hold("a" * 64, "\udcff.log")
-    assert b.store.transaction(txn)["error"] == "\\udcff.log is in the way"
-    assert b.store.examine().ok
+    assert b.store.history.transaction(txn)["error"] == "\\udcff.log is in the way"
+    assert b.store.history.examine().ok
 
 
 # --- crashes ------------------------------------------------------------------------------------------------
@@ -583,8 +584,8 @@ def test_a_crash_leaves_a_chain_that_holds_and_no_confirmed_patch_without_its_re
     assert codes(state) == []
     b.store = Store.open(state)
     recovered = b.store.recover()
-    assert b.store.examine().ok
-    for entry in b.store.history():
+    assert b.store.history.examine().ok
+    for entry in b.store.history.latest():
         known = events(b.store, entry["txn"])
         assert known[0] == "txn.begun"
         if entry["verdict"] == "committed":
@@ -594,7 +595,7 @@ def test_a_crash_leaves_a_chain_that_holds_and_no_confirmed_patch_without_its_re
             assert "txn.undone" in known
     for each in recovered:
         assert each.txn is not None
-        steps = [step for step in b.store.transaction(each.txn)["steps"] if step["step"] == "recover"]
+        steps = [step for step in b.store.history.transaction(each.txn)["steps"] if step["step"] == "recover"]
         assert steps[-1]["detail"] == each.action.replace("_", " ")
 
 
@@ -642,7 +643,7 @@ def test_marks_go_up_with_patches_and_stay_whatever_becomes_of_the_generations(
     (b.base / "state/generations/web").mkdir()
     b.store = open_store(b.base, replace(b.targets[0], layout=Layout.TREE, build=1))
     assert marks() == expected
-    assert b.store.examine().ok
+    assert b.store.history.examine().ok
 
 
 def test_a_patch_that_was_not_confirmed_leaves_no_mark(bench: Callable[..., Bench]) -> None:

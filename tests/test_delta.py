@@ -24,10 +24,10 @@ from asyncsup.config import PatchLimits
 from asyncsup.errors import PatchBuildError, PatchError, PatchMalformedError, PatchRefusedError, RemoteError
 from asyncsup.patch import delta
 from asyncsup.patch.build import build_patch
+from asyncsup.patch.facts import Layout
 from asyncsup.patch.manifest import Delta, FileChange, Kind, Manifest, Op, parse_manifest
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.plan import Found, Presence, judge
-from asyncsup.patch.store import Layout
 
 both_layouts = pytest.mark.parametrize("layout", list(Layout))
 LARGEST = 1 << 20

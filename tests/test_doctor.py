@@ -38,9 +38,10 @@ from asyncsup import cli, failpoints
 from asyncsup.errors import AsyncsupError, NotAllowedError, StateError
 from asyncsup.patch import doctor, fs
 from asyncsup.patch.doctor import Diagnosis, diagnose
+from asyncsup.patch.facts import Layout
 from asyncsup.patch.package import Package
 from asyncsup.patch.repair import Outcome, repair
-from asyncsup.patch.store import Layout, Store
+from asyncsup.patch.store import Store
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
 
@@ -124,7 +125,7 @@ class Ward:
         assert self.seen() == view
         store = self.open()
         try:
-            assert store.examine().ok
+            assert store.history.examine().ok
             assert self.seen() == view
             for each in self.targets:
                 assert leftovers(each.root) == []
@@ -380,7 +381,7 @@ def test_an_old_generation_that_is_gone_is_not_gone_back_to(ward: Callable[..., 
     w.is_mended("generation.missing")
     store = w.open()
     roll_back(store, "web")
-    assert store.rollback_target("web") is None
+    assert store.preview.rollback_target("web") is None
     store.close()
 
 
@@ -645,7 +646,7 @@ def test_what_was_mended_is_in_the_audit(ward: Callable[..., Ward]) -> None:
     rot(w.generations / "2/app.json")
     w.is_mended("permissions.mode", "file.damaged")
     store = w.open()
-    found = [json.loads(row.line) for row in store.records(after=0, limit=1000)]
+    found = [json.loads(row.line) for row in store.history.records(after=0, limit=1000)]
     store.close()
     repaired = [each for each in found if each["event"] == "doctor.repaired"]
     assert [each["code"] for each in repaired] == ["permissions.mode", "file.damaged"]
@@ -769,7 +770,7 @@ def test_whatever_is_damaged_it_says_so_mends_once_and_is_right_about_the_rest(
     assert again.mended == (), happened
     if outcome.left.ok:
         store = w.open()
-        found = store.examine()
+        found = store.history.examine()
         store.close()
         assert found.ok, happened
 

@@ -29,9 +29,9 @@ from store_kit import (
 from asyncsup import failpoints
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch.doctor import diagnose
+from asyncsup.patch.facts import Layout
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import Policy
-from asyncsup.patch.store import Layout
 from target_sdk.snapshot import Snapshot
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
@@ -147,7 +147,7 @@ def carry_through(b: Bench, txn: int) -> None:
 
 
 def drifted(b: Bench) -> list[str]:
-    return [plan.path for plan in b.store.drifted("web")]
+    return [plan.path for plan in b.store.preview.drifted("web")]
 
 
 def snapshot(b: Bench) -> bytes | None:
@@ -166,7 +166,7 @@ def test_refuse_names_the_file_and_what_would_do(
 ) -> None:
     b = bench(layout)
     case.prepare(b)
-    (plan,) = [plan for plan in b.store.plan("web", case.patch(b).manifest) if plan.path == PATH]
+    (plan,) = [plan for plan in b.store.preview.plan("web", case.patch(b).manifest) if plan.path == PATH]
     assert (plan.code, plan.decision) == (code_of(layout, case), "refuse")
     error = refused_at_staging(b, case.patch(b))
     assert error.error_code == code_of(layout, case)
@@ -192,7 +192,7 @@ def test_keep_applies_the_patch_as_if_it_did_not_name_the_file(
     assert snapshot(b) == before.get(PATH)
     # It is remembered, and said by everybody who is asked.
     assert drifted(b) == [PATH]
-    (shown,) = [file for file in b.store.transaction(txn)["files"] if file["path"] == PATH]
+    (shown,) = [file for file in b.store.history.transaction(txn)["files"] if file["path"] == PATH]
     assert shown["op"] == "keep"
     b.reopen()
     assert (seen(b.root), drifted(b)) == (after, [PATH])
@@ -227,7 +227,7 @@ def test_overwrite_takes_the_patch_and_saves_what_was_there(
     assert (b.store.state("web").build, seen(b.root)) == (400, case.after(before))
     assert snapshot(b) == case.after(before).get(PATH)
     assert (drifted(b), leftovers(b.root)) == ([], [])
-    (shown,) = [file for file in b.store.transaction(txn)["files"] if file["path"] == PATH]
+    (shown,) = [file for file in b.store.history.transaction(txn)["files"] if file["path"] == PATH]
     saved = b.base / f"state/saved/web/{txn}" / PATH
     assert saved.exists() == case.mine
     if case.mine:
@@ -339,7 +339,7 @@ def test_a_rollback_asks_for_permission_as_well(
     if policy == "refuse":
         with pytest.raises(PatchRefusedError, match=PATH):
             back(1)
-        b.store.abort(b.store.history(limit=1)[0]["txn"])
+        b.store.abort(b.store.history.latest(limit=1)[0]["txn"])
         assert (seen(b.root), drifted(b)) == (before, [PATH])
         return
     b.store.abort(back(1))
@@ -362,7 +362,7 @@ def test_a_rollback_asks_for_permission_as_well(
     b.store.prune("web", 1)
     # And once more, to before any patch.
     txn = b.store.begin(action="rollback", patch=None, targets=["web"], asked_by="test")
-    goal = b.store.rollback_target("web")
+    goal = b.store.preview.rollback_target("web")
     assert goal == 0
     b.store.stage_rollback(txn, "web", goal, policy=policy)
     carry_through(b, txn)
@@ -417,7 +417,7 @@ def test_what_a_patch_was_made_for_or_would_make_anyway_is_no_drift(
     b = bench(layout)
     how(b)
     patch = b.patch(400, modified={PATH: content}, options={PATH: options})
-    (plan,) = [plan for plan in b.store.plan("web", patch.manifest) if plan.path == PATH]
+    (plan,) = [plan for plan in b.store.preview.plan("web", patch.manifest) if plan.path == PATH]
     assert (plan.error, plan.drift, plan.decision) == (None, None, None)
     apply(b.store, patch)
     assert (seen(b.root)[PATH], drifted(b)) == (content, [])
@@ -491,7 +491,7 @@ def test_writing_to_a_file_of_ones_own_while_a_patch_comes_to_nothing_is_no_drif
     else:
         b.store.finish(txn, verdict="rolled_back")
     assert seen(b.root) == {**FILES, PATH: MINE}
-    assert b.store.drifted("web") == []
+    assert b.store.preview.drifted("web") == []
     apply(b.store, b.patch(301, modified={PATH: b"three"}))
     assert seen(b.root)[PATH] == b"three"
 
@@ -513,7 +513,7 @@ def test_what_is_written_during_probation_is_rescued_when_the_patch_is_undone(
     assert seen(b.root) == FILES
     rescued = b.base / f"state/saved/web/{txn}-undone"
     assert seen(rescued) == {PATH: MINE, "n/new.json": MINE}
-    steps = [step["detail"] for step in b.store.transaction(txn)["steps"] if step["step"] == "rescue"]
+    steps = [step["detail"] for step in b.store.history.transaction(txn)["steps"] if step["step"] == "rescue"]
     assert steps == [f"{path} was written to: {rescued / path}" for path in (PATH, "n/new.json")]
     assert stat.S_IMODE((b.base / "state/saved").stat().st_mode) == 0o700
 

@@ -41,7 +41,7 @@ from traced import attached, require_strace
 from workers import in_workers
 
 from asyncsup.errors import AsyncsupError, RemoteError
-from asyncsup.patch.store import Layout
+from asyncsup.patch.facts import Layout
 
 pytestmark = pytest.mark.timeout(3600)
 

@@ -12,8 +12,8 @@ from store_kit import Bench, apply, benches, seen, write_tree
 
 from asyncsup import cli
 from asyncsup.errors import PatchNotFoundError, TargetNotFoundError
+from asyncsup.patch.facts import Layout
 from asyncsup.patch.installed import Installed, installed
-from asyncsup.patch.store import Layout
 
 both_layouts = pytest.mark.parametrize("layout", list(Layout))
 

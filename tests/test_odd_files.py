@@ -31,8 +31,9 @@ from store_kit import (
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import fs
+from asyncsup.patch.facts import Layout, TargetRoot
 from asyncsup.patch.package import Package
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 MIB = 1 << 20
 
@@ -232,7 +233,7 @@ def test_persistent_paths_may_come_into_being_at_any_time_and_be_anything(
     assert seen(b.root)["cache/new"] == b"a folder now"
     assert (home / "cache").read_bytes() == b"saved again, after the staging"
     for path in ("var/lib/db", "var/lib/db/3", "var", "never/x"):
-        (plan,) = b.store.plan("web", b.patch(304, new={path: b""}).manifest)
+        (plan,) = b.store.preview.plan("web", b.patch(304, new={path: b""}).manifest)
         assert plan.code == "gate.conflict", path
 
 
@@ -271,7 +272,7 @@ def bound(source: Path, place: Path) -> Iterator[None]:
 def refused(store: Store, patch: Package) -> str:
     """By the plan already, long before the target would be stopped."""
     with pytest.raises(PatchRefusedError) as caught:
-        store.survey("web", patch.manifest)
+        store.preview.survey("web", patch.manifest)
     txn = begin(store, patch)
     with pytest.raises(PatchRefusedError) as again:
         store.stage(txn, "web", patch)
@@ -310,7 +311,7 @@ def test_an_overlay_works_on_a_mounted_root_and_around_mounted_files(
     write_tree(b.base, {"a file": b"mounted"})
     stack.enter_context(bound(b.base / "a file", b.root / "app.json"))
     patch = b.patch(300, modified={"app.json": b"two", "rules/eu.json": b"eu 2"})
-    plans = {plan.path: plan.code for plan in b.store.plan("web", patch.manifest)}
+    plans = {plan.path: plan.code for plan in b.store.preview.plan("web", patch.manifest)}
     assert plans == {"app.json": "gate.filesystem", "rules/eu.json": None}
     apply(b.store, b.patch(301, modified={"rules/eu.json": b"eu 2"}))
     assert seen(b.root) == {**FILES, "app.json": b"mounted", "rules/eu.json": b"eu 2"}

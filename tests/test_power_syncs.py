@@ -110,7 +110,7 @@ def all_recordings(base: Path) -> dict[str, Recording]:
     """Every play, and recoveries that have something to sync which a play has not; the short ones first."""
     found = {play.name: record(Scene.of(play, base / str(n)), play) for n, play in enumerate(PLAYS)}
     adopting, pruning, late = found["first patch"], found["third patch"], found["late patch"]
-    (recorded,) = [site for site in SITES if site.function == "Store._record_pruned"]
+    (recorded,) = [site for site in SITES if site.function == "_record_pruned"]
     # An adopted file, or a persistent one, has been swapped, and what came out of it is still there.
     found["adoption, cut off"] = adopting.killed(removal(adopting, ADOPTION))
     found["carry, cut off"] = late.killed(removal(late, re.escape(TEMPORARY_PREFIX) + r"moved-.*"))

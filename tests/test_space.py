@@ -23,10 +23,11 @@ from store_kit import (
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import fs
+from asyncsup.patch.facts import Layout, TargetRoot
 from asyncsup.patch.gates import space_gate
 from asyncsup.patch.package import Package
 from asyncsup.patch.space import MARGIN_BYTES, MARGIN_INODES, Need, Room
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
 MIB = 1 << 20
@@ -83,7 +84,7 @@ def refused(store: Store, patch: Package) -> PatchRefusedError:
     with pytest.raises(PatchRefusedError) as caught:
         store.stage(txn, "web", patch)
     assert caught.value.error_code == "gate.space"
-    assert store.transaction(txn)["state"] == "begun"
+    assert store.history.transaction(txn)["state"] == "begun"
     store.abort(txn)
     return caught.value
 
@@ -135,7 +136,7 @@ def test_a_large_tree_from_another_file_system_is_weighed_before_it_is_copied(
 def test_a_plan_says_what_room_is_needed(layout: Layout, bench: Callable[..., Bench]) -> None:
     b = bench(layout)
     patch = b.patch(300, modified={"app.json": os.urandom(3 * MIB)})
-    survey = b.store.survey("web", patch.manifest)
+    survey = b.store.preview.survey("web", patch.manifest)
     assert 3 * MIB < sum(need.size for need in survey.needs) < 4 * MIB
     assert [plan.path for plan in survey.files] == ["app.json"]
     # What one target of a patch takes is not there for the next: the needs of both are added up.

@@ -37,7 +37,7 @@ from asyncsup.errors import (
     StateError,
     TargetBusyError,
 )
-from asyncsup.patch.store import Layout, TargetRoot
+from asyncsup.patch.facts import Layout, TargetRoot
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
 
@@ -95,7 +95,7 @@ def test_rollbacks_unstack_patches_in_the_order_they_were_applied(
         roll_back(b.store)
         assert (b.store.state("web").build, seen(b.root)) == (build, states[build])
         assert leftovers(b.root) == []
-    assert b.store.rollback_target("web") is None
+    assert b.store.preview.rollback_target("web") is None
     assert sorted(names_in(b.root)) == ["app.json", "rules", "run.sh"]
 
 
@@ -103,7 +103,7 @@ def test_rollbacks_unstack_patches_in_the_order_they_were_applied(
 def test_a_rollback_is_described_before_it_is_done(layout: Layout, bench: Callable[..., Bench]) -> None:
     b = bench(layout, build=100)
     apply(b.store, b.patch(101, modified={"app.json": b"x"}, new={"n.json": b"1"}, deleted=["rules/us.json"]))
-    plan = b.store.describe_rollback("web", 0)
+    plan = b.store.preview.describe_rollback("web", 0)
     assert (plan.generation, plan.build, plan.kind) == (0, 100, "warm")
     assert {(file.path, file.op) for file in plan.files} == {
         ("app.json", "modified"),
@@ -155,8 +155,8 @@ def test_an_abort_leaves_no_trace_in_the_root(layout: Layout, bench: Callable[..
     assert seen(b.root) == FILES
     assert leftovers(b.root) == []
     assert not (b.root / "x").exists()
-    assert b.store.transaction(txn)["state"] == "aborted"
-    assert b.store.transaction(txn)["error"] == "changed my mind"
+    assert b.store.history.transaction(txn)["state"] == "aborted"
+    assert b.store.history.transaction(txn)["error"] == "changed my mind"
     assert names_in(b.base / "state/generations/web") == ["0"]
     apply(b.store, patch)
     assert seen(b.root)["x/y/z.json"] == b"1"
@@ -169,7 +169,7 @@ def test_undoing_what_never_began_is_harmless(layout: Layout, bench: Callable[..
     b.store.switch_back(txn)
     b.store.abort(txn)
     b.store.finish(txn, verdict="refused", state="refused", error="no", code="gate.region")
-    described = b.store.transaction(txn)
+    described = b.store.history.transaction(txn)
     assert (described["verdict"], described["state"], described["code"]) == (
         "refused",
         "refused",

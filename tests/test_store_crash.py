@@ -33,9 +33,10 @@ from store_kit import (
 
 from asyncsup import failpoints
 from asyncsup.errors import AsyncsupError
+from asyncsup.patch.facts import Layout, TargetRoot
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import Policy
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 ORIGINAL: Tree = {
     "app.json": b"one",

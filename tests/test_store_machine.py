@@ -53,10 +53,11 @@ from store_kit import MEMORY, info, look, open_store, package, write_tree
 
 from asyncsup import failpoints
 from asyncsup.errors import AsyncsupError, StateError
+from asyncsup.patch.facts import Layout, StagedTarget, TargetRoot
 from asyncsup.patch.manifest import Kind, Op
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import Policy
-from asyncsup.patch.store import Layout, StagedTarget, Store, TargetRoot
+from asyncsup.patch.store import Store
 
 EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 
@@ -323,7 +324,9 @@ class StoreMachine(RuleBasedStateMachine):
         able = self._can_go_back()
         names = [self._pick(able, first + n) for n in range(min(count, len(able)))]
         goals = {name: goal for name in names if (goal := self.models[name].way_back) is not None}
-        numbers = {name: found for name in names if (found := self.store.rollback_target(name)) is not None}
+        numbers = {
+            name: found for name in names if (found := self.store.preview.rollback_target(name)) is not None
+        }
         txn = self.store.begin(action="rollback", patch=None, targets=names, asked_by="test")
         self.open.append(Open(txn, "rollback", names, policy, goals=goals, numbers=numbers))
         self._go_on(self.open[-1], steps)
@@ -567,7 +570,7 @@ class StoreMachine(RuleBasedStateMachine):
         for name, model in self.models.items():
             state = self.store.state(name)
             assert state.build == model.current.build, name
-            assert (self.store.rollback_target(name) is None) == (model.way_back is None), name
+            assert (self.store.preview.rollback_target(name) is None) == (model.way_back is None), name
 
     @invariant()
     def what_is_pinned_stays(self) -> None:
@@ -581,7 +584,7 @@ class StoreMachine(RuleBasedStateMachine):
         under_way = {each.txn for each in self.open}
         told = [
             (entry["action"], entry["verdict"], tuple(entry["targets"]))
-            for entry in reversed(self.store.history(limit=1000))
+            for entry in reversed(self.store.history.latest(limit=1000))
             if entry["txn"] not in under_way
         ]
         assert sorted(told) == sorted(self.ended)

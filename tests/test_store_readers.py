@@ -30,7 +30,8 @@ from store_kit import (
 from asyncsup import failpoints
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import fs
-from asyncsup.patch.store import Layout, Store
+from asyncsup.patch.facts import Layout
+from asyncsup.patch.store import Store
 from target_sdk.snapshot import Snapshot
 
 LAYOUTS = [pytest.param(layout, id=layout.value) for layout in Layout]

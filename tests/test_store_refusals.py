@@ -32,11 +32,13 @@ from asyncsup.errors import (
     PatchRefusedError,
 )
 from asyncsup.patch import fs
+from asyncsup.patch.facts import Layout, TargetRoot
 from asyncsup.patch.guarded import Guarded
 from asyncsup.patch.look import aside
 from asyncsup.patch.manifest import FileChange, Op
 from asyncsup.patch.package import Package
-from asyncsup.patch.store import FilePlan, Layout, Store, TargetRoot
+from asyncsup.patch.plan import FilePlan
+from asyncsup.patch.store import Store
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
 
@@ -48,7 +50,7 @@ def bench() -> Iterator[Callable[..., Bench]]:
 
 
 def one_plan(b: Bench, patch: Package) -> FilePlan:
-    (plan,) = [plan for plan in b.store.plan("web", patch.manifest) if plan.op != "keep"]
+    (plan,) = [plan for plan in b.store.preview.plan("web", patch.manifest) if plan.op != "keep"]
     return plan
 
 
@@ -134,7 +136,7 @@ def test_paths_that_lead_out_are_refused_whatever_the_manifest_reader_let_throug
         manifest = replace(
             b.patch(300, modified={"app.json": b"2"}).manifest, files=(change(path, Op.NEW, b"x"),)
         )
-        (plan,) = b.store.plan("web", manifest)
+        (plan,) = b.store.preview.plan("web", manifest)
         assert plan.code == "gate.path", path
 
 
@@ -178,7 +180,7 @@ def test_no_patch_reaches_into_the_state_directory(bench: Callable[..., Bench]) 
     b.reopen(TargetRoot(name="all", root=b.base, layout=Layout.OVERLAY))
     for path in ("state/state.db", "state/generations/web/7/x", "state/new"):
         manifest = replace(b.patch(300, modified={"x": b"2"}).manifest, files=(change(path, Op.NEW, b"x"),))
-        (plan,) = b.store.plan("all", manifest)
+        (plan,) = b.store.preview.plan("all", manifest)
         assert plan.code == "gate.path", path
         assert plan.error is not None
         assert "the state directory" in plan.error.message
@@ -207,13 +209,13 @@ def test_leniency_that_the_manifest_asks_for_is_given(layout: Layout, bench: Cal
             "gone.json": {"missing_ok": True},
         },
     )
-    notes = {plan.path: plan.note for plan in b.store.plan("web", patch.manifest)}
+    notes = {plan.path: plan.note for plan in b.store.preview.plan("web", patch.manifest)}
     assert "replaces the file that is there" in notes["app.json"]
     assert notes["made.json"] == "not there, created"
     assert notes["gone.json"] == "not there, nothing to delete"
     apply(b.store, patch)
     assert seen(b.root) == {**FILES, "app.json": b"over", "made.json": b"made"}
-    assert b.store.content_matches("web", patch.manifest)
+    assert b.store.preview.content_matches("web", patch.manifest)
     roll_back(b.store)
     assert seen(b.root) == FILES
 
@@ -227,7 +229,7 @@ def test_a_delivered_file_changed_in_place_is_drift(layout: Layout, bench: Calla
     patch = b.patch(301, modified={"app.json": b"three"})
     assert refused_at_staging(b, patch).error_code == "gate.drift"
     other = b.patch(302, modified={"rules/eu.json": b"y"})
-    (kept,) = [plan for plan in b.store.plan("web", other.manifest) if plan.op == "keep"]
+    (kept,) = [plan for plan in b.store.preview.plan("web", other.manifest) if plan.op == "keep"]
     assert kept.path == "app.json"
     assert kept.error is None
     apply(b.store, other)  # Somebody else's file is no reason not to deliver this one.
@@ -448,7 +450,7 @@ def test_a_missing_root_is_a_refusal(layout: Layout, bench: Callable[..., Bench]
     b.root.rename(b.base / "away")
     patch = b.patch(300, modified={"app.json": b"two"})
     with pytest.raises(PatchRefusedError) as caught:
-        b.store.plan("web", patch.manifest)
+        b.store.preview.plan("web", patch.manifest)
     assert caught.value.error_code == "gate.root"
     b.reopen()  # And no reason not to start.
 
@@ -458,7 +460,7 @@ def test_content_matches_only_what_the_patch_would_make(layout: Layout, bench: C
     b = bench(layout)
 
     def matches(**changes: Any) -> bool:
-        return b.store.content_matches("web", b.patch(300, **changes).manifest)
+        return b.store.preview.content_matches("web", b.patch(300, **changes).manifest)
 
     assert matches(modified={"app.json": b"one"}, new={"rules/eu.json": b"eu"}, deleted=["nope"])
     assert not matches(modified={"app.json": b"two"})

@@ -48,7 +48,8 @@ from asyncsup.errors import (
     UsageError,
 )
 from asyncsup.patch import fs
-from asyncsup.patch.store import Layout, Store, TargetRoot
+from asyncsup.patch.facts import Layout, TargetRoot
+from asyncsup.patch.store import Store
 
 both_layouts = pytest.mark.parametrize("layout", [pytest.param(layout, id=layout.value) for layout in Layout])
 
@@ -92,7 +93,7 @@ def test_pruning_keeps_the_way_back_and_what_is_in_use(layout: Layout, bench: Ca
     b.store.switch_back(txn)
     assert seen(b.root)["app.json"] == b"304"
     b.store.abort(txn)
-    assert b.store.rollback_target("web") is None
+    assert b.store.preview.rollback_target("web") is None
     assert b.store.prune("web", 0) == []
 
 
@@ -106,7 +107,7 @@ def test_pruning_while_a_patch_may_yet_be_undone_keeps_the_way_back_from_before(
     b.store.switch(txn)
     assert b.store.prune("web", 1) == []
     b.store.abort(txn)
-    assert b.store.rollback_target("web") == 0
+    assert b.store.preview.rollback_target("web") == 0
     roll_back(b.store)
     assert seen(b.root) == FILES
 
@@ -186,7 +187,7 @@ def test_release_makes_every_file_an_ordinary_one_again(layout: Layout, bench: C
     assert stat.S_IMODE((b.root / "run.sh").stat().st_mode) == 0o755
     assert leftovers(b.root) == []
     state = b.store.state("web")
-    assert (state.build, b.store.rollback_target("web")) == (300, None)
+    assert (state.build, b.store.preview.rollback_target("web")) == (300, None)
     assert b.store.release("web") == []
     b.reopen()
     assert seen(b.root) == before
@@ -248,7 +249,7 @@ def test_what_is_pruned_is_written_down_before_it_goes(layout: Layout, bench: Ca
     assert len(generations(b)) < len(before)
     roll_back(b.store)
     assert seen(b.root)["app.json"] == b"301"
-    assert b.store.examine().ok
+    assert b.store.history.examine().ok
 
 
 @both_layouts
@@ -261,10 +262,10 @@ def test_one_that_was_undone_has_a_verdict_though_nobody_was_told(
     b.store.abort(txn, "it was not meant to be")
     b.reopen()
     assert b.store.recover() == []
-    (entry,) = b.store.history()
+    (entry,) = b.store.history.latest()
     assert (entry["verdict"], entry["error"]) == ("rolled_back", "it was not meant to be")
     assert entry["took"] is not None
-    assert b.store.examine().ok
+    assert b.store.history.examine().ok
 
 
 @both_layouts
@@ -556,7 +557,7 @@ def test_transactions_are_remembered_with_steps_and_files(bench: Callable[..., B
     b.store.finish(txn, verdict="committed")
     undo = roll_back(b.store)
     b.reopen()
-    described = b.store.transaction(txn)
+    described = b.store.history.transaction(txn)
     (step,) = described["steps"]
     assert step.pop("seq") > 0
     assert step.pop("at").endswith("Z")
@@ -578,15 +579,15 @@ def test_transactions_are_remembered_with_steps_and_files(bench: Callable[..., B
     }
     assert described.items() >= facts.items()
     assert described["took"] >= 0
-    assert [entry["txn"] for entry in b.store.history()] == [undo, txn]
-    assert [entry["txn"] for entry in b.store.history("web", limit=1)] == [undo]
-    assert b.store.history("nobody") == []
+    assert [entry["txn"] for entry in b.store.history.latest()] == [undo, txn]
+    assert [entry["txn"] for entry in b.store.history.latest("web", limit=1)] == [undo]
+    assert b.store.history.latest("nobody") == []
     # A rollback is found under the patch it undoes.
-    assert b.store.find_transaction(patch.id[:12])["txn"] == undo
-    assert b.store.find_transaction(str(txn))["txn"] == txn
+    assert b.store.history.find(patch.id[:12])["txn"] == undo
+    assert b.store.history.find(str(txn))["txn"] == txn
     for reference in ("999", "abc", "feedfeedfeed", "what"):
         with pytest.raises(PatchNotFoundError):
-            b.store.find_transaction(reference)
+            b.store.history.find(reference)
 
 
 def test_the_beginning_of_an_id_must_fit_one_patch(bench: Callable[..., Bench]) -> None:
@@ -596,8 +597,8 @@ def test_the_beginning_of_an_id_must_fit_one_patch(bench: Callable[..., Bench]) 
         txn = b.store.begin(action="apply", patch=patch, targets=["web"], asked_by="test")
         b.store.finish(txn, verdict="refused")
     with pytest.raises(UsageError, match="fits 2 patches"):
-        b.store.find_transaction("abcd")
-    assert b.store.find_transaction("ABCD1")["patch"].startswith("abcd1")
+        b.store.history.find("abcd")
+    assert b.store.history.find("ABCD1")["patch"].startswith("abcd1")
 
 
 def test_held_patches_and_wanted_targets_are_remembered(bench: Callable[..., Bench]) -> None:
@@ -677,7 +678,7 @@ def test_without_root_rights_everything_works_as_well(stack: ExitStack) -> None:
                 store = open_store(base, where)
                 (where.root / "app.json").chmod(0)
                 with package(base, 299, modified={"app.json": b"2"}) as patch:
-                    (plan,) = store.plan("web", patch.manifest)
+                    (plan,) = store.preview.plan("web", patch.manifest)
                     assert plan.code == "gate.unreadable", plan
                 (where.root / "app.json").chmod(0o644)
                 with package(base, 300, modified={"rules/eu.json": b"x"}, new={"n/m": b""}) as patch:

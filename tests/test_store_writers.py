@@ -17,7 +17,7 @@ from store_kit import Bench, apply, benches, open_store, roll_back, seen, staged
 
 from asyncsup.errors import PatchRefusedError
 from asyncsup.patch import tree, tree_files
-from asyncsup.patch.store import Layout
+from asyncsup.patch.facts import Layout
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_what_cannot_be_carried_back_is_kept(
     assert seen(b.root)["app.json"] == b"one"
     left = b.base / "state" / "saved" / "web" / f"{txn}-left"
     assert (left / "orders/1").read_bytes() == b"precious"
-    steps = [step for step in b.store.transaction(txn)["steps"] if step["step"] == "carry back"]
+    steps = [step for step in b.store.history.transaction(txn)["steps"] if step["step"] == "carry back"]
     assert crash or (steps and str(left) in steps[0]["detail"])
     # And another one goes through.
     apply(b.store, b.patch(3, modified={"app.json": b"3"}))

@@ -8,7 +8,7 @@ import pytest
 from store_kit import Bench, apply, benches, roll_back
 
 from asyncsup.errors import AsyncsupError, PatchNotFoundError, PatchRefusedError, UsageError
-from asyncsup.patch.store import Layout
+from asyncsup.patch.facts import Layout
 from asyncsup.patch.way_back import Extent, Layer, Stacks, goals_of_patch, goals_of_target
 
 LAST = Extent()
@@ -160,7 +160,10 @@ def test_the_store_knows_what_is_stacked_on_what(bench: Callable[..., Bench]) ->
     b.store.prune("web", 2)
 
     def shown() -> list[tuple[int, int, bool, bool]]:
-        return [(layer.generation, layer.build, layer.kept, layer.bottom) for layer in b.store.stack("web")]
+        return [
+            (layer.generation, layer.build, layer.kept, layer.bottom)
+            for layer in b.store.preview.stack("web")
+        ]
 
     assert shown() == [
         (4, 104, True, False),
@@ -168,7 +171,7 @@ def test_the_store_knows_what_is_stacked_on_what(bench: Callable[..., Bench]) ->
         (1, 101, True, False),
         (0, 100, False, True),
     ]
-    assert [layer.title for layer in b.store.stack("web")][:2] == [
+    assert [layer.title for layer in b.store.preview.stack("web")][:2] == [
         "patch 1.104 (build 104)",
         "patch 1.102 (build 102)",
     ]

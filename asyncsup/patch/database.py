@@ -794,6 +794,12 @@ class Database:
         )
         return None if row is None else _transaction(row)
 
+    def advance(self, txn: int, phase: Phase, event: str) -> None:
+        """A transaction has come to another phase. Not durable: recovery can tell it by the pointer."""
+        with self.write(durable=False):
+            self.update_transaction(txn, phase=phase)
+            self.record(event, txn=txn)
+
     def update_transaction(
         self,
         txn: int,

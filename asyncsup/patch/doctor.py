@@ -23,6 +23,7 @@ from asyncsup.patch import fs
 from asyncsup.patch.audit import Head
 from asyncsup.patch.bytecode import PYCACHE, SHARED
 from asyncsup.patch.database import FileRow, GenerationRow, TargetRow, TransactionRow
+from asyncsup.patch.facts import UNDECIDED
 from asyncsup.patch.ledger import examine
 from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
 from asyncsup.patch.pointer import CURRENT, NEXT, SETS
@@ -35,7 +36,6 @@ from asyncsup.patch.statedir import (
     StateDirectory,
     lock_holder,
 )
-from asyncsup.patch.store import UNDECIDED
 from asyncsup.patch.target_files import is_file, present
 from asyncsup.patch.tree import Form
 

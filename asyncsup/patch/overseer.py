@@ -50,7 +50,9 @@ from asyncsup.patch.aftermath import bring_back
 from asyncsup.patch.audit import Head
 from asyncsup.patch.checksum import has_checksum, read_checksum
 from asyncsup.patch.clock import SeenClock
+from asyncsup.patch.facts import INTERRUPTED, PatchInfo, StagedTarget, Undecided
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, expiry_gate, files_gate, space_gate
+from asyncsup.patch.history import MIN_PREFIX
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.package import Package, open_package
 from asyncsup.patch.plan import FilePlan, PlanError, Policy
@@ -67,7 +69,6 @@ from asyncsup.patch.report import (
     verdict_of,
 )
 from asyncsup.patch.space import Need
-from asyncsup.patch.store import INTERRUPTED, MIN_PREFIX, PatchInfo, StagedTarget, Undecided
 from asyncsup.patch.transaction import Change, Participant, Progress, Standing, Transaction, io_failed
 from asyncsup.patch.uploads import Uploads
 from asyncsup.patch.way_back import Extent, Stacks, goals_of_patch, goals_of_target
@@ -351,7 +352,7 @@ class PatchOverseer:
         return {"inbox": found, "folder": str(self._supervisor.inbox.folder), "trust": self._trust}
 
     async def history(self, target: str | None, limit: int) -> list[dict[str, Any]]:
-        found = await anyio.to_thread.run_sync(partial(self._store.history, target, limit=limit))
+        found = await anyio.to_thread.run_sync(partial(self._store.history.latest, target, limit=limit))
         return [self._up_to_now(entry) for entry in found]
 
     async def show(self, reference: str) -> dict[str, Any]:
@@ -360,17 +361,17 @@ class PatchOverseer:
         Raises:
             PatchNotFoundError
         """
-        return self._up_to_now(await anyio.to_thread.run_sync(self._store.find_transaction, reference))
+        return self._up_to_now(await anyio.to_thread.run_sync(self._store.history.find, reference))
 
     async def examine_audit(self, anchors: Sequence[str]) -> dict[str, Any]:
         """Whether the audit is as it was written; `anchors` are hashes that were kept elsewhere."""
-        return (await anyio.to_thread.run_sync(self._store.examine, anchors)).to_json()
+        return (await anyio.to_thread.run_sync(self._store.history.examine, anchors)).to_json()
 
     async def audit(self, *, after: int | None, txn: int | None, limit: int) -> dict[str, Any]:
         """Records of the audit, each as the very line that its hash is of."""
-        read = partial(self._store.records, after=after, txn=txn, limit=limit)
+        read = partial(self._store.history.records, after=after, txn=txn, limit=limit)
         rows = await anyio.to_thread.run_sync(read)
-        head = await anyio.to_thread.run_sync(self._store.head)
+        head = await anyio.to_thread.run_sync(self._store.history.head)
         return {"records": [row.to_json() for row in rows], "head": head.to_json()}
 
     def _up_to_now(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -510,7 +511,7 @@ class PatchOverseer:
     ) -> Verdict:
         if undecided.txn not in self._undecided:
             raise PatchNotFoundError(f"transaction {undecided.txn} has been decided about meanwhile")
-        files = (await anyio.to_thread.run_sync(self._store.transaction, undecided.txn))["files"]
+        files = (await anyio.to_thread.run_sync(self._store.history.transaction, undecided.txn))["files"]
         for target in targets:
             staged = next(part for part in undecided.parts if part.target == target.name)
             job.report.parts.append(_part_of(target, staged, files))
@@ -598,7 +599,7 @@ class PatchOverseer:
         if target.config.root is None:
             return []
         try:
-            plans = await anyio.to_thread.run_sync(self._store.drifted, target.name)
+            plans = await anyio.to_thread.run_sync(self._store.preview.drifted, target.name)
         except PatchRefusedError as error:
             # It has no root folder (any more): nothing is as it should be.
             root = PlanError(code=error.error_code, message=error.message)
@@ -690,7 +691,7 @@ class PatchOverseer:
         self._tasks.start_soon(self._finish_job, job, work, partial(self._settle_by_name, record.file))
 
     async def _go_on(self, record: PatchRecord, job: _Job, targets: Sequence[Target]) -> Verdict:
-        known = await anyio.to_thread.run_sync(self._store.transaction, record.txn)
+        known = await anyio.to_thread.run_sync(self._store.history.transaction, record.txn)
         report, kind = job.report, Kind(record.kind)
         report.patch, report.build, report.kind = record.patch or None, known["build"], record.kind
         for target, part in zip(targets, record.parts, strict=True):
@@ -753,7 +754,7 @@ class PatchOverseer:
             kind, changed = record.kind, {part.target: part.changed for part in record.parts}
         else:
             # One that somebody was about to take back.
-            known = self._store.transaction(txn)
+            known = self._store.history.transaction(txn)
             kind, files = known["kind"], known["files"]
             changed = {name: tuple(f["path"] for f in files if f["target"] == name) for name in names}
         cold = kind != Kind.WARM.value
@@ -891,7 +892,7 @@ class PatchOverseer:
         try:
             with anyio.CancelScope(shield=True):
                 answer["txn"] = await anyio.to_thread.run_sync(write)
-                answer["audit"] = (await anyio.to_thread.run_sync(self._store.head)).to_json()
+                answer["audit"] = (await anyio.to_thread.run_sync(self._store.history.head)).to_json()
         except AsyncsupError as failure:
             log.error("what was asked for could not be written down: %s", failure.message)  # noqa: TRY400 - foreseen
 
@@ -1023,7 +1024,7 @@ class PatchOverseer:
     def _goals(self, way: WayBack) -> dict[str, int]:
         """Which targets go back to which generation; in a worker thread."""
         named = [target for target in self._with_root() if target.name == way.reference]
-        stacks = {target.name: self._store.stack(target.name) for target in self._with_root()}
+        stacks = {target.name: self._store.preview.stack(target.name) for target in self._with_root()}
         if not named and _may_be_an_id(way.reference):
             if way.only or way.together or way.extent != Extent():
                 raise UsageError(
@@ -1036,7 +1037,7 @@ class PatchOverseer:
         return goals_of_target(stacks, target.name, way.extent, only=way.only, together=way.together)
 
     def _goals_of_patch(self, reference: str, stacks: Stacks) -> dict[str, int]:
-        found = self._store.find_transaction(reference)
+        found = self._store.history.find(reference)
         by_number = reference.isdecimal() and found["txn"] == int(reference)
         if by_number and found["action"] != "apply":
             raise UsageError(
@@ -1077,7 +1078,7 @@ class PatchOverseer:
 
     def _part_back(self, target: Target, generation: int, policy: Policy) -> Part:
         before = self._store.state(target.name)
-        ahead = self._store.describe_rollback(target.name, generation, policy)
+        ahead = self._store.preview.describe_rollback(target.name, generation, policy)
         part = Part(
             target=target,
             package=None,
@@ -1243,7 +1244,7 @@ class PatchOverseer:
     ) -> tuple[list[Exception], Head | None]:
         failures: list[Exception] = []
         head: Head | None = None
-        for do in (*todo, self._look_for_undecided, self._store.head):
+        for do in (*todo, self._look_for_undecided, self._store.history.head):
             try:
                 done = do()
                 head = done if isinstance(done, Head) else None
@@ -1411,7 +1412,7 @@ class PatchOverseer:
             manifest = with_root_name(manifest, target.config.root.name)
         state = self._store.state(target.name)
         known = [instance.hello for instance in target.instances if instance.hello is not None]
-        matches = await anyio.to_thread.run_sync(self._store.content_matches, target.name, manifest)
+        matches = await anyio.to_thread.run_sync(self._store.preview.content_matches, target.name, manifest)
         marks = self._store.marks(target.name)
         facts = TargetFacts(
             name=target.name,
@@ -1443,7 +1444,7 @@ class PatchOverseer:
             assessment = Assessment(target=target.name, gates=(*assessment.gates, gate), already=False)
         files = tuple(FilePlan(path=change.path, op=change.op.value) for change in manifest.files)
         if assessment.refused is None and not assessment.already:
-            look = partial(self._store.survey, target.name, manifest, wish.policy_for(target))
+            look = partial(self._store.preview.survey, target.name, manifest, wish.policy_for(target))
             survey = await anyio.to_thread.run_sync(look)
             files = survey.files
             needs += survey.needs

@@ -22,6 +22,7 @@ from asyncsup.actor import Actor
 from asyncsup.errors import AsyncsupError, NotAllowedError, StateError, StateLockedError
 from asyncsup.failpoints import failpoint
 from asyncsup.patch import fs
+from asyncsup.patch.confirmed import confirmed_entry, is_whole
 from asyncsup.patch.database import FileRow, timestamp
 from asyncsup.patch.doctor import Diagnosis, Finding, Progress, diagnose, is_torn, places
 from asyncsup.patch.look import TEMPORARY_PREFIX, identity, split
@@ -263,9 +264,9 @@ class _Repair:
             ):
                 raise _CannotMendError("a transaction on it was cut off")
             generation = self.state.database.generation(row.name, row.confirmed)
-            if generation.place == "store" and not self.store.is_whole(row.name, row.confirmed):
+            if generation.place == "store" and not is_whole(self.state, row.name, row.confirmed):
                 raise _CannotMendError(f"generation {row.confirmed}, which was confirmed last, is damaged")
-            self.state.pointer.flip({row.name: self.store.confirmed_entry(row)}, point="store.repair")
+            self.state.pointer.flip({row.name: confirmed_entry(self.state, row)}, point="store.repair")
             return f"set to generation {row.confirmed}, which was confirmed last"
 
         for finding in _with_code(diagnosis, "pointer.missing", "pointer.broken"):

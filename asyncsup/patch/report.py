@@ -16,11 +16,11 @@ from asyncsup.errors import (
     RollbackFailedError,
 )
 from asyncsup.events import timestamp
+from asyncsup.patch.facts import StagedTarget
 from asyncsup.patch.gates import Assessment, Gate
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import FilePlan
-from asyncsup.patch.store import StagedTarget
 from asyncsup.patch.transaction import Participant, Progress
 from asyncsup.runtime import RootFacts
 from asyncsup.target import Target

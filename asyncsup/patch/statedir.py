@@ -21,7 +21,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -234,6 +234,10 @@ class StateDirectory:
             raise StateError(f"the current set's link for {target} says {text!r}", code="state.pointer")
         return max(in_root)
 
+    def shows(self, numbers: Mapping[str, int | None]) -> bool:
+        """Whether the pointer shows these generations of these targets."""
+        return {target: self.number(target) for target in numbers} == numbers
+
     def is_in_root(self, target: str) -> bool:
         """Whether the current files are in the root itself, and not in the store."""
         return not self.pointer.entries().get(target, "").startswith("../")
@@ -299,6 +303,18 @@ class StateDirectory:
         with fs.opened(self.staging) as fd:
             for name in fs.names(fd):
                 fs.remove_tree(name, fd)
+
+
+@contextlib.contextmanager
+def state_errors() -> Iterator[None]:
+    """What the system says about the state directory, as an error with a code."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise StateError(
+            f"the state directory cannot be used: {error.strerror or error}{where}", code="state.unusable"
+        ) from error
 
 
 def _is_inhabited(folder: Path) -> bool:
