@@ -26,6 +26,11 @@ class Cell:
     content: bytes
 
 
+def cells(contents: Mapping[str, bytes]) -> dict[str, Cell]:
+    """Files that are there from the beginning."""
+    return {path: Cell(content) for path, content in contents.items()}
+
+
 LINK: Final = Cell(b"")
 """In the root of an overlay: what stands there is what the current generation has."""
 
@@ -146,7 +151,7 @@ class FilesModel(ABC):
     """The files of one target. What is to be done comes in pairs of calls: `stage` or `stage_back`, then
     `undo` or `switch`; after a `switch`, `undo` or `commit`."""
 
-    def __init__(self, files: Mapping[str, bytes], build: int) -> None:
+    def __init__(self, files: Mapping[str, Cell], build: int) -> None:
         del files
         self.current = Generation(build=build, patch=None, parent=None)
         self.generations = [self.current]
@@ -154,8 +159,12 @@ class FilesModel(ABC):
     # --- what a program sees and does -----------------------------------------------------------------------
 
     @abstractmethod
-    def visible(self) -> Tree:
+    def cells(self) -> dict[str, Cell]:
         """Every file a program finds."""
+
+    def visible(self) -> Tree:
+        """What is in them."""
+        return {path: cell.content for path, cell in self.cells().items()}
 
     @abstractmethod
     def pinned(self) -> Tree:
@@ -341,16 +350,16 @@ class FilesModel(ABC):
 class OverlayModel(FilesModel):
     """The root holds the program's files and links to managed ones."""
 
-    def __init__(self, files: Mapping[str, bytes], build: int) -> None:
+    def __init__(self, files: Mapping[str, Cell], build: int) -> None:
         super().__init__(files, build)
-        self.root = {path: Cell(content) for path, content in files.items()}
+        self.root = dict(files)
 
-    def visible(self) -> Tree:
+    def cells(self) -> dict[str, Cell]:
         found = {}
         for path, there in self.root.items():
             cell = self.current.files.get(path) if there is LINK else there
             if cell is not None:
-                found[path] = cell.content
+                found[path] = cell
         return found
 
     def pinned(self) -> Tree:
@@ -457,19 +466,21 @@ class OverlayModel(FilesModel):
     def release(self) -> None:
         for path, there in list(self.root.items()):
             if there is LINK:
-                self.root[path] = Cell(self.current.files[path].content)
+                cell = self.current.files[path]
+                # The program has its own file back, not a copy.
+                self.root[path] = Cell(cell.content) if self.current.is_delivered(path) else cell
         self._start_anew()
 
 
 class TreeModel(FilesModel):
     """The root is the current generation; what is the program's own goes along wherever that is."""
 
-    def __init__(self, files: Mapping[str, bytes], build: int) -> None:
+    def __init__(self, files: Mapping[str, Cell], build: int) -> None:
         super().__init__(files, build)
-        self.current.files = {path: Cell(content) for path, content in files.items()}
+        self.current.files = dict(files)
 
-    def visible(self) -> Tree:
-        return {path: cell.content for path, cell in self.current.files.items()}
+    def cells(self) -> dict[str, Cell]:
+        return dict(self.current.files)
 
     def pinned(self) -> Tree:
         return self.visible()

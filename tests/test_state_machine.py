@@ -36,6 +36,7 @@ from files_model import (
     OverlayModel,
     Tree,
     TreeModel,
+    cells,
     package_arguments,
 )
 from hypothesis import HealthCheck, Phase, settings
@@ -244,7 +245,7 @@ class SupervisorMachine(RuleBasedStateMachine):
                 f'[target.{name}]\ncommand = {command}\nroot = "{name}"\ndirectory = "{name}.work"\n'
                 f'layout = "{kit.layout}"\ninstances = {kit.count}\n{how}{kit.more}'
             )
-            model = (OverlayModel if kit.layout == "overlay" else TreeModel)(ORIGINAL, BUILD)
+            model = (OverlayModel if kit.layout == "overlay" else TreeModel)(cells(ORIGINAL), BUILD)
             self.targets[name] = Target(model)
         self.serve.write("".join(text))
         try:

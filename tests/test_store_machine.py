@@ -37,6 +37,7 @@ from files_model import (
     OverlayModel,
     Tree,
     TreeModel,
+    cells,
     package_arguments,
 )
 from hypothesis import HealthCheck, Phase, settings
@@ -153,7 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
             root = self.base / f"{name}-root"
             write_tree(root, ORIGINAL)
             self.targets[name] = TargetRoot(name=name, root=root, layout=Layout.OVERLAY, build=0)
-            self.models[name] = OverlayModel(ORIGINAL, 0)
+            self.models[name] = OverlayModel(cells(ORIGINAL), 0)
         self._lay_out("tree", Layout.TREE)
         self.store = open_store(self.base, *self.targets.values())
         self.open: list[Open] = []
@@ -176,7 +177,7 @@ class StoreMachine(RuleBasedStateMachine):
     def _lay_out(self, name: str, layout: Layout) -> None:
         """The model and the configuration of a target none of whose files are managed."""
         old = self.models[name]
-        model = (OverlayModel if layout is Layout.OVERLAY else TreeModel)(old.visible(), old.current.build)
+        model = (OverlayModel if layout is Layout.OVERLAY else TreeModel)(old.cells(), old.current.build)
         self.models[name] = model
         persist = ("data",) if layout is Layout.TREE else ()
         self.targets[name] = replace(self.targets[name], layout=layout, persist=persist)
