@@ -42,6 +42,8 @@ class Output:
         self.quiet = quiet
         self.closed = False
         """The reader of stdout has gone; whoever writes for ever should stop."""
+        self.failed = False
+        """Something could not be written to stdout, and stderr says why."""
         self._stdout = sys.stdout if stdout is None else stdout
         self._stderr = sys.stderr if stderr is None else stderr
         self.is_terminal = self._stdout.isatty()
@@ -149,15 +151,22 @@ class Output:
         try:
             self._stdout.write(text)
             self._stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
             self.closed = True
             # What is still buffered must go somewhere, or the interpreter complains about it at its end.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stdout.fileno())
             os.close(null)
+            if not isinstance(error, BrokenPipeError):
+                # What was asked for goes on: a patch is not given up because its transcript has no room.
+                self.failed = True
+                self._complain(f"standard output: {error.strerror}")
 
     def _complain(self, text: str) -> None:
         self.clear_bar()
-        for line in text.splitlines() or [""]:
-            self._stderr.write(f"asyncsup: {clean(line)}\n")
-        self._stderr.flush()
+        try:
+            for line in text.splitlines() or [""]:
+                self._stderr.write(f"asyncsup: {clean(line)}\n")
+            self._stderr.flush()
+        except OSError:
+            pass  # there is nobody left to tell; the exit status says it

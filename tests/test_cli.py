@@ -951,6 +951,24 @@ def test_ctrl_c_while_the_command_is_still_being_loaded_is_no_traceback() -> Non
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def through_shell(redirections: str, *argv: str | Path) -> subprocess.CompletedProcess[str]:
+    command = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-m", "asyncsup", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+
+
+@pytest.mark.parametrize("argv", [["version"], ["--help"], ["config", "schema"]], ids=" ".join)
+def test_an_output_that_has_no_room_is_an_error_and_no_traceback(argv: list[str]) -> None:
+    done = through_shell(">/dev/full", *argv)
+    assert (done.returncode, done.stderr) == (1, "asyncsup: standard output: No space left on device\n")
+    assert through_shell("2>/dev/full", "no-such-verb").returncode == 2
+
+
+def test_streams_that_are_closed_lead_nowhere() -> None:
+    done = through_shell("<&- >&- 2>&-", "version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert through_shell(">&- 2>&-", "no-such-verb").returncode == 2
+
+
 def test_status_imports_nothing_it_has_to_wait_for(supervisor: FakeSupervisor) -> None:
     script = (
         "import sys; from asyncsup.cli import main; status = main(sys.argv[1:]); "
@@ -1157,6 +1175,16 @@ command = ["sleep", "1000"]
 root = "work"
 reload_command = ["true"]
 """
+
+
+def test_a_supervisor_with_closed_streams_has_nothing_else_in_their_place(serve: Serve) -> None:
+    serve.write(TARGETS.partition("[target.patched]")[0])
+    serve.process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *serve.command()])
+    with serve.connect() as client:
+        info = client.call("supervisor.info")
+    for pid in (serve.process.pid, info["pid"]):
+        assert [str(Path(f"/proc/{pid}/fd/{number}").readlink()) for number in range(3)] == ["/dev/null"] * 3
+    assert serve.stop() == 0
 
 
 def test_a_day_with_the_real_supervisor(
