@@ -45,7 +45,7 @@ def find_endpoint(config: str | os.PathLike[str] | None = None) -> str:
 
     from asyncsup.config import find_config, load_supervisor  # noqa: PLC0415
 
-    settings = load_supervisor(find_config(None if path is None else Path(path), os.environ))
+    settings = load_supervisor(find_config(None if config is None else Path(config), os.environ))
     return str(settings.endpoint)
 
 

@@ -242,6 +242,19 @@ def test_the_supervisor_is_that_of_the_configuration_file_or_the_variable(
     assert offline(capsys, "status").status == 0
 
 
+def test_a_configuration_that_is_not_there_is_told_by_who_has_named_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASYNCSUP_ENDPOINT", raising=False)
+    monkeypatch.setenv("ASYNCSUP_CONFIG", str(tmp_path / "by-variable.toml"))
+    for verb in (["status"], ["config", "check"]):
+        assert (
+            "by-variable.toml: there is no such file, named by $ASYNCSUP_CONFIG" in offline(capsys, *verb).err
+        )
+        named = offline(capsys, "-c", tmp_path / "by-option.toml", *verb)
+        assert "by-option.toml: there is no such file, named by -c" in named.err
+
+
 # --- targets ------------------------------------------------------------------------------------------------
 
 
