@@ -38,11 +38,12 @@ from asyncsup.ipc import Origin, Router
 from asyncsup.keys import Role, covers
 from asyncsup.logreader import READ_BYTES, Cursor, Piece
 from asyncsup.logs import OutputStream
-from asyncsup.patch.overseer import Source, WayBack, Wish
+from asyncsup.patch.intake import Source
 from asyncsup.patch.plan import POLICIES, Policy
 from asyncsup.patch.prototype import parse_crc32
 from asyncsup.patch.uploads import CHUNK_BYTES
 from asyncsup.patch.way_back import Extent
+from asyncsup.patch.wish import WayBack, Wish
 from asyncsup.remote import RemoteAccess
 from asyncsup.supervisor import MOST_INSTANCES, Selection, Supervisor
 from asyncsup.target import Target
@@ -413,7 +414,7 @@ class ControlServer:
             chosen = {instance.name for instance in selection.instances}
             described["instances"] = [i for i in described["instances"] if i["name"] in chosen]
             described["uncommitted"] = supervisor.overseer.uncommitted(selection.target.name)
-            described["undecided"] = supervisor.overseer.undecided(selection.target.name)
+            described["undecided"] = supervisor.overseer.decisions.on(selection.target.name)
             targets.append(described)
         return {"seq": supervisor.events.seq, "targets": targets}
 
@@ -424,7 +425,7 @@ class ControlServer:
         target = self._one(name)
         described = self.supervisor.describe(target, usage=True)
         described["uncommitted"] = self.supervisor.overseer.uncommitted(target.name)
-        described["undecided"] = self.supervisor.overseer.undecided(target.name)
+        described["undecided"] = self.supervisor.overseer.decisions.on(target.name)
         described["config"] = describe(target.config)
         described["log"] = {
             instance.name: {stream: str(s.file.path) for stream, s in instance.streams.items()}
@@ -636,7 +637,7 @@ class ControlServer:
         sha256 = call.optional_string("sha256")
         if sha256 is not None:
             _check_sha256("sha256", sha256)
-        return self.supervisor.overseer.source(
+        return self.supervisor.overseer.intake.find(
             path=call.optional_string("path"),
             upload=call.optional_string("upload"),
             name=call.optional_string("name"),
@@ -741,7 +742,7 @@ class ControlServer:
     @method("patch.list", "view")
     async def patch_list(self, call: Call) -> Any:
         call.finish()
-        return await self.supervisor.overseer.inbox()
+        return await self.supervisor.overseer.arrivals.listing()
 
     @method("patch.history", "view")
     async def patch_history(self, call: Call) -> Any:

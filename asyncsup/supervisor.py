@@ -332,7 +332,7 @@ class Supervisor:
                     tasks.start_soon(self._autostart)
                     tasks.start_soon(self._keep_schedules)
                     if self.config.patch.auto:
-                        tasks.start_soon(self.overseer.apply_arrivals)
+                        tasks.start_soon(self.overseer.arrivals.apply_all)
                     await self._stopping.wait()
                     if self.successor is None:
                         await self._stop_all()
@@ -348,7 +348,7 @@ class Supervisor:
 
         Returns the targets about whose patch is still to be decided.
         """
-        undecided = {name for name in self.targets if self.overseer.undecided(name) is not None}
+        undecided = {name for name in self.targets if self.overseer.decisions.on(name) is not None}
         recovered = {each.txn: each for each in self._recovered if each.txn is not None}
         for txn, record in self._inheritance.patches.items():
             found = recovered.pop(txn, None)
@@ -439,10 +439,10 @@ class Supervisor:
             TargetBusyError: a patch is under way.
         """
         self.refuse_while_stopping()
-        self.overseer.refuse_while_patching()
+        self.overseer.jobs.refuse_while_patching()
         successor = await examine(program)
         self.refuse_while_stopping()
-        self.overseer.refuse_while_patching()
+        self.overseer.jobs.refuse_while_patching()
         log.info("handing over to asyncsup %s", successor.version)
         self.events.emit("supervisor.replaced", version=successor.version)
         self.successor = successor
@@ -452,7 +452,7 @@ class Supervisor:
 
     async def _stop_all(self) -> None:
         """Stop every target, each only after the targets that depend on it."""
-        self.overseer.refuse_new()
+        self.overseer.jobs.refuse_new()
         stopped = {name: asyncio.Event() for name in self.targets}
         dependents = {
             name: [other.name for other in self.targets.values() if name in other.config.depends_on]
@@ -473,7 +473,7 @@ class Supervisor:
         async with anyio.create_task_group() as stops:
             for target in reversed(self.targets.values()):
                 stops.start_soon(stop, target)
-        await self.overseer.finished()
+        await self.overseer.jobs.finished()
 
     def _close_instances(self) -> None:
         for target in self.targets.values():

@@ -42,13 +42,17 @@ from asyncsup.errors import (
 )
 from asyncsup.events import EventStream
 from asyncsup.patch import uploads
+from asyncsup.patch.arrivals import Arrivals
 from asyncsup.patch.checksum import has_checksum, read_checksum
+from asyncsup.patch.clock import SeenClock
 from asyncsup.patch.inbox import Inbox
-from asyncsup.patch.overseer import PatchOverseer, Source, Wish
+from asyncsup.patch.intake import Intake, Source
 from asyncsup.patch.package import Package, open_package
+from asyncsup.patch.patchable import Patchable
 from asyncsup.patch.signing import sign_package
 from asyncsup.patch.store import Store
 from asyncsup.patch.uploads import Uploads
+from asyncsup.patch.wish import Wish
 
 VALID = native(*FILES)
 LONG_NAME = "x" * 251 + ".zip"
@@ -309,29 +313,29 @@ async def test_a_package_that_fails_as_nobody_foresaw_is_alone_with_that(
     applied: list[str] = []
     both = anyio.Event()
 
-    async def apply(source: Source, wish: Wish) -> dict[str, Any]:
+    async def apply(source: Source, wish: Wish) -> None:
         applied.append(source.path.name)
         if len(applied) == 2:
             both.set()
         raise MemoryError
 
-    monkeypatch.setattr("asyncsup.patch.overseer.open_package", opened)
+    monkeypatch.setattr("asyncsup.patch.intake.open_package", opened)
     config = parse_config('[patch]\ntrust = "none"\n', path=tmp_path / "asyncsup.toml")
     inbox = Inbox(config.patch.inbox, EventStream(lambda topic, frame: None))
-    with contextlib.closing(Store.open(tmp_path / "state")) as store:
-        supervisor: Any = SimpleNamespace(store=store, config=config, inbox=inbox)
-        async with anyio.create_task_group() as tasks:
-            overseer = PatchOverseer(supervisor, tasks)
-            monkeypatch.setattr(overseer, "apply", apply)
-            for name in ("bad.zip", "first.zip", "second.zip"):
-                (inbox.folder / name).write_bytes(VALID)
-            found = {entry["file"]: entry["state"] for entry in (await overseer.inbox())["inbox"]}
-            assert found == {"bad.zip": "malformed", "first.zip": "complete", "second.zip": "complete"}
-            await tasks.start(inbox.watch)
-            tasks.start_soon(overseer.apply_arrivals)
-            with anyio.fail_after(100):
-                await both.wait()
-            tasks.cancel_scope.cancel()
+    sent = Uploads(tmp_path / "uploads", lambda: config.patch.limits)
+    intake = Intake(lambda: config.patch, inbox, sent, SeenClock(0.0))
+    nobody: Any = SimpleNamespace(targets={})
+    arrivals = Arrivals(inbox, intake, Patchable(nobody), apply)
+    for name in ("bad.zip", "first.zip", "second.zip"):
+        (inbox.folder / name).write_bytes(VALID)
+    found = {entry["file"]: entry["state"] for entry in (await arrivals.listing())["inbox"]}
+    assert found == {"bad.zip": "malformed", "first.zip": "complete", "second.zip": "complete"}
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(inbox.watch)
+        tasks.start_soon(arrivals.apply_all)
+        with anyio.fail_after(100):
+            await both.wait()
+        tasks.cancel_scope.cancel()
     assert sorted(applied) == ["first.zip", "second.zip"]
 
 

@@ -7,7 +7,8 @@ may have been started on its files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("asyncsup.patch")
 
 ASKED_BY = "recovery"
+
+Changed = Mapping[str, Sequence[str]]
 
 
 async def bring_back(
@@ -61,6 +64,28 @@ async def bring_back(
             await anyio.to_thread.run_sync(
                 lambda: record(txn, "bring back", target=target.name, detail=detail)
             )
+
+
+async def bring_all_back(
+    targets: Iterable[Target], *, store: Store, txn: int, patch: str | None, cold: bool, changed: Changed
+) -> None:
+    """Have all targets of a patch that was taken back do so, each by itself.
+
+    Args:
+        changed: the paths that it had changed, by target.
+    """
+    async with anyio.create_task_group() as tasks:
+        for target in targets:
+            work = partial(
+                bring_back,
+                target,
+                store=store,
+                txn=txn,
+                patch=patch,
+                cold=cold,
+                changed=changed[target.name],
+            )
+            tasks.start_soon(work)
 
 
 async def _start_anew(target: Target, store: Store) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Final
 
 SLACK_SECONDS: Final = 300.0
@@ -41,3 +42,9 @@ class SeenClock:
         if now > latest:
             self.trust(now)
         return latest if now < latest - SLACK_SECONDS else None
+
+    def now(self) -> tuple[datetime, datetime | None]:
+        """Now by the clock, and when the clock is behind it the latest time that was seen."""
+        behind = self.behind()
+        now = datetime.fromtimestamp(self._wall(), UTC)
+        return now, None if behind is None else datetime.fromtimestamp(behind, UTC)

@@ -157,3 +157,14 @@ def _step(fields: Mapping[str, Any]) -> dict[str, Any]:
     took = fields.get("took_us")
     named = {key: fields.get(key) for key in ("seq", "at", "step", "target", "instance", "detail")}
     return {**named, "took": None if took is None else took / 1e6}
+
+
+def may_be_called(reference: str) -> bool:
+    """Whether it looks like a transaction's number, or the beginning of a patch's id."""
+    text = reference.strip().lower()
+    return text.isdecimal() or (len(text) >= MIN_PREFIX and set(text) <= set("0123456789abcdef"))
+
+
+def is_called(reference: str, txn: int | None, patch: str | None) -> bool:
+    """Whether a transaction is meant: by its number, or the beginning of its patch's id."""
+    return reference == str(txn) or (len(reference) >= MIN_PREFIX and (patch or "").startswith(reference))

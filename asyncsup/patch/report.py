@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -83,6 +83,43 @@ class Part(msgspec.Struct, kw_only=True):
         self.files = (*staged.files, *(plan for plan in self.files if plan.path not in named))
         if self.participant is not None:
             self.participant.changed = self.changed
+
+
+def staged_part(
+    target: Target,
+    files: Sequence[Mapping[str, Any]],
+    *,
+    build_before: int,
+    build_after: int,
+    kind: Kind | None = None,
+    changed: Sequence[str] | None = None,
+) -> Part:
+    """One target's part in a patch that was staged some time ago.
+
+    Args:
+        files: those of all its targets, as the history has them.
+        changed: as somebody has written it down; otherwise as the files say.
+    """
+    part = Part(
+        target=target,
+        package=None,
+        assessment=Assessment(target=target.name, gates=(), already=False),
+        files=tuple(
+            FilePlan(path=file["path"], op=file["op"], note=file["note"])
+            for file in files
+            if file["target"] == target.name
+        ),
+        build_before=build_before,
+        kind=kind,
+    )
+    part.participant = Participant(
+        target=target,
+        build_before=build_before,
+        build_after=build_after,
+        changed=part.changed if changed is None else changed,
+        stage=lambda txn, progress: None,
+    )
+    return part
 
 
 class Report(msgspec.Struct, kw_only=True):
