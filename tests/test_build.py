@@ -393,14 +393,6 @@ def test_package_inside_the_folder_it_is_made_of_is_refused(old: Path, new: Path
         assert caught.value.error_code == "build.output"
 
 
-def test_a_package_for_a_folder_that_is_not_there_names_the_folder(
-    tmp_path: Path, old: Path, new: Path
-) -> None:
-    with pytest.raises(PatchBuildError, match=r"there is no folder .*/missing$") as caught:
-        make(old=old, new=new, output=tmp_path / "missing" / "p.zip")
-    assert caught.value.error_code == "build.output"
-
-
 def test_file_that_changes_meanwhile_is_refused(new: Path, output: Path) -> None:
     calls: list[int] = []
 

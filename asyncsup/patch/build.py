@@ -488,8 +488,6 @@ def _written_atomically(output: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A temporary file beside `output` that takes its place, on disk, if the block ends without an error."""
     # Not called .zip: an inbox must not take it for a package.
     temporary = output.with_name(f".patch-{secrets.token_hex(8)}.part")
-    if not output.parent.is_dir():
-        raise PatchBuildError(f"{output}: there is no folder {output.parent}", code="build.output")
     try:
         with temporary.open("xb") as file:
             yield file, temporary
