@@ -8,7 +8,8 @@ import os
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, TypeVar
 from unittest.mock import patch
 
@@ -45,12 +46,15 @@ class Recording:
 
     Attributes:
         first: the number of the first operation that is not of what came before.
+        sound: states of the disk with which nothing was wrong, and how they were looked at. Many a state is
+            come to by leaving out one sync or another.
     """
 
     scene: Scene
     history: History
     promises: Sequence[Promises]
     first: int = 0
+    sound: set[object] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def make(
@@ -484,38 +488,55 @@ class Search:
     recovered: int
 
 
-def what_goes_wrong(
-    recording: Recording, without: Collection[int], dice: random.Random, search: Search
-) -> BrokenPromiseError | None:
-    """What goes wrong if the syncs `without` are left out: what they were for is lost, and nothing or
-    everything else with it; then parts of it are."""
-    history = recording.history
-    waiting = {point.number: set(point.pending) for point in history.crash_points()}
-    points = [
-        (point, late)
-        for point in history.crash_points(without)
-        if point.number >= recording.first
-        and (late := [number for number in point.pending if number not in waiting[point.number]])
-    ]
-    points = _some(points, search.moments, dice)
-    known: set[object] = set()
-    try:
-        for losses in (_all_of_it, _parts_of_it):
-            found: list[tuple[CrashPoint, list[int]]] = []
-            for point, late in points:
-                for lost in losses(history, point, late, dice):
-                    chosen = [number for number in point.pending if number not in lost]
-                    key = (history.state(point, chosen).key(), id(recording.promises[point.number]))
-                    if key not in known:
-                        known.add(key)
-                        found.append((point, chosen))
-                        check_view(recording, point, chosen)
-            for thoroughly in (False, True):
-                for point, chosen in _some(found, search.recovered, dice):
-                    recover(recording, point, chosen, thoroughly=thoroughly)
-    except BrokenPromiseError as broken:
-        return broken
-    return None
+class LeftOut:
+    """A recording, some of whose syncs are left out: what they were for is lost, and nothing or everything
+    else with it; then parts of it are."""
+
+    def __init__(self, recording: Recording, without: Collection[int]) -> None:
+        self._recording = recording
+        pending = recording.history.pending
+        self._points = [
+            (point, late)
+            for point in recording.history.crash_points(without)
+            if point.number >= recording.first
+            and (late := [number for number in point.pending if number not in pending[point.number]])
+        ]
+
+    def what_goes_wrong(self, dice: random.Random, search: Search) -> BrokenPromiseError | None:
+        """What is found to go wrong in a search; None if nothing is."""
+        history = self._recording.history
+        points = _some(self._points, search.moments, dice)
+        known: set[object] = set()
+        try:
+            for losses in (_all_of_it, _parts_of_it):
+                found: list[tuple[CrashPoint, list[int], tuple[object, int]]] = []
+                for point, late in points:
+                    for lost in losses(history, point, late, dice):
+                        chosen = [number for number in point.pending if number not in lost]
+                        promises = self._recording.promises[point.number]
+                        key = (history.state(point, chosen).key(), id(promises))
+                        if key not in known:
+                            known.add(key)
+                            found.append((point, chosen, key))
+                            self._look(check_view, point, chosen, key)
+                for thoroughly in (False, True):
+                    for point, chosen, key in _some(found, search.recovered, dice):
+                        self._look(partial(recover, thoroughly=thoroughly), point, chosen, (key, thoroughly))
+        except BrokenPromiseError as broken:
+            return broken
+        return None
+
+    def _look(
+        self,
+        at: Callable[[Recording, CrashPoint, Sequence[int]], None],
+        point: CrashPoint,
+        chosen: Sequence[int],
+        key: object,
+    ) -> None:
+        """Unless it was done: the same is made of the same."""
+        if key not in self._recording.sound:
+            at(self._recording, point, chosen)
+            self._recording.sound.add(key)
 
 
 def _all_of_it(

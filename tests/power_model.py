@@ -19,6 +19,7 @@ That is weaker than what ext4, XFS or btrfs promise.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -732,9 +733,9 @@ class History:
         Args:
             without: numbers of syncs that are left out.
         """
-        floor = self.start.copy()
+        floor = self.start
         waiting: dict[int, set[int]] = {}
-        yield CrashPoint(0, floor.copy(), [])
+        yield CrashPoint(0, floor, [])
         for number, operation in enumerate(self.operations):
             if isinstance(operation, Names):
                 waiting[number] = set(operation.anchors)
@@ -744,10 +745,17 @@ class History:
                 waiting[number] = {operation.folder}
             elif isinstance(operation, Sync) and number not in without:
                 done = self._covered_by(operation, waiting)
+                if done:
+                    floor = floor.copy()  # The points before have the old one.
                 for each in sorted(done):
                     del waiting[each]
                     floor.apply(self.operations[each])
-            yield CrashPoint(number + 1, floor.copy(), sorted(waiting))
+            yield CrashPoint(number + 1, floor, list(waiting))
+
+    @functools.cached_property
+    def pending(self) -> list[frozenset[int]]:
+        """What is not durable at each crash point."""
+        return [frozenset(point.pending) for point in self.crash_points()]
 
     def _covered_by(self, sync: Sync, waiting: dict[int, set[int]]) -> set[int]:
         done: set[int] = set()

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class _Finder(ast.NodeVisitor):
     def __init__(self, module: str, source: str, writers: frozenset[str]) -> None:
         self.found: list[Site] = []
         self._module = module
-        self._source = source
+        self._lines = source.splitlines()
         self._writers = writers
         self._where: list[str] = []
         self._in_write = 0
@@ -109,13 +109,21 @@ class _Finder(ast.NodeVisitor):
             if owner.endswith("database") and method in self._writers:
                 kind = WRITE
         if kind is not None:
-            text = " ".join((ast.get_source_segment(self._source, node) or name).split())
+            text = " ".join(self._text(node).split())
             text = text if len(text) < 60 else f"{name}(...)"
             function = ".".join(self._where)
             repeat = 1 + sum((site.function, site.text) == (function, text) for site in self.found)
             last = node.end_lineno or node.lineno
             self.found.append(Site(self._module, function, node.lineno, last, kind, text, repeat))
         self.generic_visit(node)
+
+    def _text(self, node: ast.Call) -> str:
+        """As `ast.get_source_segment`, which splits the whole source for each."""
+        assert node.end_lineno is not None
+        lines = self._lines[node.lineno - 1 : node.end_lineno]
+        lines[-1] = lines[-1].encode()[: node.end_col_offset].decode()
+        lines[0] = lines[0].encode()[node.col_offset :].decode()
+        return "\n".join(lines)
 
 
 def _name(node: ast.AST) -> str:
@@ -139,9 +147,10 @@ def _writers() -> frozenset[str]:
 
 def sync_sites() -> list[Site]:
     found = []
+    writers = _writers()
     for module in MODULES:
         source = (FOLDER / f"{module}.py").read_text()
-        finder = _Finder(module, source, _writers())
+        finder = _Finder(module, source, writers)
         finder.visit(ast.parse(source))
         found += finder.found
     return found
@@ -218,19 +227,34 @@ def name_syncs() -> None:
 # --- in a recording -----------------------------------------------------------------------------------------
 
 
-def syncs_of(site: Site, operations: Sequence[Operation]) -> list[int]:
-    """Numbers of the syncs that would be missing without a site."""
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A sync in a recording.
+
+    Attributes:
+        number: of the operation.
+        by: where in the sources it comes from.
+        asked_by: who has asked for it, where it was made at a barrier.
+    """
+
+    number: int
+    by: Sequence[str]
+    asked_by: Sequence[str]
+
+
+def recorded_syncs(operations: Iterable[Operation]) -> list[Recorded]:
     found = []
-    words: Mapping[str, Sequence[str]] = {}
+    words: dict[str, list[str]] = {}
     for number, operation in enumerate(operations):
         if isinstance(operation, Mark) and operation.name.startswith("sync "):
             words = json.loads(operation.name.removeprefix("sync "))
         elif isinstance(operation, Sync):
-            by, askers = words.get("by", ()), words.get("asked_by", ())
-            if site.kind == AT_THE_BARRIER:
-                missing = bool(askers) and all(map(site.is_at, askers))
-            else:
-                missing = any(map(site.is_at, by))
-            if missing:
-                found.append(number)
+            found.append(Recorded(number, words.get("by", []), words.get("asked_by", [])))
     return found
+
+
+def syncs_of(site: Site, syncs: Iterable[Recorded]) -> list[int]:
+    """Numbers of the syncs that would be missing without a site."""
+    if site.kind == AT_THE_BARRIER:
+        return [sync.number for sync in syncs if sync.asked_by and all(map(site.is_at, sync.asked_by))]
+    return [sync.number for sync in syncs if any(map(site.is_at, sync.by))]

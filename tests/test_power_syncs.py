@@ -2,12 +2,13 @@
 and a part of the unsynced that may be lost then, after which some promise is broken.
 
 Nothing is played for that a second time: a sync is left out of the recording, and what it was for is lost
-(`what_goes_wrong`). A sync without which nothing is found needs a reason in `EXEMPT`, and one with a reason
+(`LeftOut`). A sync without which nothing is found needs a reason in `EXEMPT`, and one with a reason
 must be as good as it says. ``ASYNCSUP_TESTS=all`` looks further before it believes a reason.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from power_kit import Recording, Search, record, what_goes_wrong
+from power_kit import LeftOut, Recording, Search, record
 from power_model import LINK, Names, Sync
 from power_plays import PLAYS, Scene
 from store_kit import memory_folder
-from sync_sites import sync_sites, syncs_of
+from sync_sites import recorded_syncs, sync_sites, syncs_of
 from traced import require_strace
 
 from asyncsup.patch.look import TEMPORARY_PREFIX
@@ -46,7 +47,8 @@ SHOWN_BY: Final[Mapping[str, str]] = {
     "overlay_files.OverlayFiles.tidy: durability.barrier()": "rollback",
     "store.Store._confirm: self._database.write()": "rollback",
     "store.Store._set_releasing: self._database.write()": "release",
-    "store.Store.finish: self._database.write()": "undecided patch",
+    "store.Store.begin: self._database.write()": "keeping rollback",
+    "store.Store.finish: self._database.write()": "left patch",
     "target_files.TargetFiles.stage: self.database.write()": "overwriting patch",
     "target_files.TargetFiles.place: self.database.write()": "third patch",
     "target_files.TargetFiles._save: durability.barrier()": "overwriting patch",
@@ -121,7 +123,9 @@ def all_recordings(base: Path) -> dict[str, Recording]:
     overwriting = found["overwriting patch"]
     found["overwriting, cut off"] = overwriting.killed(begins_to_switch(overwriting))
     # It is written that a generation is to go, but not synced.
-    found["pruning, cut off"] = pruning.killed(syncs_of(recorded, pruning.history.operations)[0])
+    found["pruning, cut off"] = pruning.killed(
+        syncs_of(recorded, recorded_syncs(pruning.history.operations))[0]
+    )
     return dict(sorted(found.items(), key=lambda item: len(item[1].history.operations) - item[1].first))
 
 
@@ -163,8 +167,9 @@ def syncs_by_site(recordings: Mapping[str, Recording]) -> dict[str, dict[str, li
     found: dict[str, dict[str, list[int]]] = {str(site): {} for site in SITES}
     for name, recording in recordings.items():
         known: set[int] = set()
+        syncs = recorded_syncs(recording.history.operations)
         for site in SITES:
-            numbers = syncs_of(site, recording.history.operations)
+            numbers = syncs_of(site, syncs)
             if numbers:
                 found[str(site)][name] = numbers
                 known.update(numbers)
@@ -181,11 +186,12 @@ def looked_for(
 ) -> str | None:
     """What goes wrong without these syncs; None if nothing that was looked at does."""
     dice = random.Random(what)
+    left_out = functools.cache(lambda name: LeftOut(recordings[name], syncs[name]))
     soonest = [name for name in syncs if name == SHOWN_BY.get(what)]
     for names in (soonest, list(syncs)):
         for search in SEARCHES_FOR_EXEMPT if what in EXEMPT else SEARCHES:
             for name in names:
-                broken = what_goes_wrong(recordings[name], syncs[name], dice, search)
+                broken = left_out(name).what_goes_wrong(dice, search)
                 if broken is not None:
                     return str(broken)
     return None
