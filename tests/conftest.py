@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from warm_serve import Warm
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError, TimeoutExpiredError
@@ -175,7 +176,7 @@ class Serve:
         self.folder = folder
         self.config = folder / "asyncsup.toml"
         self.stderr = folder / "serve.err"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Warm | None = None
         self.environ: dict[str, str] = {}
         self.alone = False
 

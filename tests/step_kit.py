@@ -23,8 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import warm_serve
 from conftest import Serve, targets_in, wait_for
 from store_kit import Tree, leftovers, package, seen, write_tree
+from warm_serve import Warm
 
 from asyncsup import failpoints
 from asyncsup.client import ControlClient
@@ -215,22 +217,17 @@ class Scene:
         return self._client
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> subprocess.Popen[bytes] | Warm:
         assert self.serve.process is not None
         return self.serve.process
 
     def spawn(self) -> None:
         """Start `serve` without waiting for anything."""
         with self.serve.stderr.open("ab") as output:
-            self.serve.process = subprocess.Popen(
+            self.serve.process = warm_serve.spawn(
                 self.serve.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={
-                    **os.environ,
-                    failpoints.VARIABLE: f"@{self._points}",
-                },
+                env={**os.environ, failpoints.VARIABLE: f"@{self._points}"},
+                output=output,
             )
 
     def comes_up(self) -> bool:

@@ -51,6 +51,7 @@ from step_kit import (
     scene_in,
 )
 from store_kit import MEMORY, write_tree
+from warm_serve import warm
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError
@@ -75,6 +76,12 @@ def base() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="as-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def supervisors() -> Iterator[None]:
+    with warm():
+        yield
 
 
 def for_each(items: Sequence[T], run: Callable[[T, str], Any]) -> list[Any]:

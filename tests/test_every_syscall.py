@@ -38,6 +38,7 @@ from syscall_kit import (
     survive,
 )
 from traced import attached, require_strace
+from warm_serve import warm
 from workers import in_workers
 
 from asyncsup.errors import AsyncsupError, RemoteError
@@ -295,7 +296,7 @@ def test_a_supervisor_killed_or_failed_at_a_call_goes_on(capsys: pytest.CaptureF
             assert "Traceback" not in scene.serve.errors()
         return counts
 
-    with memory_folder() as base, ThreadPoolExecutor(2) as pool:
+    with memory_folder() as base, warm(), ThreadPoolExecutor(2) as pool:
         total = say(capsys, pool.map(run, [v for v in step_kit.PAIRWISE if v.kind == "warm"]))
     assert total["killed"] > 2
     assert total["failed"] > 2
