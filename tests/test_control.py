@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -46,6 +48,22 @@ def peer(serve: Serve) -> Iterator[Peer]:
     peer = Peer(serve.endpoint)
     yield peer
     peer.close()
+
+
+@pytest.fixture(scope="module")
+def lasting_peer() -> Iterator[Peer]:
+    """Of a supervisor that has heard all that others have said to it."""
+    with tempfile.TemporaryDirectory(prefix="as-") as folder:
+        serve = Serve(Path(folder))
+        try:
+            serve.start(CONFIG).close()
+            peer = Peer(serve.endpoint)
+            yield peer
+            peer.close()
+        finally:
+            if serve.process is not None:
+                serve.stop()
+        assert "Traceback" not in serve.errors(), serve.errors()
 
 
 def ask(socket: zmq.Socket[bytes], message: Any) -> Any:
@@ -130,8 +148,8 @@ def test_the_sockets_are_closed_to_others(serve: Serve, peer: Peer) -> None:
         (call("patch.rollback", target="web"), -32000),
     ],
 )
-def test_a_wrong_request_gets_a_json_rpc_error(peer: Peer, message: Any, number: int) -> None:
-    answer = ask(peer.socket(zmq.REQ), message)
+def test_a_wrong_request_gets_a_json_rpc_error(lasting_peer: Peer, message: Any, number: int) -> None:
+    answer = ask(lasting_peer.socket(zmq.REQ), message)
     assert answer["error"]["code"] == number, answer
     assert answer["error"]["message"]
     # What the supervisor refuses it refuses with a stable code of its own.
