@@ -46,7 +46,7 @@ class Scene(Field):
         self.old = "one a.txt=old-a b.txt=old-b" if light else "one build=200 a.txt=old-a b.txt=old-b"
         each = {
             "a": 'layout = "overlay"\n',
-            "b": "",
+            "b": 'patch = { ack_timeout = "8s" }\n',
             "c": 'patch = { ack_timeout = "8s", wait_max = "300ms" }\nlayout = "overlay"\n',
         }
         if light:
