@@ -327,13 +327,21 @@ def test_a_stop_of_one_instance_does_not_undo_a_stop_of_all(serve: Serve) -> Non
 
 
 def test_a_start_right_after_a_stop_that_was_given_up(serve: Serve) -> None:
-    (serve.folder / "deaf.sh").write_text("trap '' TERM\nwhile :; do sleep 0.1; done\n")
-    client = serve.start(f'{QUICK}[target.web]\ncommand = "sh deaf.sh"\nstop_timeout = "8s"\n')
+    # The first of them ends when it is told to.
+    (serve.folder / "slow.sh").write_text(
+        "[ -e deaf ] && exec sleep 3600\ntrap '' TERM\ntouch deaf\nuntil [ -e go ]; do sleep 0.1; done\n"
+    )
+    client = serve.start(f'{QUICK}[target.web]\ncommand = "sh slow.sh"\nstop_timeout = "5m"\n')
     client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    wait_for((serve.folder / "deaf").exists, "the program not to listen")
     with pytest.raises(RemoteError):
         client.call("stop", {"names": ["web"], "timeout": 0.1})
-    assert instance(client, "web")["state"] == "stopping"
-    client.call("start", {"names": ["web"], "wait": False})
+    found = instance(client, "web")
+    assert found["state"] == "stopping"
+    with background(serve, "start", names=["web"], wait=False):
+        wait_for(lambda: target(client, "web")["busy"] == "start", "the start")
+        (serve.folder / "go").touch()
+        wait_for(lambda: instance(client, "web")["pid"] not in {None, found["pid"]}, "the next process")
     client.call("wait", {"names": ["web"], "for": "ready", "timeout": HANGS})
     client.close()
 
