@@ -27,14 +27,14 @@ prices: Mapping[str, float] = {}
 orders_in_flight = 0
 
 
-def load_prices() -> None:
+def load_prices(build: int | None) -> None:
     global prices  # noqa: PLW0603 - the one reference that all requests read
     with target.snapshot() as files:
         loaded = files.json("prices.json")
     if not loaded or not all(isinstance(price, int | float) for price in loaded.values()):
         raise ValueError("prices.json holds no prices")  # the patch is undone, and this is the reason shown
     prices = loaded
-    target.status(f"{len(prices)} prices, build {target.build}")
+    target.status(f"{len(prices)} prices, build {build}")
 
 
 @target.on_prepare
@@ -44,7 +44,7 @@ def prepare(patch: Patch) -> PrepareAnswer | None:
 
 @target.on_reload
 def reload(patch: Patch) -> None:
-    load_prices()
+    load_prices(patch.build)
 
 
 async def order(name: str) -> dict[str, object]:
@@ -96,7 +96,7 @@ async def main(port: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    load_prices()
+    load_prices(target.build)
     server = await asyncio.start_server(serve_client, "127.0.0.1", port)
     async with target, server:
         host, bound, *_ = server.sockets[0].getsockname()
