@@ -901,7 +901,7 @@ def test_build_into_a_folder_that_is_not_there_is_an_error_not_a_traceback(
 ) -> None:
     outcome = offline(capsys, "patch", "build", *folders, *build_arguments(tmp_path / "no/p.zip"), "--warm")
     assert outcome.status == 1
-    assert "No such file or directory" in outcome.err
+    assert f"there is no folder {tmp_path}/no" in outcome.err
 
 
 def test_verify_finds_a_flipped_byte_and_a_wrong_checksum(

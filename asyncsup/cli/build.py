@@ -19,7 +19,7 @@ from asyncsup.cli.session import Session, file_error
 from asyncsup.cli.settings import config_path, read_limits
 from asyncsup.cli.verbs import Action
 from asyncsup.config import PatchLimits, load_supervisor
-from asyncsup.errors import UsageError
+from asyncsup.errors import PatchBuildError, UsageError
 from asyncsup.patch.build import Source, build_patch, build_prototype_patch, list_folder
 from asyncsup.patch.installed import installed
 from asyncsup.patch.manifest import Kind, Requires, encode_manifest
@@ -40,6 +40,8 @@ def _build(session: Session) -> int:
         raise UsageError("give the folder as it is to be, or the one as it was and the one as it is to be")
     *was, new = map(Path, args.folders)
     output, limits = Path(args.output), read_limits(session)
+    if not output.parent.is_dir():
+        raise PatchBuildError(f"{output}: there is no folder {output.parent}", code="build.output")
     try:
         if args.from_generation is not None:
             with _installed_files(session, new) as files:
