@@ -116,8 +116,9 @@ class Stage:
             [sys.executable, "-m", "asyncsup", "-c", str(self.config), "serve"],
             stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors,
         )  # fmt: skip
+        self.client = ControlClient(f"ipc://{self.folder}/.asyncsup/run/control.sock")
         try:
-            self.client = self._connect()
+            self._await_supervisor()
             self.client.call("wait", {"names": ["all"], "for": "ready", "timeout": PATIENCE_SECONDS})
         except BaseException:
             self.__exit__()
@@ -125,8 +126,7 @@ class Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if hasattr(self, "client"):
-            self.client.close()
+        self.client.close()
         self._supervisor.terminate()
         try:
             self._supervisor.wait(PATIENCE_SECONDS)
@@ -135,20 +135,18 @@ class Stage:
             self._supervisor.wait()
         self._errors.close()
 
-    def _connect(self) -> ControlClient:
-        client = ControlClient(f"ipc://{self.folder}/.asyncsup/run/control.sock")
+    def _await_supervisor(self) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                client.call("supervisor.info", timeout=5)
+                self.client.call("supervisor.info", timeout=5)
             except SupervisorUnreachableError:
                 if self._supervisor.poll() is not None or time.monotonic() > deadline:
-                    client.close()
                     text = (self.folder / "serve.err").read_text(errors="replace").strip()
                     raise AsyncsupError(f"the demo's supervisor did not start:\n{text}") from None
                 time.sleep(0.02)
             else:
-                return client
+                return
 
     def package(self, case: Case, format_: Format) -> Path:
         """Build the patch of a case: a new job for the warm ones, a new program for the cold one."""

@@ -48,12 +48,12 @@ def test_all_plays_go_as_they_should() -> None:
 
 
 def test_a_relative_folder_is_played_in_and_one_with_something_in_it_is_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, short_tmp: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(short_tmp)
     monkeypatch.setattr(demo, "CASES", CASES[2:3])
     assert demo.run_demo(keep=Path("new/folder")) == 0
-    assert (tmp_path / "new/folder/asyncsup.toml").is_file()
+    assert (short_tmp / "new/folder/asyncsup.toml").is_file()
     for folder, says in (("new", "is not empty"), ("new/folder/asyncsup.toml", "File exists")):
         with pytest.raises(UsageError, match=says):
             demo.run_demo(keep=Path(folder))
