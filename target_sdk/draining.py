@@ -20,7 +20,7 @@ GOODBYE_CODE: Final = 1012
 """What a websocket is closed with: the service restarts, come again (IANA's registry of close codes)."""
 GOODBYE_REASON: Final = "service restart"
 
-GOODBYE_PAUSE: Final = 0.02
+GOODBYE_PAUSE: Final = 0.05
 GOODBYE_SPREAD: Final = 1.0
 """Seconds from one goodbye to the next, and for all of them at most: every client comes back at once, and all
 of them at one time would keep the new process from answering anybody (HAProxy: ``close-spread-time``)."""
