@@ -23,13 +23,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import zmq
 
 from asyncsup.client_keys import ClientKeys, keys_for, not_taken
 from asyncsup.endpoint import check_reachable, events_port, find_endpoint, unreachable
 from asyncsup.errors import NotAllowedError, SupervisorUnreachableError
+from asyncsup.readable import is_readable
 from asyncsup.rpc import Params, decode, encode_request, exit_status_of, result_of, timed_out, went_away
 
 if TYPE_CHECKING:
@@ -50,9 +51,6 @@ __all__ = [
 
 UPLOAD_CHUNK_BYTES: Final = 512 * 1024
 """Of the file; base64 makes two thirds of the 1 MiB a message may have out of it."""
-
-READABLE: Final = int(zmq.POLLIN)
-"""A plain integer is cheaper than the enumeration's member."""
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """A longer answer is not one of a supervisor."""
@@ -163,11 +161,6 @@ class _News(NamedTuple):
 NO_NEWS: Final = _News(lost=False, joined=False, refused=None)
 
 
-def _is_readable(socket: zmq.Socket[bytes]) -> bool:
-    """To ask is cheaper than the exception of a receive in vain."""
-    return bool(cast(int, socket.get(zmq.EVENTS)) & READABLE)
-
-
 class _Link:
     """A ZeroMQ socket to the supervisor, and word of its loss (which ZeroMQ itself keeps quiet about)."""
 
@@ -205,12 +198,12 @@ class _Link:
 
     def receive(self) -> list[bytes] | None:
         """The next message, or None when there is none now: only that None re-arms the descriptor."""
-        return self.socket.recv_multipart(zmq.NOBLOCK) if _is_readable(self.socket) else None
+        return self.socket.recv_multipart(zmq.NOBLOCK) if is_readable(self.socket) else None
 
     def news(self) -> _News:
         """What has become of the connection since this was last asked."""
         seen = 0
-        while _is_readable(self.monitor):
+        while is_readable(self.monitor):
             seen |= struct.unpack_from("=H", self.monitor.recv_multipart(zmq.NOBLOCK)[0])[0]
         if not seen:
             return NO_NEWS

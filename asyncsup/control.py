@@ -221,6 +221,9 @@ class Call:
         return value
 
 
+RequestKey = tuple[Router, bytes, RequestId]
+
+
 class Peer(NamedTuple):
     """Whom to answer, and how.
 
@@ -231,6 +234,10 @@ class Peer(NamedTuple):
     router: Router
     identity: bytes
     envelope: Sequence[bytes]
+
+    def key(self, request_id: RequestId) -> RequestKey:
+        """What no other request under way has."""
+        return self.router, self.identity, request_id
 
     def send(self, reply: Result | Failure) -> None:
         try:
@@ -261,7 +268,7 @@ class ControlServer:
         self.supervisor = supervisor
         self._tasks = tasks
         self._remote = remote
-        self._running: dict[tuple[Router, bytes, RequestId], anyio.CancelScope] = {}
+        self._running: dict[RequestKey, anyio.CancelScope] = {}
         self._router = make_router(lambda *message: self._on_message(self._router, *message))
         self._routers = [self._router]
         if remote is not None:
@@ -297,7 +304,7 @@ class ControlServer:
     def _answer(self, peer: Peer, request: Request, origin: Origin) -> None:
         """Answer a request, or have a task do so that waits for what it needs."""
         found = METHODS.get(request.method)
-        key = (peer.router, peer.identity, request.id)
+        key = peer.key(request.id)
         if found is None:
             known = ", ".join(sorted(METHODS))
             text = f"unknown method {request.method!r:.80}; known are {known}"
@@ -332,7 +339,7 @@ class ControlServer:
         except Exception as error:
             reply = _failure_in(request, error)
         finally:
-            del self._running[peer.router, peer.identity, request.id]
+            del self._running[peer.key(request.id)]
         peer.send(reply)
 
     def _admit(self, peer: Peer, name: str, needed: Role, origin: Origin) -> Callable[[], Actor]:
@@ -362,7 +369,7 @@ class ControlServer:
     def cancel(self, call: Call) -> Any:
         wanted = call.request_id("id")
         call.finish()
-        scope = self._running.get((call.peer.router, call.peer.identity, wanted))
+        scope = self._running.get(call.peer.key(wanted))
         if scope is None:
             raise RequestError(f"id: no request {wanted!r:.80} of this connection is running")
         scope.cancel()

@@ -3,8 +3,7 @@
 The reader watches ZMQ_FD itself instead of using `zmq.asyncio`: half the latency and a third of the CPU. That
 descriptor is edge-triggered, and *sending* also consumes edges (libzmq's ZMQ_EVENTS documentation), so the
 socket is drained again after every send; without it a reply that arrives during a send lies there until
-something else happens. Whether there is something is asked for, which is cheaper than the exception of a
-receive in vain, and the flags are plain integers, which are cheaper than the enumeration's members.
+something else happens.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import zmq
 
 from asyncsup.errors import StateError
+from asyncsup.readable import is_readable
 from target_sdk.protocol import MAX_FRAMES, MAX_MESSAGE_BYTES
 
 log = logging.getLogger("asyncsup.ipc")
 
-READABLE: Final = int(zmq.POLLIN)
 NOW: Final = int(zmq.NOBLOCK)
 MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+"""Plain integers are cheaper than the enumeration's members."""
 
 DRAIN_BATCH: Final = 256
 """Messages handled before the loop gets its turn."""
@@ -192,7 +192,7 @@ class Router:
         self._draining = True
         for _ in range(DRAIN_BATCH):
             # Only when this has said that there is nothing is the edge armed again.
-            if self._socket.closed or not cast(int, self._socket.get(zmq.EVENTS)) & READABLE:
+            if self._socket.closed or not is_readable(self._socket):
                 self._draining = False
                 return
             frames = self._receive()

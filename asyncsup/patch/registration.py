@@ -31,15 +31,7 @@ class Registration:
         self._database = state.database
 
     def register(self, targets: Sequence[TargetRoot]) -> None:
-        """Make the targets known, so that ``STATE/current/TARGET`` leads to a folder for each.
-
-        A target that is not configured any more keeps its files.
-
-        Raises:
-            StateError: root or layout of a target changed while patches are applied to it, or a tree has
-                another target's root in it.
-            UsageError: a name that cannot be used.
-        """
+        """What `Store.register` promises; the errors of the database are not put into words yet."""
         self._state.make_target_folders(target.name for target in targets)
         with self._database.write():
             rows = [self._register(target) for target in targets]
