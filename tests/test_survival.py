@@ -770,12 +770,11 @@ def test_who_had_been_told_of_a_patch_that_recovery_takes_back_is_told_of_that(f
 
 def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(field: Field) -> None:
     field.start("web", "db", start_timeout="60s")
-    field.behave("db", start="mute")
+    field.behave("db", start="mute", version="two")
     with killed_during(
         field, field.package("web", "db", kind=Kind.COLD, probation=30.0), "two build=300 a.txt=new-a"
     ):
         new = field.instance("web")["pid"]
-        field.behave("db")
     for name in ("web", "db"):
         field.said(name, "one build=200 a.txt=old-a")
     assert field.instance("web")["pid"] != new
