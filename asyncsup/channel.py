@@ -63,6 +63,8 @@ class _Connection(msgspec.Struct):
     peer: Peer
     identity: bytes | None = None
     pending: dict[RequestId, tuple[Request, asyncio.Future[Any]]] = msgspec.field(default_factory=dict)
+    heard: dict[str, Request] = msgspec.field(default_factory=dict)
+    """The last request of each kind."""
 
 
 class TargetChannel:
@@ -167,7 +169,13 @@ class TargetChannel:
                     self.counters["target.stranger"] += 1
                     self._fail(identity, request.id, APPLICATION_ERROR, "say hello first", "channel.no_hello")
                     return
-                result = _tell(connection.peer, request)
+                # What is not acknowledged in time is said again. It counts once: a `ready` that is repeated
+                # must not take back a `failed` that came after it.
+                if connection.heard.get(request.method) == request:
+                    result = {}
+                else:
+                    result = _tell(connection.peer, request)
+                    connection.heard[request.method] = request
         except _UnknownTokenError:
             self.counters["target.foreign_token"] += 1
             text = "unknown token: this process is no instance of this supervisor"
@@ -197,6 +205,7 @@ class TargetChannel:
             )
         if connection.identity is not None and connection.identity != identity:
             self._by_identity.pop(connection.identity, None)
+        connection.heard.clear()
         connection.identity = identity
         self._by_identity[identity] = connection
         return connection.peer.said_hello(hello)

@@ -127,6 +127,23 @@ async def test_everything_an_instance_says_is_acknowledged(wire: Wire) -> None:
         assert wire.listener.heard[-1] == heard
 
 
+async def test_what_is_said_again_is_acknowledged_again_and_counts_once(wire: Wire) -> None:
+    """Else a `ready` whose acknowledgement was late would take back a `failed` that came after it."""
+    peer = await wire.introduced()
+    ready: dict[str, Any] = {"build": 7}
+    assert await ask(peer, "ready", ready, 2) == Result(id=2, result={})
+    assert await ask(peer, "failed", {"reason": "no prices"}, 3) == Result(id=3, result={})
+    assert await ask(peer, "ready", ready, 2) == Result(id=2, result={})
+    assert wire.listener.heard[1:] == [("ready", 7), ("failed", "no prices")]
+    # Another id: it means it; and so does another process in the place of this one.
+    await ask(peer, "ready", ready, 4)
+    assert len(wire.listener.heard) == 4
+    other = await wire.introduced()
+    await ask(other, "ready", ready, 4)
+    assert wire.listener.heard[-1] == ("ready", 7)
+    assert len(wire.listener.heard) == 6
+
+
 @pytest.mark.parametrize(
     ("method", "params"),
     [
