@@ -102,9 +102,10 @@ class Keeper:
                 if not self.start() and (status := self.crashed()) is not None:
                     return status
             self.wait(wake_reader)
+            # What the supervisor has said first: a signal may come from who has seen it serve.
+            self.receive()
             while self.signals:
                 self.pass_on(self.signals.popleft())
-            self.receive()
             self.send()
             ended = self.reap()
             if ended is not None and (status := self.supervisor_ended(ended)) is not None:
