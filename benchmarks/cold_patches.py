@@ -66,9 +66,10 @@ class Patched:
 
     Args:
         stock: without the SDK: readiness is read from its output, and it is told to end by its stop signal.
+        port: to listen on; one that is free when none is given.
     """
 
-    def __init__(self, home: Path, *, stock: bool = False) -> None:
+    def __init__(self, home: Path, *, stock: bool = False, port: int | None = None) -> None:
         self.home = home
         source = (EXAMPLES / "asgi_service.py").read_text()
         assert source.count(DRAINED) == 1
@@ -78,8 +79,10 @@ class Patched:
         self._current.mkdir()
         (self._current / "asgi_service.py").write_text(self._source)
         self._old = self._new(self._source)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        if port is None:
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = probe.getsockname()[1]
+        self.port: int = port
         uvicorn = [
             sys.executable,
             "-m",

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import select
 import ssl
 import sys
 import threading
@@ -327,7 +328,14 @@ class Connection:
         if self._frame is not None:
             return self._frame.done()
         assert self._reader is not None and self._writer is not None
-        return self._reader.at_eof() or self._reader.exception() is not None or self._writer.is_closing()
+        if self._reader.at_eof() or self._reader.exception() is not None or self._writer.is_closing():
+            return True
+        if self._place.tls:
+            return False  # what can be read may be a session ticket
+        # The loop may not have come to it yet; nothing is due on an idle connection but its end.
+        poll = select.poll()
+        poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         if self._frame is not None:
