@@ -198,6 +198,11 @@ class Serve:
 
     def start(self, text: str | None = None) -> ControlClient:
         """Start, and return a client once it answers."""
+        self.begin(text)
+        return self.connect()
+
+    def begin(self, text: str | None = None) -> None:
+        """Start, whether or not it ever comes to answer."""
         if text is not None:
             self.write(text)
         self._share_bytecode()
@@ -209,7 +214,6 @@ class Serve:
                 stderr=stderr,
                 env={**os.environ, **self.environ},
             )
-        return self.connect()
 
     def _share_bytecode(self) -> None:
         """Lest the first target of every test compile Python's library for a new state directory, which takes

@@ -5,6 +5,7 @@ It runs in a thread of its own, which owns every socket; tests talk to it throug
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
@@ -49,6 +50,7 @@ class SdkSupervisor:
         self.known_tokens = {TOKEN}
         self.heard: list[Heard] = []
         """Everything that arrived, over all restarts."""
+        self._acknowledged: set[tuple[bytes, RequestId]] = set()
         self._changed = threading.Condition()
         self._identity: bytes | None = None
         self._out: deque[list[bytes]] = deque()
@@ -171,7 +173,8 @@ class SdkSupervisor:
                 identity, *frames = router.recv_multipart()
                 self._hear(router, identity, frames)
             while self._out:
-                router.send_multipart(self._out.popleft())
+                with contextlib.suppress(zmq.ZMQError):  # as above
+                    router.send_multipart(self._out.popleft())
         router.close()
         context.term()
 
@@ -180,7 +183,12 @@ class SdkSupervisor:
         message = decode(frame)
         with self._changed:
             if isinstance(message, Request) and (self.acknowledge or message.method == "hello"):
-                router.send_multipart([identity, self._acknowledgement(identity, message).encode()])
+                answer = self._acknowledgement(identity, message)
+                with contextlib.suppress(zmq.ZMQError):  # it may have ended meanwhile
+                    router.send_multipart([identity, answer.encode()])
+                if (identity, message.id) in self._acknowledged:
+                    return  # said again before it had heard that
+                self._acknowledged.add((identity, message.id))
             self.heard.append(Heard(identity, message))
             self._changed.notify_all()
 

@@ -34,9 +34,12 @@ def daemon(name):
     if os.fork():
         return
     os.setsid()
+    between = os.getpid()
     if os.fork():
         os._exit(0)
     signal.signal(signal.SIGTERM, lambda *_: (open(name + ".told", "w").close(), os._exit(0)))
+    while os.getppid() == between:
+        time.sleep(0.01)
     open(name, "w").write(str(os.getpid()))
     while True:
         time.sleep(60)
@@ -194,7 +197,7 @@ def test_nobody_who_forks_at_once_is_outside(delegated: Path, serve: Serve) -> N
 
 
 def test_daemons_that_have_left_the_process_group_are_told_at_the_stop(delegated: Path, serve: Serve) -> None:
-    client = up(serve, delegated, with_daemons(serve))
+    client = up(serve, delegated, with_daemons(serve, 'stop_timeout = "1h"\n'))
     pids = daemons(serve)
     client.call("stop", names=["a"])
     assert not any(alive(pid) for pid in pids)
@@ -322,13 +325,11 @@ def test_groups_of_nobody_are_removed_or_left_alone_and_said(delegated: Path, se
     client = up(serve, delegated, f"[target.a]\n{SLEEPER}")
     base = group_of(client).parent
     client.close()
-    serve.kill_supervisor()
     (base / "empty:0").mkdir()
     (base / "full:0").mkdir()
     stranger = subprocess.Popen(["sleep", "3600"])
-    (base / "full:0/cgroup.procs").write_text(str(stranger.pid))
     try:
-        serve.connect().close()
+        (base / "full:0/cgroup.procs").write_text(str(stranger.pid))
         serve.kill_supervisor()
         serve.connect().close()
         wait_for(lambda: not (base / "empty:0").exists(), "the empty group to go")

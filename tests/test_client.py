@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Serve
+from conftest import Serve, wait_for
 from fake_supervisor import PENDING, WAIT_SECONDS, Call, FakeSupervisor, RefusalError
 
 from asyncsup import quick
@@ -224,8 +224,11 @@ def test_a_quick_question_fails_as_any_other(supervisor: FakeSupervisor) -> None
 
 
 def test_a_quick_question_ends_at_its_deadline_and_is_cancelled(supervisor: FakeSupervisor) -> None:
-    with pytest.raises(TimeoutExpiredError, match=r"no answer to never within 3 s"):
-        quick.ask(supervisor.endpoint, "never", {}, timeout=3)
+    timeout = 1
+    while not supervisor.called("never"):  # until there was time enough for the question itself
+        with pytest.raises(TimeoutExpiredError, match=rf"no answer to never within {timeout} s"):
+            quick.ask(supervisor.endpoint, "never", {}, timeout=timeout)
+        timeout *= 3
     assert supervisor.wait_for("cancel").params == {"id": supervisor.wait_for("never").id}
 
 
@@ -744,23 +747,27 @@ def test_the_bare_client_needs_nothing_of_asyncsup(serve: Serve) -> None:
     with serve.start('[target.idle]\ncommand = ["sleep", "1000"]\nmin_uptime = "0s"\n') as client:
         client.call("wait", {"names": ["idle"], "for": "ready"}, timeout=WAIT_SECONDS)
         child = subprocess.Popen(
-            [sys.executable, script, serve.endpoint, "idle"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-u", script, serve.endpoint, "idle"], stdout=subprocess.PIPE, text=True
         )
         assert child.stdout is not None
         lines = iter(child.stdout)
         assert next(lines).startswith("asyncsup 0.1.0, pid ")
         assert next(lines) == "idle is running at build 0\n"
         assert next(lines) == "restarted idle\n"
-        # A subscription takes a moment to arrive; sooner or later it hears of a restart.
         heard: list[str] = []
         thread = threading.Thread(target=heard.extend, args=(lines,))
         thread.start()
-        client.call("restart", names=["idle"], timeout=WAIT_SECONDS)
+
+        def has_heard_of_a_restart() -> bool:
+            client.call("restart", names=["idle"], timeout=WAIT_SECONDS)
+            return any("idle:0: stopped -> starting" in line or "-> stopping" in line for line in heard)
+
+        # A subscription takes a moment to arrive.
+        wait_for(has_heard_of_a_restart, "it to hear of a restart")
         client.call("shutdown")
         assert child.wait(WAIT_SECONDS) == 0
         thread.join()
         child.stdout.close()
-    assert any("idle:0: stopped -> starting" in line or "-> stopping" in line for line in heard)
 
 
 def test_the_bare_client_says_what_the_supervisor_refused(serve: Serve) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Serve, free_port, wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -29,7 +29,7 @@ def went_on(loads: dict[str, Load], seen: dict[str, int]) -> bool:
 
 @pytest.mark.timeout(600)
 def test_cold_patches_and_broken_builds_lose_no_request(serve: Serve) -> None:
-    service = Patched(serve.folder)
+    service = Patched(serve.folder, port=free_port())
     place = f"127.0.0.1:{service.port}"
     patient = service.settings.replace(f'"{START_SECONDS}s"', '"25s"')
     changes: list[Fault | None] = [None] * PATCHES

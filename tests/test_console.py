@@ -423,7 +423,10 @@ def test_ctrl_c_cancels_the_command_not_the_console(person: Person, supervisor: 
     supervisor.wait_for("cancel")
 
 
-def test_completion_knows_commands_targets_and_the_inbox(supervisor: FakeSupervisor) -> None:
+def test_completion_knows_commands_targets_and_the_inbox(
+    supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncsup.cli.console.COMPLETION_SECONDS", 3600.0)
     inbox_of(supervisor, "alpha.zip", "beta.zip")
     session = _session(supervisor.endpoint)
     completer = _Completer(session)

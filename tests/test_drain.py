@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import socket
 import sys
 import time
@@ -242,7 +241,7 @@ async def uvicorn_service(
     http: str, work: Work, listening: socket.socket, **options: Any
 ) -> AsyncIterator[Service]:
     app = target_sdk.asgi.Drain(work.asgi, Target(), **options)
-    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="error", timeout_keep_alive=60))
     task = asyncio.create_task(server.serve(sockets=[listening.dup()]))
     await until(lambda: server.started, "it serves")
     yield Service(app.draining, lambda: setattr(server, "should_exit", True), task)
@@ -258,6 +257,7 @@ async def hypercorn_service(work: Work, listening: socket.socket, **options: Any
     with listening.dup() as copy:
         config.bind = [f"fd://{copy.detach()}"]
     config.graceful_timeout = 1.0
+    config.keep_alive_timeout = 10.0
     stop = asyncio.Event()
 
     async def stopped() -> None:
@@ -379,15 +379,19 @@ async def test_websockets_are_said_goodbye(server: str, work: Work, listening: s
 
 @pytest.mark.parametrize("server", SERVERS)
 async def test_websockets_may_be_left_until_the_deadline(
-    server: str, work: Work, listening: socket.socket
+    server: str, work: Work, listening: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     websockets: Websockets = "leave"
     async with serve(server, work, listening, websockets=websockets, idle_grace=0.0) as service:
         async with websocket(listening) as connected:
-            draining = service.drain(2.0)
+            patient = service.drain()
             await until(lambda: service.draining.active, "it drains")
             await connected.send_str("still there")
             assert await connected.receive_str(timeout=WAIT_SECONDS) == "still there"
+            patient.cancel()
+            # Again, near the deadline: half a second before its last words, for which there is a minute.
+            monkeypatch.setattr("target_sdk.draining.LAST_WORDS", WAIT_SECONDS - 0.5)
+            draining = service.drain()
             message = await connected.receive(timeout=WAIT_SECONDS)
             assert (message.type, message.data) == (WSMsgType.CLOSE, 1012)
             await draining
@@ -408,10 +412,11 @@ async def test_goodbyes_are_spread_over_time() -> None:
 
     for number in range(5):
         websocket(number)
+    began = time.monotonic()
     await draining.drain(WAIT_SECONDS)
     assert len(said) == 4
     # The loop's clock and this one may differ by a tick.
-    assert all(later - earlier > GOODBYE_PAUSE * 0.9 for earlier, later in itertools.pairwise(said))
+    assert all(at - began > number * GOODBYE_PAUSE * 0.9 for number, at in enumerate(said))
 
 
 async def test_a_thousand_goodbyes_are_said_in_time() -> None:

@@ -41,7 +41,7 @@ from traced import attached, require_strace
 from warm_serve import warm
 from workers import in_workers
 
-from asyncsup.errors import AsyncsupError, RemoteError
+from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError
 from asyncsup.patch.facts import Layout
 
 pytestmark = pytest.mark.timeout(3600)
@@ -239,7 +239,8 @@ def fail_serve(scene: step_kit.Scene, fault: Fault) -> str:
     ):
         scene.wait_for(lambda: outcome or not alive(scene.process.pid), "an answer, or the end")
     passed = scene.passed()
-    if not alive(scene.process.pid):
+    # Its sockets are closed a moment before it is seen to have ended.
+    if not alive(scene.process.pid) or isinstance(outcome[0], SupervisorUnreachableError):
         scene.killed()
         expect_old_or_new(scene, goal, passed)
         return "killed"

@@ -104,7 +104,9 @@ def test_no_zombie_is_left_of_orphans(serve: FirstProcess) -> None:
 
 def test_term_stops_everything_in_order(serve: FirstProcess) -> None:
     program = 'trap "echo told; exit 0" TERM; echo up; while :; do sleep 0.05; done'
-    client = serve.start(f"{QUICK}[target.a]\ncommand = ['sh', '-c', '{program}']\nready.log = 'up'\n")
+    client = serve.start(
+        f"{QUICK}[target.a]\ncommand = ['sh', '-c', '{program}']\nready.log = 'up'\nstop_timeout = '1h'\n"
+    )
     wait_for(lambda: client.call("status")["targets"][0]["ready"], "the target to be ready")
     client.close()
     serve.tell(signal.SIGTERM)

@@ -91,7 +91,7 @@ def test_a_number_that_was_set_outlives_the_supervisor_until_another_is_configur
 
 def test_a_number_counts_for_later_supervisors_although_a_new_instance_has_failed(serve: Serve) -> None:
     command = """command = ["sh", "-c", "[ ${instance} = 0 ] && exec sleep 600"]"""
-    client = serve.start(f"{QUICK}[target.web]\n{command}\nrestart = 'never'\n")
+    client = serve.start(f"{QUICK}[target.web]\n{command}\nrestart = 'never'\nmin_uptime = '1h'\n")
     assert fails(client, "scale", name="web", instances=2).error_code == "target.start_failed"
     assert len(pids(client, "web")) == 2
     client.close()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from conftest import Serve, processes_of_this_run, wait_for
 from test_patching import Field
 from test_supervisor import QUICK, SLEEPER, instance, reached, target
 
-from asyncsup.client import ControlClient
+from asyncsup.client import ControlClient, Event
 from asyncsup.errors import AsyncsupError, RemoteError
 from asyncsup.patch.manifest import Kind
 
@@ -65,6 +65,21 @@ def background(serve: Serve, method: str, /, **params: Any) -> Iterator[list[Any
     thread.start()
     yield outcome
     thread.join(1)
+
+
+class EnoughError(Exception):
+    """What was asked for has come as far as it is to come."""
+
+
+def given_up(serve: Serve, method: str, is_enough: Callable[[Any], bool], /, **params: Any) -> None:
+    """Ask for something, and give it up at an event."""
+
+    def look(event: Event) -> None:
+        if is_enough(event.data):
+            raise EnoughError
+
+    with ControlClient(serve.endpoint) as other, other.subscribe() as events, pytest.raises(EnoughError):
+        other.call(method, params, events=events, on_event=look)
 
 
 def answers(serve: Serve, method: str = "status", /, **params: Any) -> Any:
@@ -196,12 +211,14 @@ def test_a_pipe_moved_into_the_inbox(serve: Serve) -> None:
 
 def test_a_zip_that_vanishes_while_it_is_applied_automatically(field: Field) -> None:
     """`settle` raises FileNotFoundError out of `apply_arrivals`: the supervisor ends."""
+    field.fail_at("overseer.settle:hang")
     field.start("web", patch="auto = true\n")
-    package = field.package("web", probation=8.0)
+    package = field.package("web")
     shutil.copy(package, field.folder / "p.tmp")
     (field.folder / "p.tmp").rename(field.serve.inbox / "p.zip")
     field.said("web", "build=300 a.txt=new-a")
     (field.serve.inbox / "p.zip").unlink()
+    field.fail_at("")
     wait_for(
         lambda: [
             e for e in answers(field.serve, "events.since", seq=0)["events"] if e["type"] == "patch.ended"
@@ -217,8 +234,9 @@ def test_a_zip_that_vanishes_while_it_is_applied_automatically(field: Field) -> 
 
 def test_a_zip_that_vanishes_while_another_is_applied_automatically(field: Field) -> None:
     """`source` raises PatchNotFoundError out of `apply_arrivals`: the supervisor ends."""
+    field.fail_at("overseer.settle:hang")
     field.start("web", patch="auto = true\n")
-    first = field.package("web", probation=8.0)
+    first = field.package("web")
     second = field.package("web", build=400, before={"a.txt": "new-a"}, files={"a.txt": "newest"})
     field.client.call("stop", names=["web"])
     field.client.close()
@@ -228,6 +246,7 @@ def test_a_zip_that_vanishes_while_another_is_applied_automatically(field: Field
     field.client = field.serve.start()
     field.said("web", "build=300 a.txt=new-a")
     (field.serve.inbox / "2.zip").unlink()
+    field.fail_at("")
     wait_for((field.serve.inbox / "applied/1.zip.json").exists, "the first to be settled")
     for _ in range(3):
         answers(field.serve)
@@ -311,17 +330,23 @@ def test_a_stop_does_not_wait_for_a_patch_that_waits_for_another_target(field: F
 
 
 def test_a_stop_of_one_instance_does_not_undo_a_stop_of_all(serve: Serve) -> None:
-    (serve.folder / "deaf.sh").write_text("trap '' TERM\nwhile :; do sleep 0.1; done\n")
-    client = serve.start(f'{QUICK}[target.web]\ncommand = "sh deaf.sh"\ninstances = 3\nstop_timeout = "8s"\n')
+    (serve.folder / "deaf.sh").write_text(
+        "trap '' TERM\ntouch deaf-$$\nuntil [ -e go ]; do sleep 0.1; done\n"
+    )
+    client = serve.start(f'{QUICK}[target.web]\ncommand = "sh deaf.sh"\ninstances = 3\nstop_timeout = "5m"\n')
     client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    wait_for(lambda: len(list(serve.folder.glob("deaf-*"))) == 3, "the programs not to listen")
 
     with background(serve, "stop", names=["web:0"]):
         wait_for(lambda: target(client, "web")["busy"] == "stop", "the first stop")
         with background(serve, "stop", names=["web"]) as everything:
             wait_for(lambda: target(client, "web")["waiting"], "the second stop to queue")
-            client.call("stop", names=["web:1"])
-            wait_for(lambda: everything, "the stop of all to be answered")
-            assert not isinstance(everything[0], AsyncsupError), everything[0].message
+            with background(serve, "stop", names=["web:1"]) as last:
+                wait_for(lambda: len(target(client, "web")["waiting"]) == 2, "the third stop to queue")
+                (serve.folder / "go").touch()
+                wait_for(lambda: everything and last, "both to be answered")
+    for answer in (*everything, *last):
+        assert not isinstance(answer, AsyncsupError), answer.message
     assert [i["state"] for i in target(client, "web")["instances"]] == ["stopped"] * 3
     client.close()
 
@@ -334,8 +359,8 @@ def test_a_start_right_after_a_stop_that_was_given_up(serve: Serve) -> None:
     client = serve.start(f'{QUICK}[target.web]\ncommand = "sh slow.sh"\nstop_timeout = "5m"\n')
     client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
     wait_for((serve.folder / "deaf").exists, "the program not to listen")
-    with pytest.raises(RemoteError):
-        client.call("stop", {"names": ["web"], "timeout": 0.1})
+    given_up(serve, "stop", lambda event: event.get("to") == "stopping", names=["web"])
+    wait_for(lambda: target(client, "web")["busy"] is None, "the stop to be given up")
     found = instance(client, "web")
     assert found["state"] == "stopping"
     with background(serve, "start", names=["web"], wait=False):
@@ -440,8 +465,8 @@ def test_a_running_target_is_told_even_if_a_stop_was_given_up(field: Field) -> N
         )
         for each in field.target("web")["instances"]:
             os.kill(each["pid"], signal.SIGSTOP)  # the way back takes as long as ack_timeout
-        with pytest.raises(RemoteError):
-            field.client.call("stop", {"names": ["web"], "timeout": 0.5})
+        given_up(field.serve, "stop", lambda event: event.get("step") == "undo", names=["web"])
+        wait_for(lambda: not field.target("web")["waiting"], "the stop to be given up")
         for each in field.target("web")["instances"]:
             os.kill(each["pid"], signal.SIGCONT)
     found = field.target("web")
@@ -556,8 +581,7 @@ def test_a_file_with_an_odd_name_in_the_root(field: Field) -> None:
 def test_the_history_of_a_cancelled_patch_has_its_steps(field: Field) -> None:
     field.start("web")
     package = str(field.package("web", probation=10 * HANGS))
-    with ControlClient(field.serve.endpoint) as other, pytest.raises(AsyncsupError):
-        other.call("patch.apply", {"path": package}, timeout=8)  # by then it is in its probation
+    given_up(field.serve, "patch.apply", lambda event: event.get("step") == "reload", path=package)
     wait_for(lambda: field.target("web")["busy"] is None, "the way back")
     (entry,) = field.client.call("patch.history")["transactions"]
     assert entry["verdict"] == "rolled_back"

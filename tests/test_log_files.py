@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import children_of
+from conftest import children_of, wait_for
 
 from asyncsup import logarchive
 from asyncsup.compressor import Compressor
@@ -236,7 +236,8 @@ async def test_compressing_is_another_process_of_the_lowest_priority_and_one_at_
     stage.put(stream, b"more\n")
     stream.file.rotate()
     (child,) = set(children_of(os.getpid())) - before
-    await until(lambda: os.getpriority(os.PRIO_PROCESS, child) == 19)
+    # Not through the loop, which would reap it, should it end meanwhile, and begin with the next.
+    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, child) == 19, "the lowest priority")
     os.kill(child, signal.SIGSTOP)
     assert set(children_of(os.getpid())) - before == {child}
     # Killed, it leaves the file as it was; it has another turn after the next rotation.

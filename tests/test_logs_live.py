@@ -179,8 +179,8 @@ def test_raw_output_never_enters_the_supervisor(serve: Serve) -> None:
 def test_files_that_somebody_else_rotates_lose_nothing(serve: Serve) -> None:
     account = serve.folder / "account"
     client = serve.start(
-        f"[target.web]\n{command(TICKER, account)}\n[target.other]\ncommand = 'sleep 1000'\n"
-        "[defaults.log]\nstdout = '${name}.log'\n"
+        f"[target.web]\n{command(TICKER, account)}stop_timeout = '1h'\n"
+        "[target.other]\ncommand = 'sleep 1000'\n[defaults.log]\nstdout = '${name}.log'\n"
     )
     log, moved = serve.folder / "web.log", []
     for number in range(20):
@@ -206,7 +206,7 @@ def test_files_that_somebody_else_rotates_lose_nothing(serve: Serve) -> None:
 
 def test_only_log_settings_restart_nothing_and_lose_nothing(serve: Serve) -> None:
     account = serve.folder / "account"
-    base = f"[target.web]\n{command(TICKER, account)}"
+    base = f"[target.web]\n{command(TICKER, account)}stop_timeout = '1h'\n"
     client = serve.start(base)
     client.call("wait", {"names": ["web"], "for": "ready", "timeout": 30})
     logs = [serve.folder / ".asyncsup/logs/web.0.log"]
@@ -241,7 +241,7 @@ def test_killed_in_the_middle_of_a_rotation_nothing_is_lost_or_doubled(serve: Se
     stage = Survivors(serve, FLOODS)
     serve.alone = True
     serve.environ["ASYNCSUP_FAILPOINT"] = fault
-    serve.start().close()
+    serve.begin()
     process = serve.process
     assert process is not None
     process.wait(PATIENCE_SECONDS)

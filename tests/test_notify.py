@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from conftest import Serve, alive, wait_for
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached
 
 from asyncsup.client import ControlClient
+from asyncsup.errors import RemoteError
 from asyncsup.notification import (
     DATAGRAM_BYTES,
     BadNotificationError,
@@ -49,6 +51,7 @@ def fork(work, *, session=False):
         if session: os.setsid()
         work()
         os._exit(0)
+    while session and os.getsid(pid) != pid: time.sleep(0.001)
     return pid
 def forever():
     while True: time.sleep(3600)
@@ -59,9 +62,10 @@ while True:
     line = b""
     while not line.endswith(b"\\n"):
         line += strings.read(1)
+    number, _, line = line.partition(b" ")
     exec(line)
     barrier()
-    with open("pulled", "a") as pulled: pulled.write("x")
+    with open("pulled", "a") as pulled: pulled.write(number.decode() + "\\n")
 """
 """Does what the lines say that are written to the FIFO ``strings``, one after the other."""
 
@@ -73,6 +77,7 @@ class Puppet:
         self.serve = serve
         (serve.folder / "puppet.py").write_text(PUPPET)
         os.mkfifo(serve.folder / "strings")
+        self._pulls = itertools.count(1)
         at_start = f"env.AT_START = '''{at_start}'''\n" if at_start else ""
         self.client: ControlClient = serve.start(
             f'{QUICK}[target.unit]\ncommand = ["{sys.executable}", "-S", "puppet.py"]\nprotocol = "notify"\n'
@@ -82,12 +87,14 @@ class Puppet:
     def pull(self, line: str, *, wait: bool = True) -> None:
         """Have the program do something, and the supervisor hear of it."""
         done = self.serve.folder / "pulled"
-        before = done.stat().st_size if done.exists() else 0
+        number = str(next(self._pulls))
         # Open for reading as well: it must not fail while there is no program, nor end for it.
         fd = os.open(self.serve.folder / "strings", os.O_RDWR)
-        os.write(fd, line.encode() + b"\n")
+        os.write(fd, f"{number} {line}\n".encode())
         if wait:
-            wait_for(lambda: done.exists() and done.stat().st_size > before, f"the program to do {line}")
+            wait_for(
+                lambda: done.exists() and number in done.read_text().split(), f"the program to do {line}"
+            )
         os.close(fd)
 
     def say(self, text: str, *descriptors: str) -> None:
@@ -323,8 +330,19 @@ def test_the_error_a_program_gives_is_shown_when_it_fails(make: Make) -> None:
 def test_a_program_that_is_stopping_is_not_ready_and_has_its_time(make: Make) -> None:
     puppet = make('stop_timeout = "300ms"\n')
     before = puppet.reached("running")
-    puppet.say("STOPPING=1\nSTATUS=bye\nEXTEND_TIMEOUT_USEC=3600000000")
-    puppet.say("EXTEND_TIMEOUT_USEC=3600000000")
+    # However long it takes to say both, the supervisor hears of them in one go.
+    supervisor = puppet.serve.supervisor
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        puppet.pull(
+            "say('STOPPING=1\\nSTATUS=bye\\nEXTEND_TIMEOUT_USEC=3600000000'), "
+            "say('EXTEND_TIMEOUT_USEC=3600000000'), open('both', 'w').close()",
+            wait=False,
+        )
+        wait_for((puppet.serve.folder / "both").exists, "both to be said")
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    puppet.pull("barrier()")
     found = puppet.now
     assert (found["state"], found["ready"], found["detail"]) == ("running", False, "said that it is stopping")
     puppet.kill_supervisor()
@@ -366,14 +384,20 @@ def test_only_the_reload_that_was_asked_for_counts(make: Make) -> None:
     )
     puppet.pull(f"exec({line!r}.replace('~', chr(10)))", wait=False)
     assert "no READY=1 within 2 s of SIGHUP" in fails(client, "reload", names=["unit"]).message
-    puppet.pull("asked.clear()")
     line = (
         "while not asked: time.sleep(0.01)~say('EXTEND_TIMEOUT_USEC=60000000')~barrier()~time.sleep(2.5)~"
         "say('READY=1'); say(f'RELOADING=1\\nMONOTONIC_USEC={now()}'); barrier(); "
         "say('READY=1\\nSTATUS=done')"
     )
-    puppet.pull(f"exec({line!r}.replace('~', chr(10)))", wait=False)
-    result = client.call("reload", names=["unit"])["results"][0]["instances"][0]
+
+    def reloaded() -> Any:
+        puppet.pull("asked.clear()")
+        puppet.pull(f"exec({line!r}.replace('~', chr(10)))", wait=False)
+        with contextlib.suppress(RemoteError):  # it did not come to ask for more time within the 2 s
+            return client.call("reload", names=["unit"])["results"][0]["instances"][0]
+        return None
+
+    result = wait_for(reloaded, "a reload that takes longer than 2 s")
     assert (result["told_by"], puppet.now["state"], puppet.now["status_text"]) == (
         "signal",
         "running",

@@ -28,22 +28,27 @@ LATE = """        if MODE == "late":
                 with open("first.new", "w") as file:
                     file.write(str(os.getpid()))
                 os.replace("first.new", "first")
-                await asyncio.sleep(REGRET_SECONDS)
+                while not os.path.exists("second"):
+                    await asyncio.sleep(0.01)
                 await service.drain()
                 sys.exit("this build falls")
+            open("second", "w").close()
             while not os.path.exists("first") or os.path.exists(f"/proc/{open('first').read()}"):
                 await asyncio.sleep(0.01)
 """
-"""Further modes: late (ready when there is a file ``go``), in-turn (the first instance is ready and falls,
-then the others become ready)."""
+"""Further modes: late (ready when there is a file ``go``), in-turn (the first instance is ready and falls
+once another one is being started, then the others become ready)."""
 LONG = 'restart_delay = "1h"\nrestart_max_delay = "1h"\nmin_uptime = "1h"\n'
 """Whoever is killed waits for a long time."""
 
 
 class FaultyTown(Town):
     def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
-        text = super().settings(more, patch, layout=layout)
-        return text.replace('restart_delay = "50ms"\n', "") if "restart_delay" in more else text
+        text = super().settings("MORE", patch, layout=layout)
+        for line in ('restart_delay = "50ms"\n', 'stop_timeout = "5s"\n'):
+            if line.split()[0] in more:
+                text = text.replace(line, "")
+        return text.replace("MORE", more)
 
 
 @pytest.fixture
@@ -160,8 +165,8 @@ def test_a_supervisor_killed_right_after_the_commit_lets_the_old_one_go(town: To
     town.serve.environ["ASYNCSUP_FAILPOINT"] = f"@{wish}"
     town.start()
     before = town.pids
-    Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
     first = town.serve.supervisor
+    Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
     wait_for(lambda: town.serve.supervisor not in {0, first}, "another supervisor")
     wish.write_text("")
     town.again()
@@ -190,10 +195,18 @@ def test_who_is_on_the_way_out_is_asked_no_more_whether_it_lives(town: Town) -> 
 
 
 def test_a_client_that_gives_up_a_rolling_restart_leaves_nobody_down(town: Town) -> None:
-    town.start("overlap = false\nhooks.pre_stop = ['sh', '-c', 'until test -e go; do sleep 0.05; done']")
+    town.start(
+        'overlap = false\nstop_timeout = "1h"\nhooks.timeout = "1h"\n'
+        "hooks.pre_stop = ['sh', '-c', 'until test -e go; do sleep 0.05; done']"
+    )
     (before,) = town.pids
-    with pytest.raises(TimeoutExpiredError):
-        town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=5)
+
+    def is_given_up_in_the_middle() -> bool:
+        with pytest.raises(TimeoutExpiredError):
+            town.control.call("restart", {"names": ["app"], "rolling": True}, timeout=2)
+        return bool(town.target["state"] == "stopping")
+
+    wait_for(is_given_up_in_the_middle, "it to be given up while the old one is being stopped")
     (town.serve.folder / "go").touch()
     wait_for(lambda: town.pids not in ([before], [None]), "another process")
     settled_on(town, "v1")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import ssh_kit
-from conftest import Serve, wait_for
+from conftest import Serve, end_process, wait_for
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError
@@ -80,7 +80,7 @@ class Field:
         self.serve.kill()
         for pid in [instance["pid"] for target in targets for instance in target["instances"]]:
             if pid is not None:
-                os.kill(pid, signal.SIGKILL)
+                end_process(pid)
 
     def behave(self, name: str, **behaviour: Any) -> None:
         """In one step: the program may be reading it."""
@@ -631,7 +631,7 @@ def test_a_target_that_does_not_give_its_go_ahead_keeps_everything(
         "good",
         "web",
         patch='wait_max = "300ms"\n',
-        defaults='[defaults.patch]\nack_timeout = "5s"' if behaviour == "never" else "",
+        each={"web": 'patch = { ack_timeout = "5s" }'} if behaviour == "never" else None,
     )
     field.behave("web", prepare=behaviour)
     before = field.picture("good", "web")
@@ -694,7 +694,10 @@ def test_a_warm_patch_that_is_not_taken_up_goes_back_everywhere(
 @pytest.mark.parametrize("how", ["die", "done", "mute", "late-die"])
 def test_a_cold_patch_that_does_not_come_up_goes_back_everywhere(field: Field, how: str) -> None:
     field.start(
-        "good", "web", start_timeout="15s" if how == "mute" else "60s", defaults='restart = "on-failure"'
+        "good",
+        "web",
+        defaults='restart = "on-failure"',
+        each={"web": 'start_timeout = "15s"'} if how == "mute" else None,
     )
     # The new program misbehaves, the old one does not.
     field.behave("web", start=how, version="two")
@@ -749,6 +752,7 @@ def test_a_crash_in_probation_undoes_a_warm_patch(field: Field) -> None:
     pid = field.instance("web")["pid"]
     with field.applying(field.package("web", probation=30.0)) as outcome:
         field.said("web", "build=300 a.txt=new-a")
+        wait_for(lambda: "reload" in field.steps(), "its answer")
         os.kill(pid, signal.SIGKILL)
     assert outcome[0].error_code == "patch.rolled_back"
     assert "killed by SIGKILL" in outcome[0].message

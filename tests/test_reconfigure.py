@@ -118,7 +118,8 @@ def test_a_failed_target_is_tried_again_with_what_was_mended(scene: Scene) -> No
 def test_what_one_target_refuses_is_told_and_the_others_are_changed(scene: Scene) -> None:
     scene.serve.write(
         TWO.replace("[target.db]", "[target.db]\numask = '077'").replace(
-            f"[target.web]\n{SLEEPER}", "[target.web]\ncommand = 'false'\nrestart = 'never'\n"
+            f"[target.web]\n{SLEEPER}",
+            "[target.web]\ncommand = 'false'\nrestart = 'never'\nmin_uptime = '1h'\n",
         )
     )
     result = scene.client.call("config.apply")

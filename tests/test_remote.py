@@ -201,6 +201,9 @@ def test_a_revoked_key_does_nothing_more_on_a_connection_that_is_open(site: Site
         anna.call("status", timeout=60)
         heard = anna.subscribe()
         stays = bert.subscribe()
+        local.call("restart", names=["sleeper"])
+        for stream in (heard, stays):  # neither is still being let in when it is revoked
+            wait_for(partial(stream.read, timeout=0.1), "an event")
         site.store.revoke("anna")
         assert code_of(lambda: anna.call("status", timeout=60)) == "not_allowed"
         # Its events end as well, while those of others go on, without a gap.

@@ -31,7 +31,8 @@ from sdk_supervisor import (
 )
 
 from target_sdk import Patch, PrepareAnswer, Target, not_allowed, protocol, wait
-from target_sdk.connection import Connection
+from target_sdk.connection import CLOSE_GRACE, Connection
+from target_sdk.dispatch import PendingDispatcher
 from target_sdk.protocol import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, Failure, Request, Result
 from target_sdk.session import CallKey
 
@@ -47,7 +48,9 @@ def stopped_supervisor(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> SdkS
 
 
 @pytest.fixture
-def supervisor(stopped_supervisor: SdkSupervisor) -> Iterator[SdkSupervisor]:
+def supervisor(stopped_supervisor: SdkSupervisor, monkeypatch: pytest.MonkeyPatch) -> Iterator[SdkSupervisor]:
+    # It lasts only until all was heard, which takes as long as this process is not let run.
+    monkeypatch.setattr("target_sdk.connection.CLOSE_GRACE", WAIT_SECONDS / 4)
     with stopped_supervisor:
         yield stopped_supervisor
 
@@ -277,7 +280,10 @@ def test_leaving_the_target_ends_its_threads_and_closes_what_it_opened(superviso
     eventually(lambda: open_descriptors() <= fds, "all is closed")
 
 
-def test_leaving_is_quick_when_the_supervisor_is_gone_or_does_not_answer(supervisor: SdkSupervisor) -> None:
+def test_leaving_is_quick_when_the_supervisor_is_gone_or_does_not_answer(
+    supervisor: SdkSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("target_sdk.connection.CLOSE_GRACE", CLOSE_GRACE)
     with Target():
         supervisor.requests("hello")
         supervisor.acknowledge = False
@@ -623,10 +629,11 @@ def test_a_program_that_leaves_answers_whoever_waits_for_it(
     supervisor: SdkSupervisor, handlers: Any, ask_in: Callable[[Target, Ask], Any]
 ) -> None:
     target = Target(handlers=handlers)
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
 
     @target.on_reload
     def reload(patch: Patch) -> None:
+        begun.set()
         assert release.wait(WAIT_SECONDS)
 
     with target:
@@ -634,6 +641,7 @@ def test_a_program_that_leaves_answers_whoever_waits_for_it(
         supervisor.send("reload", reload_params(patch="p2"), id="waiting")
         supervisor.call("ping")
         if handlers == "thread":
+            assert begun.wait(WAIT_SECONDS)
             threading.Timer(0.1, release.set).start()
     waiting = result_of(supervisor.answers("waiting", 1)[0])
     running = result_of(supervisor.answers("running", 1)[0])
@@ -662,6 +670,9 @@ def test_leaving_wakes_up_whoever_waits_in_run_pending_and_nobody_spins_afterwar
     with Target() as target:
         waiting = Asking(lambda: target.run_pending(timeout=None))
         supervisor.requests("hello")
+        pending = target._dispatcher
+        assert isinstance(pending, PendingDispatcher)
+        eventually(lambda: pending._last_run is not None, "it waits")
         assert waiting.is_alive()
     assert waiting.value == 0
     started = time.monotonic()
@@ -772,10 +783,12 @@ def test_the_target_works_under_anyio_with_anyios_own_tools_in_handlers(supervis
 
 def test_cancelling_the_program_cancels_the_handler_and_answers_for_it(supervisor: SdkSupervisor) -> None:
     target = Target()
+    begun = asyncio.Event()
     ended: list[str] = []
 
     @target.on_reload
     async def reload(patch: Patch) -> None:
+        begun.set()
         try:
             await asyncio.sleep(WAIT_SECONDS)
         finally:
@@ -786,7 +799,7 @@ def test_cancelling_the_program_cancels_the_handler_and_answers_for_it(superviso
             supervisor.send("reload", reload_params(), id="r1")
             supervisor.send("reload", reload_params(build=301), id="r2")
             await asyncio.to_thread(supervisor.call, "ping")
-            await asyncio.sleep(0.05)
+            await begun.wait()
 
     asyncio.run(main())
     assert ended == ["cleaned up"]

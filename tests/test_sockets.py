@@ -240,7 +240,8 @@ def test_both_families(serve: Serve, clients: Clients, host: str, reached_at: li
 def test_an_address_that_somebody_else_has_is_named_and_tried_again(serve: Serve, clients: Clients) -> None:
     address, table = tcp()
     with socket.create_server(address):
-        client = clients.start(table + target(more='restart_max_delay = "100ms"'))
+        patient = 'restart_max_delay = "100ms"\nstart_limit_burst = 1000000'
+        client = clients.start(table + target(more=patient))
         wait_for(lambda: instance(client)["state"] == "backoff", "a first failure")
         assert "Address already in use" in instance(client)["detail"]
         assert "socket web" in serve.errors()
@@ -281,15 +282,18 @@ match sys.argv[1]:
 def test_who_waits_for_connections_is_seen_from_outside(serve: Serve, clients: Clients, how: str) -> None:
     _, table = tcp()
     command = json.dumps([sys.executable, "-S", "-c", SLOW_TO_LISTEN, how])
-    timeout = "5s" if how == "select" else "60s"
+    timeout = "60s"
+    if how == "select":
+        timeout = "5s"
+        (serve.folder / "go").touch()
     client = clients.start(
         f'{table}[target.web]\ncommand = {command}\nsockets = ["web"]\nready.accepts = true\n'
         f'ready.interval = "20ms"\nstart_timeout = "{timeout}"\nrestart = "never"\n'
     )
-    wait_for(lambda: instance(client)["pid"], "the process")
-    assert not instance(client)["ready"]
-    (serve.folder / "go").touch()
     if how != "select":
+        wait_for(lambda: instance(client)["pid"], "the process")
+        assert not instance(client)["ready"]
+        (serve.folder / "go").touch()
         wait_ready(client)
         return
     # It cannot be seen, which is better than to take for ready what is not.

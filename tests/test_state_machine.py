@@ -91,7 +91,7 @@ class Kit:
 KITS: Final = {
     "hand": Kit("overlay", "light.py", more='restart = "unless-stopped"\npatch = { commit = "manual" }\n'),
     "pair": Kit("tree", "light.py", count=2),
-    "sdk": Kit("overlay", "patchable.py", more='patch = { ack_timeout = "8s" }\n'),
+    "sdk": Kit("overlay", "patchable.py", more='patch = { ack_timeout = "8s", wait_max = "1h" }\n'),
     "tree": Kit("tree", "light.py", more='patch = { ack_timeout = "8s" }\n'),
 }
 NAMES: Final = tuple(KITS)

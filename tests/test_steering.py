@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import socket
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from conftest import Asked, Serve, wait_for
+from conftest import Asked, Serve, free_port, wait_for
 from test_overlap import PATIENCE, Client, Town
 
 from asyncsup import steering as steering_of_asyncsup
@@ -129,9 +130,10 @@ def test_who_is_steered_away_from_goes_on_with_what_it_has_and_takes_nothing_new
         pytest.importorskip("uvloop")
     with echo(loop, listening) as old, connected(listening) as kept:
         assert asked(kept) == old
+        gc.collect()
         ours = descriptors()
         assert steer_away([old], [listening]) == 1
-        assert descriptors() == ours
+        assert set(descriptors()) <= set(ours)
         assert asked(kept) == old
         with connected(listening) as waiting:
             waiting.sendall(b"?")
@@ -446,7 +448,7 @@ def test_a_drain_of_no_time_steers_nothing(town: Steered) -> None:
 @pytest.mark.usefixtures("steering")
 @pytest.mark.timeout(300)
 def test_a_stock_server_loses_no_new_connection(serve: Serve) -> None:
-    service = Patched(serve.folder, stock=True)
+    service = Patched(serve.folder, stock=True, port=free_port())
     with (
         serve.start(service.settings.replace(f'"{START_SECONDS}s"', '"60s"')) as control,
         Load(f"http://127.0.0.1:{service.port}/", rate=100, timeout=60) as load,

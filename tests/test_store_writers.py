@@ -9,10 +9,12 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_for
 from store_kit import Bench, apply, benches, open_store, roll_back, seen, staged
 
 from asyncsup.errors import PatchRefusedError
@@ -80,6 +82,7 @@ def test_nothing_that_is_saved_during_patches_is_lost(bench: Callable[..., Bench
     apply(b.store, b.patch(2, modified={"app.json": b"2"}))
     with a_busy_program(b.root) as saved:
         for build in range(3, 13):
+            wait_for(partial(lambda known: len(saved) > known, len(saved)), "the program to save")
             patch = b.patch(build, modified={"app.json": b"%d" % build})
             if build % 3:
                 apply(b.store, patch)

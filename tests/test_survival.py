@@ -218,7 +218,7 @@ def test_a_stop_that_was_under_way_is_finished_and_the_whole_tree_goes(serve: Se
     client = up(
         serve,
         f'{QUICK}[target.tree]\ncommand = ["sh", "-c", "(trap : TERM; while :; do sleep 0.05; done) & '
-        "echo $! > child; trap 'touch asked' TERM; while [ ! -e asked ]; do sleep 0.02; done\"]\n"
+        "trap 'touch asked' TERM; echo $! > child; while [ ! -e asked ]; do sleep 0.02; done\"]\n"
         'stop_timeout = "2s"\n',
     )
     leader = instance(client, "tree")["pid"]
@@ -436,7 +436,9 @@ def test_a_lost_process_that_ends_makes_room_for_another(serve: Serve) -> None:
 def test_a_program_that_hides_its_environment_is_known_by_its_pidfd(serve: Serve) -> None:
     client = up(serve, f'{QUICK}[target.web]\ncommand = "env -i sleep 3600"\n')
     before = pids(client)
-    assert b"ASYNCSUP" not in Path(f"/proc/{before['web:0']}/environ").read_bytes()
+    process = Path(f"/proc/{before['web:0']}")
+    wait_for(lambda: (process / "cmdline").read_bytes() == b"sleep\x003600\x00", "env to become sleep")
+    assert b"ASYNCSUP" not in (process / "environ").read_bytes()
     client.close()
     serve.kill_supervisor()
     client = serve.connect()
@@ -677,12 +679,13 @@ def crashes(keeper: Keeper, pause: float) -> bool:
 def test_crashes_in_a_row_are_answered_more_and_more_slowly() -> None:
     keeper = Keeper()
     keeper.understand("ready", "", [])
+    keeper.ready_since += 3600  # however long this takes, it is not steady
     for pause in (0.0, 0.1, 0.2, 0.4, 0.8):
         assert crashes(keeper, pause)
     for _ in range(15):
         last = crashes(keeper, LONGEST_PAUSE_SECONDS)
     assert last
-    keeper.ready_since -= STEADY_SECONDS
+    keeper.ready_since -= 3600 + STEADY_SECONDS
     assert crashes(keeper, 0.0)
 
 
@@ -751,7 +754,7 @@ def ended(field: Field, verdict: str) -> Any:
 
 def test_who_had_been_told_of_a_patch_that_recovery_takes_back_is_told_of_that(field: Field) -> None:
     """`db` has not answered yet; `web` has taken it up."""
-    field.start("web", "db", defaults='[defaults.patch]\nack_timeout = "10s"')
+    field.start("web", "db", defaults='[defaults.patch]\nack_timeout = "1m"')
     before = pids(field.client)
     field.behave("db", reload="never")
     with killed_during(field, field.package("web", "db", probation=30.0), "build=300 a.txt=new-a"):
@@ -763,9 +766,11 @@ def test_who_had_been_told_of_a_patch_that_recovery_takes_back_is_told_of_that(f
     assert pids(field.client) == before
     found = ended(field, "rolled_back")
     assert found["code"] == "patch.interrupted"
-    wait_for(lambda: field.target("web")["busy"] is None, "the end of it")
-    steps = {(step["step"], step["target"], step["detail"]) for step in history(field)["steps"]}
-    assert ("bring back", "web", "told") in steps
+    (step,) = wait_for(
+        lambda: [s for s in history(field)["steps"] if (s["step"], s["target"]) == ("bring back", "web")],
+        "web to be told",
+    )
+    assert step["detail"] == "told"
 
 
 def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(field: Field) -> None:
@@ -783,12 +788,14 @@ def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(fie
 
 @pytest.mark.parametrize("kind", [Kind.WARM, Kind.COLD], ids=str)
 def test_the_probation_of_a_patch_goes_on(field: Field, kind: Kind) -> None:
+    field.fail_at("transaction.probation:hang")  # however long the kill takes, it is in time
     field.start("web")
     version = "two" if kind is Kind.COLD else "one"
-    with killed_during(field, field.package("web", kind=kind, probation=12.0), f"{version} build=300"):
+    with killed_during(field, field.package("web", kind=kind, probation=2.0), f"{version} build=300"):
         on_probation(field)
         before = field.instance("web")["pid"]
     assert field.target("web")["busy"] == "patch"
+    field.fail_at("")
     found = ended(field, "committed")
     assert found["error"] is None
     assert field.instance("web")["pid"] == before
@@ -856,7 +863,7 @@ def test_a_target_that_a_patch_had_stopped_is_started_again(field: Field) -> Non
 
 def test_a_target_that_a_patch_was_stopping_is_started_again(field: Field) -> None:
     """The supervisor dies while the process still takes its time to end."""
-    field.start("web")
+    field.start("web", each={"web": 'stop_timeout = "1m"'})
     field.behave("web", stop="never")
     pid = field.instance("web")["pid"]
     with field.applying(field.package("web", kind=Kind.COLD)) as outcome:
@@ -865,6 +872,9 @@ def test_a_target_that_a_patch_was_stopping_is_started_again(field: Field) -> No
         field.serve.kill_supervisor()
         field.client = field.serve.connect()
     assert isinstance(outcome[0], AsyncsupError)
+    assert field.instance("web")["state"] == "stopping"
+    end_process(pid)
+    field.behave("web")
     wait_for(lambda: field.instance("web")["pid"] not in {None, pid}, "another process")
     field.said("web", "one build=200 a.txt=old-a")
     ended(field, "rolled_back")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,17 +56,23 @@ def traced(action: Callable[[], None], *options: str, folder: Path) -> Run:
     """
     errors, trace = folder / "errors", folder / "trace"
     waiting, go = os.pipe()
+    here, is_here = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(go)
-        _play(action, waiting, errors)
+        os.close(here)
+        _play(action, waiting, is_here, errors)
     os.close(waiting)
+    os.close(is_here)
     try:
+        # What it does before it waits must not be counted one time and not another.
+        os.read(here, 1)
         with _strace(pid, *options, trace=trace):
             os.write(go, b"g")
             pid, status = 0, os.waitpid(pid, 0)[1]
     finally:
         os.close(go)
+        os.close(here)
         if pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -91,7 +98,11 @@ def attached(pid: int, *options: str, trace: Path) -> Iterator[None]:
         finally:
             # Of a process with threads that was killed in a call strace may wait for the end for ever; of one
             # that lives it lets go.
-            (strace.terminate if alive(pid) else strace.kill)()
+            strace.terminate()
+            while strace.poll() is None:
+                if not alive(pid):
+                    strace.kill()
+                time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -129,7 +140,7 @@ def require_strace() -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
-def _play(action: Callable[[], None], waiting: int, errors: Path) -> None:
+def _play(action: Callable[[], None], waiting: int, is_here: int, errors: Path) -> None:
     status = 1
     try:
         os.umask(0o022)
@@ -140,6 +151,8 @@ def _play(action: Callable[[], None], waiting: int, errors: Path) -> None:
         os.dup2(fd, 2)
         os.close(fd)
         sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        os.write(is_here, b"h")
+        os.close(is_here)
         if os.read(waiting, 1):
             action()
             status = 0

@@ -29,11 +29,6 @@ def serve() -> None:
     if MODE == "ok":
         print("up", flush=True)
     while not ends or time.monotonic() < ends[0]:
-        if ends:
-            for connection in idle:
-                waiting.unregister(connection)
-                connection.close()
-            idle.clear()
         for key, _ in waiting.select(0.02):
             assert isinstance(key.fileobj, socket.socket)
             if key.fileobj is not listening:
@@ -53,6 +48,11 @@ def serve() -> None:
             else:
                 idle.add(connection)
                 waiting.register(connection, selectors.EVENT_READ)
+        if ends:  # who had sent something when it looked has its answer
+            for connection in idle:
+                waiting.unregister(connection)
+                connection.close()
+            idle.clear()
 
 
 if MODE == "deaf":

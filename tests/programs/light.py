@@ -70,11 +70,12 @@ signals = {signal.SIGHUP, signal.SIGTERM}
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 misbehave(behaviour("start"))
 say()
-while behaviour("start") == "mute":
+while (start := behaviour("start")) == "mute":
     if signal.sigtimedwait({signal.SIGTERM}, 0.02):
         raise SystemExit
+# Of a start nothing is read after this: what is written from then on is for the next one.
 tell("READY=1")
-if behaviour("start") == "late-die":
+if start == "late-die":
     time.sleep(0.1)
     raise SystemExit(9)
 while signal.sigwait(signals) != signal.SIGTERM:

@@ -2,8 +2,8 @@
 
 ``VERSION`` and ``MODE`` stand in this file, so a cold patch brings others. Modes: ok, crash (before it is
 ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
-a moment later, as soon as nobody is connected), stubborn (is not drained before its time is up), uneven (all
-but the first instance crash while there is a file of that name in the working directory).
+when there is a file of that name in the working directory and nobody is connected), stubborn (is not drained
+before its time is up), uneven (all but the first instance crash while there is a file of that name).
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ async def main() -> None:
         if MODE != "mute":
             target.ready()
         target.status(f"{VERSION} serves")
-        if MODE in {"regret", "fall"}:
+        if MODE == "regret":
             await asyncio.sleep(REGRET_SECONDS)
-            if MODE == "fall":
-                await service.drain()
-                sys.exit("this build falls")
             target.failed("this build regrets")
+        if MODE == "fall":
+            while not Path("fall").exists():
+                await asyncio.sleep(0.02)
+            await service.drain()
+            sys.exit("this build falls")
         await stop.wait()
 
 
