@@ -403,6 +403,7 @@ def test_abort_waits_for_no_target(layout: str, base: Path) -> None:
             expect_as_before(scene, pids, scene.passed())
             if how == "never":
                 scene.restart()  # It would still not listen.
+        scene.arm()
         scene.apply()
         scene.stop()
 
