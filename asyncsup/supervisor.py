@@ -500,7 +500,9 @@ class Supervisor:
 
     def _due(self, name: str) -> None:
         """The schedule of a target says so: start it if it is a oneshot, else restart it."""
-        target = self.targets[name]
+        target = self.targets.get(name)
+        if target is None or target.config.schedule is None:
+            return  # by a configuration that is being taken up; the schedules hear of that last
         running = any(instance.pid is not None for instance in target.instances)
         skip = "stopped by command" if target.held_down else "busy" if target.busy else None
         if skip is None and target.config.oneshot and running:

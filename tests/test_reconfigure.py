@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, wait_for
+from conftest import Asked, Serve, wait_for
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.client import ControlClient
@@ -158,6 +160,29 @@ def test_sighup_is_an_apply(scene: Scene) -> None:
     scene.serve.process.send_signal(signal.SIGHUP)
     wait_for(lambda: scene.pids()["web:0"] not in {before["web:0"], None}, "another process")
     assert scene.pids()["db:0"] == before["db:0"]
+
+
+def test_a_target_that_is_due_while_it_is_being_removed_is_not_missed(serve: Serve) -> None:
+    """What takes the time is another target, which does not want to end."""
+    began, may_end = serve.folder / "began", serve.folder / "may-end"
+    deaf = f"trap ': > {began}; while [ ! -e {may_end} ]; do sleep 0.05; done; exit' TERM; while :; do sleep 0.05; done"
+    slow = f"[target.slow]\ncommand = ['sh', '-c', {json.dumps(deaf)}]\nstop_timeout = '30s'\n"
+    job = "[target.job]\ncommand = 'true'\noneshot = true\nautostart = false\nschedule = '* * * * * *'\n"
+    with serve.start(f"{slow}{job}") as client:
+        client.call("wait", {"names": ["slow"], "for": "ready", "timeout": 60})
+        client.call("start", names=["job"])
+        wait_for(lambda: instance(client, "job")["state"] == "exited", "its first run")
+        before = serve.supervisor
+        serve.write(f"{slow}env.A = 'b'\n")
+        applying = Asked(serve.endpoint, "config.apply")
+        wait_for(began.exists, "slow to be asked to end: job is removed by then")
+        assert fails(client, "status", names=["job"]).error_code == "target.not_found"
+        # Due once a second: the time is its, and not something that is waited for.
+        time.sleep(2.5)
+        may_end.touch()
+        assert applying.result()["removed"] == ["job"]
+        assert serve.supervisor == before
+        assert client.call("supervisor.info")["pid"] == before
 
 
 def test_the_command_says_what_it_would_do_and_then_does(scene: Scene) -> None:
