@@ -165,7 +165,8 @@ def test_sighup_is_an_apply(scene: Scene) -> None:
 def test_a_target_that_is_due_while_it_is_being_removed_is_not_missed(serve: Serve) -> None:
     """What takes the time is another target, which does not want to end."""
     began, may_end = serve.folder / "began", serve.folder / "may-end"
-    deaf = f"trap ': > {began}; while [ ! -e {may_end} ]; do sleep 0.05; done; exit' TERM; while :; do sleep 0.05; done"
+    told = f": > {began}; while [ ! -e {may_end} ]; do sleep 0.05; done; exit"
+    deaf = f"trap '{told}' TERM; while :; do sleep 0.05; done"
     slow = f"[target.slow]\ncommand = ['sh', '-c', {json.dumps(deaf)}]\nstop_timeout = '30s'\n"
     job = "[target.job]\ncommand = 'true'\noneshot = true\nautostart = false\nschedule = '* * * * * *'\n"
     with serve.start(f"{slow}{job}") as client:
