@@ -138,6 +138,12 @@ class SpawnError(AsyncsupError):
     code = "target.spawn_failed"
 
 
+class SocketError(AsyncsupError):
+    """A managed socket could not be bound, or its settings not be changed; all else was done."""
+
+    code = "socket.failed"
+
+
 class CgroupUnavailableError(SpawnError):
     """A target asks for a control group, or for a limit that needs one, and the host does not allow it.
 

@@ -42,7 +42,8 @@ class Reconfigurer:
             ConfigError: the file is not right.
         """
         after = await self._read()
-        return {**_described(compare(self._supervisor.config, after)), "warnings": list(after.warnings)}
+        changes = compare(self._supervisor.config, after, lost=self._supervisor.sockets.lost())
+        return {**_described(changes), "warnings": list(after.warnings)}
 
     async def apply(self, *, asked_by: str, wait: bool) -> dict[str, Any]:
         """Do it. What one target refuses keeps none of the others from being changed.
@@ -70,7 +71,8 @@ class Reconfigurer:
         supervisor = self._supervisor
         supervisor.refuse_while_stopping()
         before, read = supervisor.config, await self._read()
-        changes = compare(before, read)
+        lost = supervisor.sockets.lost()
+        changes = compare(before, read, lost=lost)
         after = replace(
             read,
             supervisor=_without_postponed(before.supervisor, read.supervisor),
@@ -90,7 +92,9 @@ class Reconfigurer:
         # A target that could not be stopped stays, with what it was configured as.
         kept = {name: before.targets[name] for name in changes.removed if name in supervisor.targets}
         supervisor.config = replace(after, targets={**after.targets, **kept})
-        supervisor.sockets.configure(after.sockets)
+        for name, error in supervisor.sockets.configure(after.sockets, lost=lost).items():
+            failures[f"socket.{name}"] = error
+        supervisor.config = replace(supervisor.config, sockets=supervisor.sockets.configs)
         added = supervisor.add_targets(changes.added)
         supervisor.connect_targets()
         await together(

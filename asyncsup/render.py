@@ -631,6 +631,12 @@ def config_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
         if name in failed:
             lines.append(f"  {ink('red', 'failed')}: {clean(failed[name]['message'])}")
     lines += [f"= {clean(key)}" for key in value["immediate"]]
+    shown = {name for _, name, _ in rows}
+    lines += [
+        f"  {ink('red', 'failed')}: {clean(error['message'])}"
+        for name, error in failed.items()
+        if name not in shown
+    ]
     if value["postponed"]:
         keys = ", ".join(clean(key) for key in value["postponed"])
         lines.append(f"! only a new `asyncsup serve` takes up {keys}")

@@ -14,14 +14,14 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final
 
 from asyncsup import owners
 from asyncsup.child import out_of_the_way
 from asyncsup.config.address import EVERY, Address
 from asyncsup.config.settings import SocketConfig
-from asyncsup.errors import SpawnError
+from asyncsup.errors import SocketError, SpawnError
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.pidfds import copy_descriptor, opened
 from asyncsup.steering import steer_away
@@ -104,24 +104,53 @@ class ManagedSockets:
                     )
                 return False
 
-    def configure(self, configs: Mapping[str, SocketConfig]) -> None:
+    @property
+    def configs(self) -> Mapping[str, SocketConfig]:
+        """What is in force, by name."""
+        return self._configs
+
+    def lost(self) -> frozenset[str]:
+        """Those whose path somebody has removed: nobody can connect to them any more."""
+        return frozenset(
+            name
+            for name, config in self._configs.items()
+            if config.listen.is_path and name in self._bound and _is_gone(config.listen.host)
+        )
+
+    def configure(
+        self, configs: Mapping[str, SocketConfig], *, lost: Collection[str] = ()
+    ) -> dict[str, SocketError]:
         """Have other ones. One whose address has changed is bound anew; whoever has the old one keeps it.
 
-        What cannot be bound is said, and tried again whenever somebody needs it.
+        Args:
+            lost: those that are bound anew at the address they have.
+
+        Returns:
+            What went wrong, by name. What cannot be bound is tried again whenever somebody needs it; what
+            cannot be changed stays configured as before.
         """
-        before, self._configs = self._configs, configs
+        failures: dict[str, SocketError] = {}
+        before, self._configs = self._configs, dict(configs)
         for name, config in before.items():
             after = configs.get(name)
-            if after is None or after.listen != config.listen:
+            if after is None or after.listen != config.listen or name in lost:
                 self._drop(name)
             elif after != config and name in self._bound:
-                _furnish(self._bound[name], after)
+                try:
+                    _furnish(self._bound[name], after)
+                except OSError as error:
+                    self._configs[name] = config
+                    why = error.strerror or str(error)
+                    failures[name] = SocketError(f"socket {name} ({after.listen}) cannot be changed: {why}")
         for name in configs:
             if name not in self._bound:
                 try:
                     self._bind(name)
                 except SpawnError as error:
-                    log.error("%s", error.message)  # noqa: TRY400 - foreseen
+                    failures[name] = SocketError(error.message)
+        for failure in failures.values():
+            log.error("%s", failure.message)
+        return failures
 
     def close(self, *, keep: bool) -> None:
         """Let go of all.
@@ -230,6 +259,8 @@ def _furnish(bound: socket.socket, config: SocketConfig) -> None:
     if bound.type == socket.SOCK_STREAM:
         bound.listen(config.backlog)
     if config.listen.is_path:
+        if not _is_socket(config.listen.host):
+            raise OSError(errno.ENOTSOCK, f"{config.listen.host} is something else by now")
         os.chmod(config.listen.host, config.mode)  # noqa: PTH101 - a text
         owners.give(config.listen.host, user=config.user, group=config.group)
 
@@ -303,6 +334,16 @@ def _packed(host: str) -> bytes:
 def _is_socket(path: str) -> bool:
     with contextlib.suppress(OSError):
         return stat.S_ISSOCK(os.lstat(path).st_mode)
+    return False
+
+
+def _is_gone(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass  # we may not look; whoever connects may
     return False
 
 

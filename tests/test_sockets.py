@@ -391,6 +391,72 @@ def test_the_backlog_and_the_mode_are_changed_in_place(serve: Serve, clients: Cl
     assert ask(f"{serve.folder}/web.sock")["pid"] == before
 
 
+UNIX = '[socket.web]\nlisten = "unix://web.sock"\n'
+
+
+def test_a_unix_socket_whose_path_was_removed_is_bound_anew(serve: Serve, clients: Clients) -> None:
+    others = f"{target('gone', sockets='[]')}{target('kept', sockets='[]')}"
+    client = clients.start(f"{UNIX}{target()}{others}")
+    wait_ready(client)
+    supervisor, path = serve.supervisor, serve.folder / "web.sock"
+    before = {name: instance(client, name)["pid"] for name in ("web", "kept")}
+    path.unlink()
+    assert client.call("config.plan")["restarted"] == {"web": ["socket.web.listen"]}
+    new = target("new", sockets="[]")
+    serve.write(f'{UNIX}mode = "0666"\n{target()}{target("kept", sockets="[]")}{new}')
+    os.kill(supervisor, signal.SIGHUP)
+    wait_for(path.exists, "the path")
+    assert ask(str(path))["pid"] != before["web"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666
+
+    def names() -> set[str]:
+        return {t["name"] for t in client.call("status")["targets"]}
+
+    wait_for(lambda: names() == {"web", "kept", "new"}, "the other changes")
+    wait_ready(client)
+    assert serve.supervisor == supervisor
+    assert instance(client, "kept")["pid"] == before["kept"]
+    plan = client.call("config.plan")
+    assert (plan["restarted"], plan["immediate"]) == ({}, [])
+
+
+def test_a_socket_that_cannot_be_changed_is_told_and_tried_again(serve: Serve, clients: Clients) -> None:
+    client = clients.start(UNIX + target() + target("other", sockets="[]"))
+    wait_ready(client)
+    path, before = serve.folder / "web.sock", instance(client)["pid"]
+    path.unlink()
+    path.touch()
+    serve.write(f'{UNIX}mode = "0666"\n' + target() + target("other", sockets="[]", more="umask = '077'"))
+    result = client.call("config.apply", {"wait": True})
+    assert result["restarted"] == {"other": ["umask"]}
+    assert set(result["failed"]) == {"socket.web"}
+    assert result["failed"]["socket.web"]["code"] == "socket.failed"
+    assert "is something else by now" in result["failed"]["socket.web"]["message"]
+    assert instance(client)["pid"] == before
+    plan = client.call("config.plan")
+    assert (plan["restarted"], plan["immediate"]) == ({}, ["socket.web.mode"]), "it is yet to be done"
+    command = [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "config", "apply"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 1
+    assert "  failed: socket web (unix://" in shown.stdout
+    path.unlink()
+    assert client.call("config.apply", {"wait": True})["failed"] == {}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666
+    assert ask(str(path))["pid"] != before
+
+
+def test_an_address_that_cannot_be_had_is_told_by_apply_and_had_later(serve: Serve, clients: Clients) -> None:
+    _, table = tcp()
+    client = clients.start(table + target(more='autostart = "on-demand"'))
+    taken, taken_table = tcp()
+    with socket.create_server(taken):
+        serve.write(taken_table + target(more='autostart = "on-demand"'))
+        failed = client.call("config.apply", {"wait": True})["failed"]
+        assert failed["socket.web"]["code"] == "socket.failed"
+    assert client.call("config.apply", {"wait": True})["failed"] == {}
+    assert client.call("supervisor.info")["sockets"]["web"]["bound"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

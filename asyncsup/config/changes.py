@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -43,10 +43,17 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
         return not any((self.added, self.removed, self.changed, self.immediate, self.postponed))
 
 
-def compare(before: Config, after: Config) -> Changes:
-    """What has to be done to get from one to the other."""
+def compare(before: Config, after: Config, *, lost: Collection[str] = ()) -> Changes:
+    """What has to be done to get from one to the other.
+
+    Args:
+        lost: sockets that are to be bound anew, wherever they are to listen.
+    """
     sockets = {
-        name: dict(_differences(before.sockets[name], socket)) if name in before.sockets else {"listen": True}
+        name: (
+            dict(_differences(before.sockets[name], socket)) if name in before.sockets else {"listen": True}
+        )
+        | ({"listen": True} if name in lost else {})
         for name, socket in after.sockets.items()
     }
     changed = {}
