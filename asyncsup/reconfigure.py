@@ -54,6 +54,8 @@ class Reconfigurer:
         Raises:
             ConfigError, StateError: the file is not right, or does not fit what patches have made of a root;
                 nothing was touched.
+            ShuttingDownError: the supervisor is stopping. Targets that are gone from the file may have been
+                stopped for it before; nothing else was touched.
             TargetBusyError: somebody else is at it.
         """
         if self._asked_by is not None:
@@ -89,6 +91,7 @@ class Reconfigurer:
                 failures[name] = error
 
         await supervisor.remove_targets(changes.removed, asked_by=asked_by, attempt=attempt)
+        supervisor.refuse_while_stopping()
         # A target that could not be stopped stays, with what it was configured as.
         kept = {name: before.targets[name] for name in changes.removed if name in supervisor.targets}
         supervisor.config = replace(after, targets={**after.targets, **kept})

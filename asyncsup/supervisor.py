@@ -406,6 +406,8 @@ class Supervisor:
     async def _reconfigure_on_signal(self) -> None:
         try:
             await self.reconfigurer.apply(asked_by="SIGHUP", wait=False)
+        except ShuttingDownError as error:
+            log.warning("SIGHUP: %s", error.message)
         except AsyncsupError as error:
             log.error("SIGHUP: nothing was changed: %s", error.message)  # noqa: TRY400 - foreseen
 
@@ -577,7 +579,12 @@ class Supervisor:
     # --- another configuration --------------------------------------------------------------------------
 
     def add_targets(self, names: Iterable[str]) -> list[Target]:
-        """Targets that the configuration has and we have not yet; not started."""
+        """Targets that the configuration has and we have not yet; not started.
+
+        Raises:
+            ShuttingDownError: they would not be among those that are stopped.
+        """
+        self.refuse_while_stopping()
         added = [self._make_target(name) for name in names]
         for target in added:
             self._tasks.start_soon(target.run, name=f"target {target.name}")

@@ -28,10 +28,12 @@ from asyncsup.errors import (
     CancelledByRequestError,
     HandoverFailedError,
     ReloadFailedError,
+    ShuttingDownError,
     SpawnError,
     StartFailedError,
     StopFailedError,
     TargetBusyError,
+    TargetNotFoundError,
     TargetNotRunningError,
 )
 from asyncsup.instance import Instance, ReloadOutcome
@@ -149,6 +151,7 @@ class Target:
         self._wake = asyncio.Event()
         self._demand: Readiness | None = None
         self._ends = False
+        self._retired = False
         self._leaving: set[asyncio.Task[None]] = set()
         self._life = anyio.CancelScope()
         self.resize(config.instances)
@@ -352,8 +355,11 @@ class Target:
     def retire(self) -> None:
         """The target is no more: let go of everything. Its processes must have ended."""
         self._preempt(f"{self.name} is configured no more")
+        for operation in (*self._queue, self._current):
+            if operation is not None and not operation.future.done():
+                operation.future.set_result(None)  # a `stop`, of what is down
         self._life.cancel()
-        self._ends = True
+        self._ends = self._retired = True
         self.await_demand()
         self.resize(0)
         self._runtime.journal.drop(f"target {self.name}")
@@ -422,7 +428,21 @@ class Target:
                 operation=other.name,
             )
 
+    def refuse_while_ending(self) -> None:
+        """Whoever started a process from here on would leave it behind: nobody comes to stop it any more.
+
+        Raises:
+            ShuttingDownError: the supervisor ends, and is stopping the target or has done so.
+            TargetNotFoundError: it is configured no more.
+        """
+        if self._retired:
+            raise TargetNotFoundError(f"{self.name} is configured no more", name=self.name)
+        if self._ends:
+            raise ShuttingDownError(f"{self.name} is being stopped because the supervisor ends")
+
     async def _perform(self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]]) -> Any:
+        if name != "stop":
+            self.refuse_while_ending()
         operation = self.enqueue(name, asked_by, work)
         try:
             return await operation.future
@@ -454,7 +474,9 @@ class Target:
 
         Raises:
             StartFailedError: with ``wait``, one ended or gave up before it was ready.
+            ShuttingDownError, TargetNotFoundError: see `refuse_while_ending`; nothing is remembered.
         """
+        self.refuse_while_ending()
         self._want(True)
 
         async def work() -> None:
@@ -508,7 +530,9 @@ class Target:
 
         Raises:
             StartFailedError: one did not become ready.
+            ShuttingDownError, TargetNotFoundError: see `refuse_while_ending`; nothing is remembered.
         """
+        self.refuse_while_ending()
         self._want(True)
         reason = f"restart by {asked_by}"
 
@@ -525,10 +549,11 @@ class Target:
                 await self.stop_instances(here, reason)
                 await self.spawn_instances(here, reason)
             except asyncio.CancelledError:
-                if self.wanted:
+                if self._is_to_be_up:
                     with anyio.CancelScope(shield=True):
                         await self.stop_instances(here, reason)
-                        await self.spawn_instances(here, reason)
+                        if self._is_to_be_up:
+                            await self.spawn_instances(here, reason)
                 raise
             if wait and not any(instance.state is State.WAITING for instance in here):
                 await self.wait_settled(here)
@@ -633,7 +658,7 @@ class Target:
 
     async def _up_again(self, chosen: Sequence[Instance], reason: str) -> None:
         """What was to stop and start instances is given up: none of them stays down for that."""
-        if self.wanted:
+        if self._is_to_be_up:
             with anyio.CancelScope(shield=True):
                 await self.spawn_instances(
                     self.in_slots_of(chosen), f"{reason}: given up", whatever_it_depends_on=True
@@ -761,6 +786,11 @@ class Target:
         outcomes = await asyncio.gather(*(i.reload(request, deadline=deadline) for i in chosen))
         return [(instance.name, outcome) for instance, outcome in zip(chosen, outcomes, strict=True)]
 
+    @property
+    def _is_to_be_up(self) -> bool:
+        """Whether what was stopped on the way is to be started again; who ends stops it once more if so."""
+        return self.wanted and not self._ends
+
     def _want(self, wanted: bool) -> None:
         if (self.wanted, self.held_down) != (wanted, not wanted):
             self.wanted, self.held_down = wanted, not wanted
@@ -783,6 +813,7 @@ async def hold_all(
     block has ended: it is expected to put things back first.
 
     Raises:
+        ShuttingDownError, TargetNotFoundError: see `Target.refuse_while_ending`.
         TargetBusyError: something else is going on and ``wait_busy`` is False.
     """
     acquired, released = asyncio.Event(), asyncio.Event()
@@ -801,8 +832,9 @@ async def hold_all(
                 await released.wait()
             raise
 
-    if not wait_busy:
-        for target in targets:
+    for target in targets:
+        target.refuse_while_ending()
+        if not wait_busy:
             target.refuse_if_busy()
     for target in targets:
         target.enqueue(name, asked_by, partial(keep, target), party)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
-from asyncsup.errors import AsyncsupError
+from asyncsup.errors import AsyncsupError, ShuttingDownError
 from asyncsup.lifecycle import State
 from asyncsup.rollout import Rollout
 from asyncsup.target import Target, hold_all
@@ -48,6 +48,8 @@ async def bring_back(
         try:
             async with hold_all([target], "recovery", ASKED_BY, on_preempt=lambda _: scope.cancel()):
                 failure = await (_start_anew(target, store) if cold else _tell(target, store, patch, changed))
+        except ShuttingDownError:
+            return  # it is stopped with all others, and started on these files
         except AsyncsupError as error:
             failure = error.message
         if failure is not None:
