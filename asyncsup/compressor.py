@@ -20,8 +20,9 @@ from asyncsup import logarchive
 from asyncsup.child import Child, SpawnSpec, out_of_the_way, spawn
 from asyncsup.errors import SpawnError
 from asyncsup.filefacts import FileFacts, look
-from asyncsup.logfile import RotatingFile
+from asyncsup.logfile import RotatingFile, to_read
 from asyncsup.restart import Exit
+from asyncsup.safe_open import safe_open
 
 log = logging.getLogger("asyncsup.logs")
 
@@ -58,11 +59,9 @@ class Compressor:
     def _start(self, file: RotatingFile, path: Path) -> bool:
         with contextlib.ExitStack() as opened:
             try:
-                source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                opened.callback(os.close, source)
+                source = opened.enter_context(to_read(path))
                 file.part.unlink(missing_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                part = os.open(file.part, flags, 0o600)
+                part, _ = safe_open(file.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 opened.callback(os.close, part)
                 status = os.fstat(source)
                 os.fchown(part, status.st_uid, status.st_gid)
@@ -95,7 +94,7 @@ class Compressor:
         why = "" if ended.status == 0 else f"the process that does it ended with {ended}"
         try:
             if not why:
-                os.utime(file.part, (facts.modified, facts.modified))
+                os.utime(file.part, (facts.modified, facts.modified), follow_symlinks=False)
                 file.put_compressed(facts.identity)
         except OSError as error:
             why = str(error)

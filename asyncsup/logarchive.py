@@ -16,7 +16,6 @@ import signal
 import struct
 import sys
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 BLOCK_BYTES = 256 << 10
@@ -46,17 +45,13 @@ class Archive(NamedTuple):
     size: int
 
 
-def examine(path: Path) -> Archive | None:
-    """None for what is not there or was not written here."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            member = _member(file.fileno(), 0)
-    except OSError:
-        return None
+def examine(fd: int) -> Archive | None:
+    """None for what was not written here."""
+    member = _member(fd, 0)
     return None if member is None else Archive(identity=member[:2], size=member[2])
 
 
-def read(path: Path, offset: int, limit: int) -> bytes:
+def read(fd: int, offset: int, limit: int) -> bytes:
     """Up to ``limit`` bytes of the content from ``offset`` on.
 
     Raises:
@@ -64,19 +59,18 @@ def read(path: Path, offset: int, limit: int) -> bytes:
         zlib.error: it is damaged.
     """
     parts: list[bytes] = []
-    with path.open("rb", buffering=0) as file:
-        fd, at, start = file.fileno(), 0, 0
-        while limit > 0 and (member := _member(fd, at)) is not None:
-            *_, length, size = member
-            if start + size > offset:
-                packed = os.pread(fd, length - _MEMBER.size - _TRAILER.size, at + _MEMBER.size)
-                content = zlib.decompress(packed, -zlib.MAX_WBITS)
-                parts.append(content[offset - start : offset - start + limit])
-                offset += len(parts[-1])
-                limit -= len(parts[-1])
-            at, start = at + length, start + size
-            if length == 0:
-                break
+    at, start = 0, 0
+    while limit > 0 and (member := _member(fd, at)) is not None:
+        *_, length, size = member
+        if start + size > offset:
+            packed = os.pread(fd, length - _MEMBER.size - _TRAILER.size, at + _MEMBER.size)
+            content = zlib.decompress(packed, -zlib.MAX_WBITS)
+            parts.append(content[offset - start : offset - start + limit])
+            offset += len(parts[-1])
+            limit -= len(parts[-1])
+        at, start = at + length, start + size
+        if length == 0:
+            break
     return b"".join(parts)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import stat
@@ -18,7 +20,8 @@ from typing import Final, TypedDict
 
 from asyncsup import logarchive
 from asyncsup.failpoints import failpoint
-from asyncsup.filefacts import look
+from asyncsup.filefacts import FileFacts, look
+from asyncsup.safe_open import safe_open
 
 log = logging.getLogger("asyncsup.logs")
 
@@ -255,7 +258,7 @@ class RotatingFile:
         name = f"{self.path}.{number}"
         found = [path for path in (name, name + PACKED) if os.path.lexists(path)]
         if len(found) == 2:
-            plain, packed = look(name), logarchive.examine(Path(name + PACKED))
+            plain, packed = look(name), examine(Path(name + PACKED))
             if plain is not None and packed is not None and plain.identity == packed.identity:
                 os.unlink(found.pop(0))  # noqa: PTH108
         return found
@@ -275,8 +278,8 @@ class RotatingFile:
 
     def _time_left(self) -> float | None:
         """Seconds until it is too old; None when there is no such file."""
-        facts = look(self.path)
-        if facts is None or not facts.is_regular or self._max_age is None:
+        facts = facts_of(self.path)
+        if facts is None or self._max_age is None:
             return None
         return (facts.modified if facts.born is None else facts.born) + self._max_age - self._now()
 
@@ -300,9 +303,9 @@ class RotatingFile:
 
     def _last_byte(self) -> bytes:
         try:
-            with self.path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                return os.pread(file.fileno(), 1, size - 1) if size else b""
+            with to_read(self.path) as fd:
+                size = os.fstat(fd).st_size
+                return os.pread(fd, 1, size - 1) if size else b""
         except OSError:  # ours to write and not to read
             return b"\n"
 
@@ -314,10 +317,48 @@ class RotatingFile:
     def _open(self) -> None:
         if self._fd >= 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Not O_APPEND: splice refuses such a file. O_NONBLOCK: a pipe that nobody reads must not stop us.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        self._fd = os.open(self.path, flags, 0o640)
-        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._fd, is_descriptor = safe_open(self.path, os.O_WRONLY | os.O_CREAT)
+        self._regular = not is_descriptor and stat.S_ISREG(os.fstat(self._fd).st_mode)
+        if is_descriptor:
+            # Not in other cases: splice refuses such a file.
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_APPEND)
         self._size = os.lseek(self._fd, 0, os.SEEK_END) if self._regular else 0
         self._watch_age()
+
+
+@contextlib.contextmanager
+def to_read(path: Path) -> Iterator[int]:
+    """A descriptor of one of our files, or of what has been put in its place.
+
+    Raises:
+        OSError: as `safe_open`; EINVAL for what is no file of ours, but a device or somebody's descriptor.
+    """
+    fd, is_descriptor = safe_open(path, os.O_RDONLY)
+    try:
+        if is_descriptor or not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def facts_of(path: Path) -> FileFacts | None:
+    """The facts about one of our files; None when there is none, or something else."""
+    try:
+        fd, is_descriptor = safe_open(path, os.O_PATH)
+    except OSError:
+        return None
+    try:
+        facts = look(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    return None if facts is None or is_descriptor or not facts.is_regular else facts
+
+
+def examine(path: Path) -> logarchive.Archive | None:
+    try:
+        with to_read(path) as fd:
+            return logarchive.examine(fd)
+    except OSError:
+        return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,8 +20,7 @@ import msgspec
 
 from asyncsup import logarchive
 from asyncsup.errors import RequestError
-from asyncsup.filefacts import look
-from asyncsup.logfile import PACKED, RotatingFile
+from asyncsup.logfile import PACKED, RotatingFile, examine, facts_of, to_read
 
 log = logging.getLogger("asyncsup.logs")
 
@@ -94,11 +94,10 @@ class _Segment(msgspec.Struct, frozen=True, kw_only=True):
     def read(self, offset: int, limit: int) -> bytes:
         """Nothing where it cannot be read: the others can."""
         try:
-            if self.packed:
-                return logarchive.read(self.path, offset, limit)
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                return file.read(limit)
+            with to_read(self.path) as fd:
+                if self.packed:
+                    return logarchive.read(fd, offset, limit)
+                return os.pread(fd, limit, offset)
         except (OSError, zlib.error) as error:
             log.warning("%s: %s", self.path, error)
             return b""
@@ -213,11 +212,11 @@ class LogReader:
 
     def _newest_first(self) -> Iterator[_Segment]:
         for path in self._file.newest_first():
-            facts = look(path)
-            if facts is None or not facts.is_regular:
+            facts = facts_of(path)
+            if facts is None:
                 continue
             packed = path.suffix == PACKED and path != self._file.path
-            archive = logarchive.examine(path) if packed else None
+            archive = examine(path) if packed else None
             if packed and archive is None:
                 continue  # somebody else's
             yield _Segment(

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import children_of, wait_for
 
-from asyncsup import logarchive
 from asyncsup.compressor import Compressor
 from asyncsup.filefacts import look
-from asyncsup.logfile import RotatingFile
+from asyncsup.logfile import RotatingFile, examine
 from asyncsup.logreader import LogReader
 from asyncsup.logs import Format, OutputStream
 
@@ -383,7 +382,7 @@ async def test_a_damaged_file_costs_its_own_lines(stage: Stage) -> None:
     (stage.folder / "out.log.2.gz").write_bytes(packed)
     assert reader.read(reader.tail(0)).text == ""
     (stage.folder / "out.log.1.gz").write_bytes(b"")
-    oldest = logarchive.examine(stage.folder / "out.log.3.gz")
+    oldest = examine(stage.folder / "out.log.3.gz")
     assert oldest is not None
     start = reader.tail(1000)
     assert lines(0, 1).decode() in reader.read(start).text
