@@ -14,6 +14,7 @@ from asyncsup.actor import Actor
 from asyncsup.errors import (
     AllowedSignersError,
     AsyncsupError,
+    PatchNotFoundError,
     PatchUndecidedError,
     TargetBusyError,
     TrustUnavailableError,
@@ -64,7 +65,11 @@ class Arrivals:
         self._apply = apply
 
     async def listing(self) -> dict[str, Any]:
-        """What lies in the inbox, and what can be read of it."""
+        """What lies in the inbox, and what can be read of it.
+
+        Raises:
+            PatchNotFoundError: the inbox itself cannot be read.
+        """
         found = []
         for arrival in self._inbox.arrivals():
             entry: dict[str, Any] = {
@@ -96,8 +101,8 @@ class Arrivals:
                 await self._inbox.changed()
                 try:
                     listing = await self.listing()
-                except OSError as error:
-                    log.warning("the inbox cannot be read: %s", error)
+                except (PatchNotFoundError, OSError) as error:
+                    log.warning("what lies in the inbox cannot be applied: %s", error)
                     continue
                 ready = [entry for entry in listing["inbox"] if entry["state"] == "complete"]
                 for entry in sorted(ready, key=lambda entry: int(entry["build"])):

@@ -25,12 +25,12 @@ import anyio
 import anyio.abc
 import msgspec
 import orjson
-from asyncinotify import Inotify, Mask
 
 from asyncsup.errors import PatchNotFoundError
 from asyncsup.events import EventStream
 from asyncsup.patch import fs
 from asyncsup.patch.checksum import has_checksum
+from asyncsup.patch.standing_watch import StandingWatch
 
 log = logging.getLogger("asyncsup.inbox")
 
@@ -62,9 +62,19 @@ class Inbox:
             each.mkdir(parents=True, exist_ok=True)
 
     def arrivals(self) -> list[Arrival]:
-        """What lies there, by name. Hidden files, other endings and names that are no text are not ours."""
+        """What lies there, by name. Hidden files, other endings and names that are no text are not ours.
+
+        Raises:
+            PatchNotFoundError: the folder is gone, or cannot be read.
+        """
         found = []
-        for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
+        try:
+            with os.scandir(self.folder) as entries:
+                by_name = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            why = f"the inbox {self.folder} cannot be read: {error.strerror}"
+            raise PatchNotFoundError(why, path=str(self.folder)) from None
+        for entry in by_name:
             if not entry.name.endswith(".zip") or entry.name.startswith(".") or not _is_text(entry.name):
                 continue
             try:
@@ -81,7 +91,7 @@ class Inbox:
         """The path of a zip by its name, with or without the ending.
 
         Raises:
-            PatchNotFoundError: says what there is.
+            PatchNotFoundError: says what there is, or that the folder cannot be read.
         """
         for arrival in self.arrivals():
             if arrival.path.name in {name, f"{name}.zip"}:
@@ -114,25 +124,29 @@ class Inbox:
         return self.folder / outcome / name
 
     async def watch(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        """Notice changes until cancelled."""
-        mask = Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM
-        with Inotify() as inotify:
-            inotify.add_watch(self.folder, mask)
-            task_status.started()
-            self._arrived.set()
-            async for event in inotify:
-                if Mask.Q_OVERFLOW in event.mask:
-                    # More than the kernel keeps: what was lost may have been a package.
-                    self._arrived.set()
-                    continue
-                # A name need not be text: whoever reads of it is given what can be shown.
-                name = os.fsencode(str(event.name or "")).decode("utf-8", "replace")
-                if name.startswith(".") or not name.endswith((".zip", ".zip.sha256")):
-                    continue
-                # A checksum that comes after its package is what the package was waiting for.
-                name = name.removesuffix(".sha256")
-                self._events.emit("inbox.changed", file=name, state=self._state_of(name))
-                self._arrived.set()
+        """Notice changes until cancelled, also after the folder was replaced by another one."""
+        self._arrived.set()
+        watch = StandingWatch(self.folder, changed=self._changed, missed=self._missed, log=log)
+        await watch.run(task_status=task_status)
+
+    def _changed(self, name: str) -> None:
+        # A name need not be text: whoever reads of it is given what can be shown.
+        name = os.fsencode(name).decode("utf-8", "replace")
+        if name.startswith(".") or not name.endswith((".zip", ".zip.sha256")):
+            return
+        # A checksum that comes after its package is what the package was waiting for.
+        self._tell(name.removesuffix(".sha256"))
+
+    def _missed(self) -> None:
+        """What was not told of may have been a package."""
+        with contextlib.suppress(PatchNotFoundError):  # then there will be another folder
+            for arrival in self.arrivals():
+                self._tell(arrival.path.name)
+        self._arrived.set()
+
+    def _tell(self, name: str) -> None:
+        self._events.emit("inbox.changed", file=name, state=self._state_of(name))
+        self._arrived.set()
 
     async def changed(self) -> None:
         """Wait until something has come since the last call."""
