@@ -425,8 +425,11 @@ class ControlClient:
         poller.poll(_milliseconds(seconds))
         if events is not None and on_event is not None:
             # Before the answer: what happened before it is told before it.
-            for event in events.arrived():
-                on_event(event)
+            try:
+                for event in events.arrived():
+                    on_event(event)
+            except SupervisorUnreachableError:
+                pass  # of the events alone, which are fetched later; of the supervisor this call knows itself
         self._receive()
         if self._link is not None and not self._answers and self._link.lost():
             self._drop()
@@ -545,7 +548,7 @@ class EventStream:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if not self._ready:
-                self._ready.extend(self.arrived())
+                self._collect()
             if self._ready:
                 return self._ready.popleft()
             remaining = None if deadline is None else deadline - time.monotonic()
@@ -565,45 +568,54 @@ class EventStream:
 
     def arrived(self) -> list[Event]:
         """The events that are here by now, without waiting for more. Raises as `read` does."""
+        self._collect()
+        return self._taken()
+
+    def _taken(self) -> list[Event]:
+        events = list(self._ready)
+        self._ready.clear()
+        return events
+
+    def _collect(self) -> None:
+        """Put what is here into `_ready`, where it stays if this is cut short."""
         lost, joined, refused = self._link.news()
         if refused is not None:
             raise refused
         if joined:
             self._settles_at = time.monotonic() + JOIN_SECONDS
         self._lost |= lost
-        events = list(self._ready)
-        self._ready.clear()
         if self._lost:
             # Its last words first; what may be missing among them nobody can be asked for.
             while (frames := self._link.receive()) is not None:
                 event = _as_event(decode(frames[-1]))
                 if event is not None and self._sequence.take(event):
-                    events.append(event)
-            if not events:
+                    self._ready.append(event)
+            if not self._ready:
                 self._lost, self._stale = False, True
                 raise SupervisorUnreachableError(_gone(self._client.endpoint), endpoint=self._client.endpoint)
-            return events
+            return
         settled = self._settles_at is not None and time.monotonic() >= self._settles_at
         if self._stale or settled:
-            events += self._fetch(quiet=True)
-            self._stale = False
+            self._fetch(quiet=True)
         while (frames := self._link.receive()) is not None:
             event = _as_event(decode(frames[-1]))
             if event is None or self._sequence.is_repeat(event):
                 continue
             if not self._sequence.follows(event):
-                events += self._fetch(quiet=self._settles_at is not None)
+                self._fetch(quiet=self._settles_at is not None)
             if self._sequence.take(event):
-                events.append(event)
+                self._ready.append(event)
         if settled:
             self._settles_at = None
-        return events
 
     def catch_up(self) -> list[Event]:
         """What has arrived, and what has happened since: after this nothing up to now is missing."""
-        return [*self.arrived(), *self._fetch(quiet=True)]
+        self._collect()
+        self._fetch(quiet=True)
+        return self._taken()
 
-    def _fetch(self, *, quiet: bool) -> list[Event]:
+    def _fetch(self, *, quiet: bool) -> None:
+        self._stale = True  # as long as this has not come to its end
         info = self._client.call("supervisor.info")
         restarted = info.get("started") != self._started
         if restarted:
@@ -612,17 +624,17 @@ class EventStream:
             while self._link.receive() is not None:
                 pass  # the dead one's, or among those that are fetched now
         first = self._sequence.last + 1
-        events: list[Event] = []
-        lost, more = 0, True
+        found, lost, more = False, 0, True
         while more:
             answer = self._client.call("events.since", seq=self._sequence.last)
             some, missing = self._sequence.fetched(answer)
-            events += some
+            self._ready.extend(some)  # at once: the sequence has got as far as that
+            found |= bool(some)
             lost += missing
             more = bool(some) and self._sequence.last < answer.get("seq", 0)
-        if self._on_gap is not None and (lost or restarted or (events and not quiet)):
+        self._stale = False
+        if self._on_gap is not None and (lost or restarted or (found and not quiet)):
             self._on_gap(Gap(first, self._sequence.last, lost, restarted))
-        return events
 
 
 # --- asynchronous -------------------------------------------------------------------------------------------
@@ -932,7 +944,6 @@ class AsyncEventStream:
         settled = self._settles_at is not None and time.monotonic() >= self._settles_at
         if self._stale or settled:
             await self._fetch(quiet=True)
-            self._stale = False
         while self._raw:
             event = self._raw.popleft()
             if self._sequence.is_repeat(event):
@@ -945,6 +956,7 @@ class AsyncEventStream:
             self._settles_at = None
 
     async def _fetch(self, *, quiet: bool) -> None:
+        self._stale = True  # as long as this has not come to its end
         info = await self._client.call("supervisor.info")
         restarted = info.get("started") != self._started
         if restarted:
@@ -952,16 +964,16 @@ class AsyncEventStream:
             self._sequence.restart()
             self._raw.clear()  # the dead one's, or among those that are fetched now
         first = self._sequence.last + 1
-        events: list[Event] = []
-        lost, more = 0, True
+        found, lost, more = False, 0, True
         while more:
             answer = await self._client.call("events.since", seq=self._sequence.last)
             some, missing = self._sequence.fetched(answer)
-            events += some
+            self._ready.extend(some)  # at once: the sequence has got as far as that
+            found |= bool(some)
             lost += missing
             more = bool(some) and self._sequence.last < answer.get("seq", 0)
-        self._ready.extend(events)
-        if self._on_gap is not None and (lost or restarted or (events and not quiet)):
+        self._stale = False
+        if self._on_gap is not None and (lost or restarted or (found and not quiet)):
             self._on_gap(Gap(first, self._sequence.last, lost, restarted))
 
     def _on_message(self, frames: list[bytes]) -> None:

@@ -351,13 +351,13 @@ class ControlServer:
         if peer.router is self._router:
             return partial(Actor.of_peer, origin.address)
         assert self._remote is not None
-        key = self._remote.key_of(origin)
-        actor = Actor.of_key(origin.user, origin.address)
+        key_name, key = self._remote.key_of(origin)
+        actor = Actor.of_key(key_name, origin.address)
         if key is not None and covers(key.role, needed):
             return lambda: actor
         why = "has been revoked" if key is None else f"has the role {key.role}; {name} needs {needed}"
         self._refused(actor, name, why)
-        raise NotAllowedError(f"the key {origin.user} {why}", method=name, role=needed)
+        raise NotAllowedError(f"the key {key_name} {why}", method=name, role=needed)
 
     def _refused(self, actor: Actor, name: str, why: str) -> None:
         self.supervisor.counters["control.not_allowed"] += 1
@@ -476,7 +476,7 @@ class ControlServer:
         async def stop(selection: Selection, *, wait: bool) -> None:
             await selection.target.stop(selection.instances, asked_by=call.asked_by)
 
-        return await self._each(call, stop)
+        return await self._each(call, stop, is_long=True)
 
     @method("restart", "operate")
     async def restart(self, call: Call) -> Any:
@@ -489,7 +489,7 @@ class ControlServer:
                 selection.instances, asked_by=call.asked_by, wait=wait, rolling=rolling
             )
 
-        return await self._each(call, restart)
+        return await self._each(call, restart, is_long=True)
 
     @method("reload", "operate")
     async def reload(self, call: Call) -> Any:
@@ -499,7 +499,7 @@ class ControlServer:
                 {"name": name, "told_by": outcome.told_by, "took": outcome.took} for name, outcome in outcomes
             ]
 
-        return await self._each(call, reload)
+        return await self._each(call, reload, is_long=True)
 
     @method("scale", "operate")
     async def scale(self, call: Call) -> Any:
@@ -536,8 +536,13 @@ class ControlServer:
         await self.supervisor.wait_for(self._named(names), what, timeout)
         return {"took": time.monotonic() - began}
 
-    async def _each(self, call: Call, work: Callable[..., Awaitable[Any]]) -> Any:
-        """Do one thing to every target named, side by side; with one name its error is the answer."""
+    async def _each(self, call: Call, work: Callable[..., Awaitable[Any]], *, is_long: bool = False) -> Any:
+        """Do one thing to every target named, side by side; with one name its error is the answer.
+
+        Args:
+            is_long: even if it does not wait for what comes of it. Then who does not want to wait is answered
+                when it has begun, and what goes wrong is in the log.
+        """
         names = call.strings("names")
         wait, timeout = call.boolean("wait", True), call.seconds("timeout")
         call.finish()
@@ -549,6 +554,10 @@ class ControlServer:
             began = time.monotonic()
             name = selection.target.name
             result: dict[str, Any] = {"target": name, "ok": True, "detail": "", "instances": None}
+            if is_long and not wait:
+                self._begin(name, partial(work, selection, wait=False))
+                results[name] = {**result, "detail": "begun", "state": selection.target.state, "took": 0.0}
+                return
             try:
                 result["instances"] = await work(selection, wait=wait)
             except AsyncsupError as error:
@@ -567,6 +576,15 @@ class ControlServer:
         if len(selections) == 1 and errors:
             raise next(iter(errors.values()))
         return {"results": [results[selection.target.name] for selection in selections]}
+
+    def _begin(self, name: str, work: Callable[[], Awaitable[Any]]) -> None:
+        async def alone() -> None:
+            try:
+                await work()
+            except AsyncsupError as error:
+                log.warning("%s: %s", name, error.message)
+
+        self._tasks.start_soon(alone)
 
     def _named(self, names: Sequence[str]) -> list[Selection]:
         if not names:

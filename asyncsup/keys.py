@@ -82,6 +82,8 @@ def generate(folder: Path, name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         create_certificates(folder, name)
+        while load_pair(secret).public.startswith(b"-"):  # a command line would take it for an option
+            create_certificates(folder, name)
     except OSError as error:
         raise KeysError(f"{error.filename or folder}: {error.strerror}", code="keys.unwritable") from None
     finally:
@@ -111,7 +113,7 @@ def public_key(text: str) -> str:
     """
     if _PUBLIC_KEY.fullmatch(text):
         return text
-    if not Path(text).exists():
+    if not os.path.exists(text):  # noqa: PTH110 - which takes a name of any length
         raise KeysError(f"{text!r:.80} is neither a public key (40 characters in Z85) nor a file with one")
     return _load(Path(text))[0].decode()
 

@@ -34,8 +34,6 @@ def call_live(
     Raises:
         what `ControlClient.call` raises.
     """
-    if not out.is_live:
-        return client.call(method, params, timeout=timeout)
     with client.subscribe() as events:
         view = _View(out)
         try:
@@ -86,7 +84,13 @@ class _View:
             self._out.note(f"{why}; cancelled, waiting until the supervisor has put things back")
         deadline = time.monotonic() + UNDO_SECONDS
         while self._verdict is None and time.monotonic() < deadline:
-            step = events.read(timeout=deadline - time.monotonic())
+            try:
+                step = events.read(timeout=deadline - time.monotonic())
+            except SupervisorUnreachableError:
+                # Perhaps of the events alone; if there is no supervisor any more, this says so.
+                for event in events.catch_up():
+                    self.show(event)
+                continue
             if step is not None:
                 self.show(step)
         ended = self._verdict or "still going on"

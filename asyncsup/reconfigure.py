@@ -62,7 +62,11 @@ class Reconfigurer:
             raise TargetBusyError(f"the configuration is being changed for {self._asked_by}")
         self._asked_by = asked_by
         try:
-            return await self._apply(asked_by, wait)
+            # A client that gives up ends it no more: the configuration would say what no target has, and who
+            # was being restarted would stay down.
+            with anyio.CancelScope(shield=True):
+                result = await self._apply(asked_by, wait)
+            return result  # noqa: RET504 - to the type checker, a scope may swallow something
         finally:
             self._asked_by = None
 

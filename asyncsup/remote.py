@@ -87,9 +87,11 @@ class RemoteAccess:
         """The socket for requests."""
         return Router(self._context, self._endpoint, on_message, curve=self._curve)
 
-    def key_of(self, origin: Origin) -> AllowedKey | None:
-        """Whose request it is, and what they may at this moment."""
-        return self._keys.allowed().named(origin.user)
+    def key_of(self, origin: Origin) -> tuple[str, AllowedKey | None]:
+        """Whose request it is, and what the key of that connection may at this moment."""
+        name, _, public = origin.user.partition(" ")
+        key = self._keys.allowed().keys.get(public)
+        return name, key if key is not None and key.name == name else None
 
     # --- the handshake --------------------------------------------------------------------------------------
 
@@ -111,7 +113,8 @@ class RemoteAccess:
             status, text, user = b"400", b"this key is not allowed", b""
         else:
             log.info("%s (%s) has connected from %s", found.name, found.role, address.decode())
-            status, text, user = b"200", b"", found.name.encode()
+            # With the key: the name may be given another one, which this connection does not have.
+            status, text, user = b"200", b"", f"{found.name} {found.public}".encode()
         self._zap.send(peer, b"", version, request, status, text, user, b"")
 
     # --- events ---------------------------------------------------------------------------------------------

@@ -853,6 +853,12 @@ def test_build_of_one_folder_makes_everything_new(
     assert outcome.json["manifest"]["kind"] == "cold"
 
 
+def test_nobody_is_followed_when_there_is_nobody(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.handlers |= {"logs": lambda _: {"chunks": []}, "logs.follow": lambda _: {"chunks": []}}
+    assert run("logs", "-f", "web").status == 0
+    assert not supervisor.called("logs.follow")
+
+
 def test_build_makes_prototype_packages_too(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -895,6 +901,39 @@ def test_build_says_what_is_missing(
     assert outcome.status == 2
     assert said in outcome.err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--include", "*.json"), ("--exclude", "*.json"), ("--expires", "2099-01-01"), ("--build-min", "0"),
+        ("--build-max", "9"), ("--probation", "0"), ("--notes", "x"), ("--normal-modes",), ("--delta",),
+    ],
+    ids=lambda option: option[0],
+)  # fmt: skip
+def test_a_prototype_package_refuses_what_it_cannot_hold(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    output = tmp_path / "p.zip"
+    arguments: list[str | Path] = ["-o", output, "--build", "3", "-r", "here", "--warm", "--prototype"]
+    outcome = offline(capsys, "patch", "build", *folders, *arguments, *option)
+    assert outcome.status == 2
+    assert f"a prototype package has none of {option[0]}" in outcome.err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("audit", "list", "--after", "9" * 30),
+        ("events", "--since", "9" * 30),
+        ("patch", "build", "x", "-o", "y", "--build", "1", "--warm", "--expires", "0001-01-01T00+14:00"),
+    ],
+)
+def test_numbers_and_times_there_are_none_of(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert offline(capsys, *arguments).status == 2
 
 
 def test_build_into_a_folder_that_is_not_there_is_an_error_not_a_traceback(

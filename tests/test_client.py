@@ -400,6 +400,51 @@ def test_a_gap_wider_than_one_answer_is_fetched_in_pages(supervisor: FakeSupervi
         assert [_next(events.read).seq for _ in range(35)] == list(range(1, 36))
 
 
+def test_a_fetch_that_is_cut_short_loses_nothing(supervisor: FakeSupervisor) -> None:
+    """The supervisor goes between two pages; what it has said by then is read all the same."""
+    supervisor.page = 10
+    for n in range(35):
+        supervisor.emit("old", n=n)
+    answer = supervisor.handlers["events.since"]
+
+    def second_page_fails(call: Call) -> Any:
+        if call.params["seq"] == 10:
+            supervisor.handlers["events.since"] = answer
+            raise RefusalError("not at the moment", code="internal", exit_status=1)
+        return answer(call)
+
+    supervisor.handlers["events.since"] = second_page_fails
+    with ControlClient(supervisor.endpoint) as client, client.subscribe(since=0) as events:
+        with pytest.raises(RemoteError):
+            events.read()
+        assert [_next(events.read).seq for _ in range(35)] == list(range(1, 36))
+
+
+def test_an_async_fetch_that_is_cancelled_loses_nothing(supervisor: FakeSupervisor) -> None:
+    supervisor.page = 10
+    for n in range(35):
+        supervisor.emit("old", n=n)
+    answer = supervisor.handlers["events.since"]
+    supervisor.handlers["events.since"] = lambda call: PENDING if call.params["seq"] == 10 else answer(call)
+
+    async def main() -> None:
+        async with AsyncControlClient(supervisor.endpoint) as client:
+            with await client.subscribe(since=0) as events:
+
+                async def read() -> None:
+                    await anext(events)
+
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await anyio.to_thread.run_sync(supervisor.wait_for, "events.since", 2)
+                    tasks.cancel_scope.cancel()
+                supervisor.handlers["events.since"] = answer
+                with anyio.fail_after(WAIT_SECONDS):
+                    assert [(await anext(events)).seq for _ in range(35)] == list(range(1, 36))
+
+    anyio.run(main)
+
+
 def test_wait_closed_returns_when_the_supervisor_has_gone(supervisor: FakeSupervisor) -> None:
     with ControlClient(supervisor.endpoint) as client:
         client.call("supervisor.info")

@@ -38,6 +38,9 @@ def test_what_can_come_next(serve: Serve) -> None:
     assert complete("restart", "web", "", endpoint=here) == ["all", "web", "db", "web:0", "web:1"]
     assert complete("wait", "--for", "r") == ["ready", "running"]
     assert complete("completion", "z") == ["zsh"]
+    for typed in (("--endpoint", here), (f"--endpoint={here}",), ("-c", str(serve.config))):
+        assert complete(*typed, "restart", "d") == ["db"]
+        assert complete("restart", *typed, "d") == ["db"]
     assert complete("-c", "") == []
     assert complete("nonsense", "") == []
     client.close()

@@ -83,12 +83,17 @@ def console(
 def inbox_of(supervisor: FakeSupervisor, *files: str, **listing: Any) -> Path:
     """Put packages into the inbox of the pretended supervisor."""
     folder = supervisor.folder / "inbox"
-    entries = []
+    entries: list[dict[str, Any]] = []
     for build, file in enumerate(files, 300):
         (folder / file).write_bytes(file.encode())
         entries.append({"file": file, "size": 5, "state": "complete", "format": "prototype", "build": build})
-    answer = {"inbox": entries, "folder": str(folder), "trust": "digest", **listing}
-    supervisor.handlers["patch.list"] = lambda _: answer
+
+    def listed(_: Call) -> Any:
+        for entry in entries:
+            entry["checksum"] = (folder / f"{entry['file']}.sha256").exists()
+        return {"inbox": entries, "folder": str(folder), "trust": "digest", **listing}
+
+    supervisor.handlers["patch.list"] = listed
     return folder
 
 
@@ -458,6 +463,19 @@ def test_the_history_is_private_and_no_link_is_followed(
     assert path == tmp_path / "state/asyncsup/console_history"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert elsewhere.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_no_history_is_left_in_the_folder_of_another_user(
+    supervisor: FakeSupervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    supervisor.info["state_dir"] = str(theirs)
+    assert history_path(_session(supervisor.endpoint)) == tmp_path / "state/asyncsup/console_history"
+    assert not list(theirs.iterdir())
 
 
 # --- the real supervisor ------------------------------------------------------------------------------------

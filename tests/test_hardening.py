@@ -21,6 +21,7 @@ from test_supervisor import QUICK, SLEEPER, instance, reached, target
 
 from asyncsup.client import ControlClient, Event
 from asyncsup.errors import AsyncsupError, RemoteError
+from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
 
 HANGS = 60.0
@@ -586,6 +587,28 @@ def test_the_history_of_a_cancelled_patch_has_its_steps(field: Field) -> None:
     (entry,) = field.client.call("patch.history")["transactions"]
     assert entry["verdict"] == "rolled_back"
     assert [s["step"] for s in field.client.call("patch.show", id=str(entry["txn"]))["steps"]]
+
+
+def test_a_script_that_gives_up_waits_as_well_until_everything_is_put_back(serve: Serve) -> None:
+    (serve.folder / "app").mkdir()
+    (serve.folder / "new").mkdir()
+    (serve.folder / "new/a.txt").write_text("new")
+    client = serve.start(
+        f'{QUICK}[patch]\ntrust = "none"\nprobation = "5m"\n[target.web]\n{SLEEPER}root = "app"\n'
+        'reload_command = ["sh", "-c", "sleep 1"]\n'
+    )
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    build_patch(
+        old=None, new=serve.folder / "new", output=serve.folder / "p.zip", name="p", version="1", build=1,
+        kind=Kind.WARM, targets=["web"], regions=["local"],
+    )  # fmt: skip
+    asyncsup = [sys.executable, "-m", "asyncsup", "-c", str(serve.config)]
+    given_up = [*asyncsup, "patch", "apply", str(serve.folder / "p.zip"), "--json", "--timeout", "4s"]
+    assert subprocess.run(given_up, check=False, capture_output=True, timeout=HANGS).returncode == 124
+    for entry in client.call("patch.history")["transactions"]:
+        assert entry["verdict"] not in {None, "switched_back"}
+    assert not (serve.folder / "app/a.txt").exists()
+    client.close()
 
 
 def test_an_extension_after_the_start_time_out_does_not_save_it(serve: Serve) -> None:

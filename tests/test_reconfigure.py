@@ -16,7 +16,7 @@ import pytest
 from conftest import Asked, Serve, wait_for
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
-from asyncsup.client import ControlClient
+from asyncsup.client import ControlClient, Event
 
 TWO = f"{QUICK}[target.web]\n{SLEEPER}[target.db]\n{SLEEPER}"
 
@@ -128,6 +128,36 @@ def test_what_one_target_refuses_is_told_and_the_others_are_changed(scene: Scene
     assert list(result["failed"]) == ["web"]
     assert result["failed"]["web"]["code"] == "target.start_failed"
     assert instance(scene.client, "db")["ready"]
+
+
+def test_a_client_that_gives_up_leaves_nobody_down(scene: Scene) -> None:
+    deaf = scene.serve.folder / "deaf.sh"
+    deaf.write_text("trap '' TERM\ntouch deaf\nuntil [ -e go ]; do sleep 0.02; done\n")
+    scene.apply(f"{QUICK}[target.web]\ncommand = 'sh deaf.sh'\nstop_timeout = '5m'\n")
+    wait_for((scene.serve.folder / "deaf").exists, "the program not to listen")
+    before = scene.pids()
+    scene.serve.write(f"{QUICK}[target.web]\n{SLEEPER}[target.new]\n{SLEEPER}")
+    with ControlClient(scene.serve.endpoint) as other, other.subscribe() as events:
+
+        def look(event: Event) -> None:
+            if event.data.get("to") == "stopping":
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            other.call("config.apply", events=events, on_event=look)
+        # While it goes on nobody else may.
+        assert fails(scene.client, "config.apply").error_code == "target.busy"
+    (scene.serve.folder / "go").touch()
+    for name in ("web", "new"):
+        reached(scene.client, name, "running")
+    assert scene.pids()["web:0"] != before["web:0"]
+
+    def applied() -> int:
+        events = scene.client.call("events.since", seq=0)["events"]
+        return [event["type"] for event in events].count("config.applied")
+
+    wait_for(lambda: applied() == 2, "the end of it")
+    assert not scene.client.call("config.plan")["restarted"]
 
 
 def test_output_goes_to_its_new_place(scene: Scene) -> None:

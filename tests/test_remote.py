@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ import zmq
 from conftest import Serve, free_port, wait_for
 
 from asyncsup import control
-from asyncsup.client import AsyncControlClient, ClientKeys, ControlClient
+from asyncsup.client import AsyncControlClient, ClientKeys, ControlClient, Event, EventStream
 from asyncsup.errors import (
     KeysError,
     NotAllowedError,
@@ -232,6 +233,48 @@ def test_a_revoked_key_does_nothing_more_on_a_connection_that_is_open(site: Site
             return False
 
         wait_for(turned_away, "the events to end")
+    local.close()
+
+
+def test_a_key_that_was_replaced_is_not_the_one_that_is_allowed_now(site: Site) -> None:
+    """The name stays, the connection with the old key does not get what the new one may."""
+    local = site.start()
+    site.allow("anna", "view")
+    with site.client("anna") as anna:
+        anna.call("status", timeout=60)
+        site.store.allow("anna", "patch", site.keys_of("anna2").public.decode())
+        for method, params in (("restart", {"names": ["sleeper"]}), ("status", {})):
+            assert code_of(partial(anna.call, method, params, timeout=60)) == "not_allowed"
+    local.close()
+
+
+def test_a_call_that_shows_events_goes_on_when_another_key_is_revoked(site: Site) -> None:
+    local = site.start()
+    site.allow("anna", "operate")
+    site.allow("bert", "view")
+    heard: list[Event] = []
+
+    def wait(client: ControlClient, events: EventStream) -> None:
+        client.call("wait", {"names": ["sleeper"], "for": "stopped"}, events=events, on_event=heard.append)
+
+    with site.client("anna") as anna, anna.subscribe() as events:
+        thread = threading.Thread(target=wait, args=(anna, events))
+        thread.start()
+
+        def has_heard(least: int) -> bool:
+            local.call("restart", names=["sleeper"])
+            return len(heard) >= least
+
+        wait_for(partial(has_heard, 1), "an event")
+        site.store.revoke("bert")
+        local.call("restart", names=["sleeper"])
+        wait_for(partial(has_heard, len(heard) + 10), "more events after that")
+        local.call("stop", names=["sleeper"])
+        thread.join(60)
+        assert not thread.is_alive()
+    numbers = [event.seq for event in heard]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    assert heard[-1].data.get("to") == "stopped"
     local.close()
 
 

@@ -95,6 +95,27 @@ def test_a_crash_is_followed_by_a_restart_at_once_and_counted(serve: Serve) -> N
     client.close()
 
 
+@pytest.mark.parametrize("operation", ["stop", "restart", "reload"])
+def test_who_does_not_want_to_wait_is_answered_at_once(serve: Serve, operation: str) -> None:
+    (serve.folder / "slow.sh").write_text(
+        "trap '' TERM\ntouch deaf\nuntil [ -e go ]; do sleep 0.02; done\ntouch ended\n"
+    )
+    (serve.folder / "reload.sh").write_text("until [ -e go ]; do sleep 0.02; done\ntouch ended\n")
+    client = serve.start(
+        f'{QUICK}[target.web]\ncommand = "sh slow.sh"\nstop_timeout = "5m"\nreload_command = "sh reload.sh"\n'
+    )
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    wait_for((serve.folder / "deaf").exists, "the program not to listen")
+    (result,) = client.call(operation, {"names": ["web"], "wait": False}, timeout=60)["results"]
+    assert (result["ok"], result["detail"]) == (True, "begun")
+    assert not (serve.folder / "ended").exists()
+    wait_for(lambda: target(client, "web")["busy"] == operation, "it to go on")
+    (serve.folder / "go").touch()
+    wait_for((serve.folder / "ended").exists, "the end of it")
+    wait_for(lambda: target(client, "web")["busy"] is None, "the end of the operation")
+    client.close()
+
+
 def test_a_program_that_ends_at_once_backs_off_and_then_fails(serve: Serve) -> None:
     client = serve.start(
         f'{QUICK}[target.bad]\ncommand = "sh -c \'exit 3\'"\nmin_uptime = "1h"\nstart_limit_burst = 3\n'

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asyncsup import render
-from asyncsup.cli.arguments import digest_options, matching, timeout_option
+from asyncsup.cli.arguments import digest_options, serial, timeout_option
 from asyncsup.cli.session import QUERY_SECONDS, Session, file_error
 from asyncsup.cli.verbs import Action
 from asyncsup.errors import AsyncsupError, PatchNotFoundError, UsageError
@@ -182,9 +182,6 @@ def _rollback(session: Session) -> int:
     return 0
 
 
-_number: Final = matching(r"[0-9]{1,15}", "no number", int)
-
-
 def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
@@ -194,10 +191,10 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
     )
     far = parser.add_mutually_exclusive_group()
     far.add_argument(
-        "--to", dest="build", type=_number, metavar="BUILD", help="of a target: back to that build"
+        "--to", dest="build", type=serial, metavar="BUILD", help="of a target: back to that build"
     )
     far.add_argument(
-        "--to-generation", dest="generation", type=_number, metavar="N", help="of a target: to a generation"
+        "--to-generation", dest="generation", type=serial, metavar="N", help="of a target: to a generation"
     )
     whom = parser.add_mutually_exclusive_group()
     whom.add_argument("--only", action="store_true", help="no other target, though the patch covers others")

@@ -78,6 +78,8 @@ def matching(pattern: str, otherwise: str, convert: Callable[[str], Value]) -> C
 
 
 natural: Final = matching(r"[0-9]{1,4}", "no number from 0 to 9999", int)
+serial: Final = matching(r"[0-9]{1,15}", "no number", int)
+"""Of what is counted from 1 on: records, events, transactions."""
 
 
 # --- options that several verbs take ------------------------------------------------------------------------

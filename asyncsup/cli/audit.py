@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from asyncsup.cli.arguments import matching, natural
+from asyncsup.cli.arguments import matching, natural, serial
 from asyncsup.cli.session import QUERY_SECONDS, Session, file_error
 from asyncsup.cli.verbs import Action
 from asyncsup.patch.database import Database
@@ -80,8 +80,8 @@ def _as_value(record: Record) -> dict[str, Any]:
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-n", "--limit", type=natural, default=50, metavar="N", help="the last N (50)")
-    add("--after", type=int, metavar="SEQ", help="N from the one behind record number SEQ on, instead")
-    add("--txn", type=int, metavar="N", help="only of this transaction")
+    add("--after", type=serial, metavar="SEQ", help="N from the one behind record number SEQ on, instead")
+    add("--txn", type=serial, metavar="N", help="only of this transaction")
     _state_dir_option(parser)
 
 

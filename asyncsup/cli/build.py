@@ -159,7 +159,8 @@ def _expiry(text: str | None) -> datetime | None:
         return None
     try:
         expires = datetime.fromisoformat(text)
-    except ValueError:
+        expires.astimezone(UTC)  # what is not a time there is none anywhere
+    except (ValueError, OverflowError):
         raise UsageError(f"--expires: {text!r} is not a time such as 2027-02-22T00:00:00Z") from None
     return expires if expires.tzinfo is not None else expires.replace(tzinfo=UTC)
 
@@ -186,6 +187,15 @@ def _write_prototype(args: argparse.Namespace, old: Path | None, new: Path, outp
         raise UsageError("a prototype package is for exactly one region: -r REGION")
     if args.sign or args.downgrade or args.build_floor is not None:
         raise UsageError("a prototype package cannot be signed, nor lower a build or set a floor for it")
+    unused = {
+        "--version": args.version, "--build-min": args.build_min, "--build-max": args.build_max,
+        "--expires": args.expires, "--probation": args.probation, "--notes": args.notes,
+        "--include": args.include, "--exclude": args.exclude, "--normal-modes": args.normal_modes,
+        "--store": args.store, "--delta": args.delta,
+    }  # fmt: skip
+    given = [option for option, value in unused.items() if value is not False and value not in (None, "", [])]
+    if given:
+        raise UsageError(f"a prototype package has none of {', '.join(given)}")
     before = {} if old is None else _contents(old)
     after = _contents(new)
     build_prototype_patch(

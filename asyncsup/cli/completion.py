@@ -7,6 +7,7 @@ one; so nothing here has to be kept up with them.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -53,7 +54,8 @@ def _candidates(words: Sequence[str], session: Session) -> list[str]:
     name = "asyncsup"
     rest: list[str] = []
     skip = False
-    for word in before:
+    for word, following in itertools.zip_longest(before, before[1:]):
+        _take_up(word, following, session.args)
         if skip:
             skip = False
         elif verb is not None:
@@ -76,6 +78,14 @@ def _candidates(words: Sequence[str], session: Session) -> list[str]:
         return _beginning(last, [*table, *_options(parser)] if last.startswith("-") else list(table))
     verb.configure(parser)
     return _beginning(last, _of_verb(parser, rest, last, session))
+
+
+def _take_up(word: str, following: str | None, args: argparse.Namespace) -> None:
+    """Which supervisor is meant is typed before the name of one of its targets."""
+    option, equals, value = word.partition("=")
+    if option in TAKE_A_VALUE:
+        name = "endpoint" if option == "--endpoint" else "config"
+        setattr(args, name, value if equals else following)
 
 
 def _of_verb(parser: argparse.ArgumentParser, rest: Sequence[str], last: str, session: Session) -> list[str]:

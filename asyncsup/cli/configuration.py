@@ -12,6 +12,7 @@ from asyncsup.cli.session import QUERY_SECONDS, Session
 from asyncsup.cli.settings import read_config
 from asyncsup.cli.verbs import Action
 from asyncsup.config.schema import config_schema
+from asyncsup.errors import TimeoutExpiredError
 from asyncsup.scaffold import write_scaffold
 
 
@@ -53,7 +54,12 @@ def _plan(session: Session) -> int:
 
 def _apply(session: Session) -> int:
     args = session.args
-    value = session.client.call("config.apply", wait=args.wait, timeout=args.timeout)
+    try:
+        value = session.client.call("config.apply", wait=args.wait, timeout=args.timeout)
+    except TimeoutExpiredError:
+        raise TimeoutExpiredError(
+            f"the configuration is not all taken up within {args.timeout:g} s; the supervisor goes on with it"
+        ) from None
     session.out.result(value, lambda: render.config_lines(value, ink=session.out.ink))
     return 1 if value["failed"] else 0
 

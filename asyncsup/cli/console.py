@@ -273,16 +273,21 @@ class Console:
             return None
         found = next((e for e in listing["inbox"] if e["file"] in {package, f"{package}.zip"}), None)
         if found is not None:
-            path, where = Path(listing["folder"], found["file"]), {"name": found["file"]}
+            name, where = found["file"], {"name": found["file"]}
+            if found["checksum"]:
+                return None
         else:
             path = Path(package).absolute()
-            where = {"path": str(path)}
-        if not path.is_file() or path.with_name(f"{path.name}.sha256").is_file():
-            return None
+            name, where = path.name, {"path": str(path)}
+            if not path.is_file() or path.with_name(f"{name}.sha256").is_file():
+                return None
+            if self._session.client.endpoint.startswith("tcp://"):
+                # The supervisor has not got it yet, and looks at it when it has.
+                return ask(f"checksum of {render.clean(name)}: ") or None
         verified = self._session.client.call("patch.verify", where)
         kind = "CRC-32" if verified["format"] == "prototype" else "SHA-256"
         for _ in range(DIGEST_TRIES):
-            answer = ask(f"{kind} of {render.clean(path.name)}: ")
+            answer = ask(f"{kind} of {render.clean(name)}: ")
             if answer is None or not answer.strip():
                 break
             try:
@@ -294,7 +299,7 @@ class Console:
                 self._out.note(error.message)
             else:
                 return answer
-        raise UsageError(f"{path.name} was not applied: it needs its {kind}", code="trust.digest_missing")
+        raise UsageError(f"{name} was not applied: it needs its {kind}", code="trust.digest_missing")
 
     def _lost(self, error: SupervisorUnreachableError) -> None:
         self.exit_status = exit_status_of(error)
@@ -441,8 +446,10 @@ def history_path(session: Session) -> Path | None:
 def _history_folders(session: Session) -> Iterator[Path]:
     with contextlib.suppress(SupervisorUnreachableError, NotAllowedError):
         state = Path(str(session.ask("supervisor.info")["state_dir"]))
-        if state.is_dir():
-            yield state
+        # Not that of a supervisor elsewhere, nor of another user, who could put a link in its place.
+        with contextlib.suppress(OSError):
+            if state.stat().st_uid == os.geteuid():
+                yield state
     base = os.environ.get("XDG_STATE_HOME", "")
     yield Path(base if base.startswith("/") else Path.home() / ".local/state", "asyncsup")
 

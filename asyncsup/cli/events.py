@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from asyncsup import render
+from asyncsup.cli.arguments import serial
 from asyncsup.cli.following import follow
 from asyncsup.cli.session import Session
 from asyncsup.cli.verbs import Action
@@ -73,7 +74,9 @@ def _report_gap(out: Output, gap: Gap) -> None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--since", type=int, metavar="SEQ", help="first what happened after event number SEQ")
+    parser.add_argument(
+        "--since", type=serial, metavar="SEQ", help="first what happened after event number SEQ"
+    )
     parser.add_argument("--no-follow", dest="follow", action="store_false", help="what is kept, and end")
     parser.add_argument(
         "--keep-going", action="store_true", help="also when the supervisor is shut down, until Ctrl-C"

@@ -169,6 +169,8 @@ class _Logs:
 
     def follow(self) -> bool:
         """Wait for more and print it; False when there is nobody left who could write any."""
+        if not self._cursors:
+            return False  # a question about nobody is answered at once
         if time.monotonic() - self._looked > FOLLOW_SECONDS:
             self._look_again()
         try:
