@@ -20,7 +20,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -169,7 +169,6 @@ def spawn(spec: SpawnSpec) -> Child:
                     argv,
                     spec.env,
                     setsid=True,
-                    setsigmask=[],
                     setsigdef=_RESETTABLE_SIGNALS,
                     file_actions=[
                         (os.POSIX_SPAWN_DUP2, null, 0),
@@ -189,6 +188,8 @@ def spawn(spec: SpawnSpec) -> Child:
             why = f"cannot be started in {spec.directory}: {error.strerror}"
         elif error.errno == errno.ENOENT and (interpreter := _interpreter(program, spec.directory)):
             why = f"cannot be started: its first line names {interpreter!r}, which is not there"
+        elif error.errno == errno.EBADF and (number := max(spec.descriptors, default=0)) >= _SOFT_NOFILE:
+            why = f"cannot be started: descriptor {number} is beyond the soft limit of {_SOFT_NOFILE}"
         else:
             why = f"cannot be started: {error.strerror}"
         raise SpawnError(f"{spec.command[0]}: {why}") from None
@@ -245,16 +246,30 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (_HARD_NOFILE, _HARD_NOFILE))
 
 
-def _spawn_with_usual_limits(path: str, argv: list[str], env: Mapping[str, str], **settings: Any) -> int:
-    """posix_spawn with the soft descriptor limit this process was started with: a program that uses
-    select(2) is not to inherit ours. Limits are inherited at the fork, so lowering our own for that moment
-    does it; descriptors that are open stay open.
+def usual_descriptor_limit() -> None:
+    """Go back to the soft limit this process was started with, for what is executed from it: a program that
+    uses select(2) is not to inherit ours. Descriptors that are open stay open.
     """
     resource.setrlimit(resource.RLIMIT_NOFILE, (_SOFT_NOFILE, _HARD_NOFILE))
+
+
+def _no_signals_at_the_usual_limit() -> Iterator[int]:
+    """The signal mask of a child: empty. By the way, the soft limit of descriptors is what it is to inherit.
+
+    Limits are inherited at the fork; but glibc refuses file actions (EBADF) whose descriptor is not below the
+    soft limit of the moment at which they are added. `os.posix_spawn` adds them, then asks for the mask, and
+    then forks: this is where to lower ours.
+    """
+    usual_descriptor_limit()
+    yield from ()
+
+
+def _spawn_with_usual_limits(path: str, argv: list[str], env: Mapping[str, str], **settings: Any) -> int:
+    """posix_spawn with the soft descriptor limit this process was started with, and no signal blocked."""
     try:
-        return os.posix_spawn(path, argv, env, **settings)
+        return os.posix_spawn(path, argv, env, setsigmask=_no_signals_at_the_usual_limit(), **settings)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_HARD_NOFILE, _HARD_NOFILE))
+        raise_descriptor_limit()
 
 
 class Child:

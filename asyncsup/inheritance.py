@@ -129,7 +129,9 @@ class Inheritance:
         finding = adoption.find(process, self._runtime.fifos / f"{name}.stdout")
         if finding.pidfd < 0:
             return False
-        running = not select.select([finding.pidfd], [], [], 0)[0]
+        poll = select.poll()
+        poll.register(finding.pidfd, select.POLLIN)
+        running = not poll.poll(0)
         os.close(finding.pidfd)
         return running and finding.verdict is adoption.Verdict.OURS
 

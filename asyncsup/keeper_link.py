@@ -97,8 +97,10 @@ class KeeperLink:
         return self._channel is not None
 
     def _take_over(self, channel: socket.socket) -> None:
+        poll = select.poll()  # select(2) knows no descriptor beyond 1023
+        poll.register(channel, select.POLLIN)
         while not self._handed_over:
-            if not select.select([channel], [], [], PATIENCE_SECONDS)[0]:
+            if not poll.poll(PATIENCE_SECONDS * 1000):
                 raise StateError("the keeper says nothing", code="state.keeper")
             self._receive()
             if self._channel is None or (self.pid is not None and os.getppid() != self.pid):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import anyio
 
 from asyncsup import keeper
+from asyncsup.child import raise_descriptor_limit, usual_descriptor_limit
 from asyncsup.config import Config
 from asyncsup.errors import AsyncsupError
 from asyncsup.keeper_link import KeeperLink, launch
@@ -35,6 +36,8 @@ def serve(load: Callable[[], Config], *, channel: int | None, keeper_wanted: boo
         # The kernel drops what PID 1 has no handler for; blocked, it waits until there is one.
         signal.pthread_sigmask(signal.SIG_BLOCK, keeper.PASSED_ON)
     if channel is not None:
+        # The keeper may hold more for us than fits into the limit it has started us with.
+        raise_descriptor_limit()
         link = KeeperLink(socket.socket(fileno=channel))
         # The keeper has had it as well, and passes it on when the instances can be stopped.
         _ignore(keeper.ENDING)
@@ -53,6 +56,7 @@ def serve(load: Callable[[], Config], *, channel: int | None, keeper_wanted: boo
     if link.pid is None:
         # Its handlers are gone, and those of the next one not there yet.
         _ignore(keeper.PASSED_ON)
+        usual_descriptor_limit()
         os.execv(successor.command[0], list(successor.command))
     link.replace(successor.python, successor.keeper, successor.command)
     return 0

@@ -124,6 +124,69 @@ def test_a_supervisor_out_of_descriptors_says_so_and_recovers(serve: Serve, by_d
     client.close()
 
 
+def started_by(serve: Serve, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `serve` executed by a piece of Python that has `resource` and `os` and prepares the process."""
+    command = serve.command
+    text = f"import os, resource, sys\n{program}\nos.execv(sys.argv[1], sys.argv[1:])"
+    monkeypatch.setattr(serve, "command", lambda *words: [sys.executable, "-c", text, *command(*words)])
+
+
+SOFT_64 = "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))"
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["keeper", "no keeper"])
+def test_the_soft_limit_of_descriptors_is_the_programs_and_not_the_supervisors(
+    serve: Serve, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve.alone = alone
+    started_by(serve, SOFT_64, monkeypatch)
+    client = serve.start(
+        f"{QUICK}[socket.http]\nlisten = 'unix://{serve.folder}/http.sock'\n"
+        f"[target.web]\n{SLEEPER}instances = 40\nlog.stderr = 'separate'\nsockets = ['http']\n"
+        f"[target.beyond]\n{SLEEPER}autostart = false\nready.fd = 64\n"
+    )
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    pids = {i["pid"] for i in target(client, "web")["instances"]}
+    assert len(pids) == 40
+    assert max(descriptors(supervisor_pid(client))) > 64
+
+    def limits() -> set[int]:
+        return {resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] for pid in pids}
+
+    assert limits() == {64}
+    with pytest.raises(RemoteError, match="descriptor 64 is beyond the soft limit of 64"):
+        client.call("start", names=["beyond"])
+    started = client.call("supervisor.info")["started"]
+    if alone:
+        client.call("supervisor.reexec")
+    else:
+        serve.kill_supervisor()
+    client.close()
+    client = serve.connect_to_next(started)
+    assert {i["pid"] for i in target(client, "web")["instances"]} == pids, "all are taken back"
+    client.call("restart", names=["web"])
+    pids = {i["pid"] for i in target(client, "web")["instances"]}
+    assert limits() == {64}
+    client.close()
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 3000, reason="needs so many descriptors")
+def test_a_keeper_with_more_descriptors_than_select_knows_is_understood(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hard = "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    hard += "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+    started_by(serve, f"{hard}for number in range(3, 1100): os.dup2(0, number)", monkeypatch)
+    client = serve.start(f"{QUICK}[target.web]\n{SLEEPER}")
+    before = reached(client, "web", "running")["pid"]
+    started = client.call("supervisor.info")["started"]
+    client.close()
+    serve.kill_supervisor()
+    client = serve.connect_to_next(started)
+    assert instance(client, "web")["pid"] == before
+    client.close()
+
+
 RUN = """
 import os, resource, sys
 from pathlib import Path
