@@ -23,7 +23,7 @@ import orjson
 
 from asyncsup.events import timestamp
 from asyncsup.logfile import RotatingFile
-from asyncsup.logreader import LogReader
+from asyncsup.logreader import LogReader, time_of
 from asyncsup.pipes import PIPE_BYTES, Peephole, enlarge
 from asyncsup.spool import Spool
 
@@ -39,6 +39,8 @@ LINE_MARGIN: Final = 64 << 10
 """Below this room in a file it is looked where a line ends before bytes are moved."""
 LONGEST_LINE: Final = 256 << 10
 """A longer line is written in pieces, so that a program without newlines cannot fill the memory."""
+
+_TIME_CHARS: Final = len("2026-11-28T10:00:00.123Z ")
 
 _arrivals = itertools.count(1)
 
@@ -93,6 +95,16 @@ class OutputStream:
     def reader(self) -> LogReader:
         """What has been written so far, to be read back."""
         return LogReader(self.file, instance=self.instance, stream=self.stream)
+
+    def as_written(self, line: str) -> str:
+        """A line of the file as the program wrote it, without what the format adds."""
+        if self._format == "timestamp":
+            return line[_TIME_CHARS:] if time_of(line[:_TIME_CHARS].encode()) else line
+        if self._format == "json":
+            # Before a change of the format there may be other lines.
+            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+                return str(orjson.loads(line)["line"])
+        return line
 
     @property
     def is_stamped(self) -> bool:

@@ -21,7 +21,7 @@ import anyio.to_thread
 
 from asyncsup.config.settings import LivenessConfig, ProbeConfig
 from asyncsup.logreader import Cursor
-from asyncsup.logs import OutputStream
+from asyncsup.logs import LONGEST_LINE, OutputStream
 
 Probe = Callable[[], Awaitable[str | None]]
 """Why the program is not well, in a few words; None when it is."""
@@ -32,6 +32,8 @@ RunCommand = Callable[[tuple[str, ...], float], Awaitable[str | None]]
 USER_AGENT: Final = "asyncsup"
 LONGEST_TAIL: Final = 64 << 10
 """Of an unfinished line this much is kept to look for the pattern in."""
+LONGEST_FORMATTED: Final = 8 * LONGEST_LINE
+"""No line of the formats is longer, whatever is escaped in it."""
 
 
 def probe_of(config: ProbeConfig, run_command: RunCommand, expand: Callable[[str], str]) -> Probe | None:
@@ -123,7 +125,7 @@ async def until_dead(probe: Probe, config: LivenessConfig) -> str:
 
 
 async def until_line(stream: OutputStream, begin: Cursor, pattern: str) -> None:
-    """Return once a line of the output, from ``begin`` on, has the pattern in it."""
+    """Return once a line of the output, from ``begin`` on, has the pattern in it, as the program wrote it."""
     wanted, cursor, tail = re.compile(pattern), begin, ""
     while True:
         growth = stream.growth()
@@ -136,6 +138,11 @@ async def until_line(stream: OutputStream, begin: Cursor, pattern: str) -> None:
         finally:
             growth.cancel()
         *lines, tail = (tail + piece.text).split("\n")
-        if any(wanted.search(line) for line in lines) or wanted.search(tail):
+        if any(wanted.search(stream.as_written(line)) for line in lines):
+            return
+        if stream.is_stamped:
+            tail = tail[-LONGEST_FORMATTED:]  # nothing yet that the program wrote
+            continue
+        if wanted.search(tail):
             return
         tail = tail[-LONGEST_TAIL:]

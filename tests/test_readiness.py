@@ -80,6 +80,20 @@ def test_what_is_asked_from_outside_decides(switched: tuple[Serve, str, int], re
     client.close()
 
 
+@pytest.mark.parametrize("format_", ["raw", "timestamp", "json"])
+def test_a_line_is_matched_as_the_program_wrote_it(serve: Serve, format_: str) -> None:
+    (serve.folder / "say.sh").write_text(
+        "echo 'not listening on \"here\"'\nuntil [ -e go ]; do sleep 0.02; done\n"
+        "echo 'listening on \"here\"'\nexec sleep 3600\n"
+    )
+    client = serve.start(
+        f'{QUICK}log.format = "{format_}"\n[target.web]\ncommand = "sh say.sh"\n'
+        "ready.log = '^listening on \"h[a-z]+\"$'\n"
+    )
+    assert become_ready(serve, client)["detail"] == "its output says so"
+    client.close()
+
+
 def test_a_status_of_500_is_not_ready_and_the_last_answer_is_told(switched: tuple[Serve, str, int]) -> None:
     serve, command, port = switched
     (serve.folder / "go").touch()

@@ -240,7 +240,7 @@ class ReadyConfig(ProbeConfig, frozen=True, kw_only=True):
 
     interval: Timeout = 0.2
     log: Annotated[str | None, values.PATTERN] = None
-    """A line of its output matches."""
+    """A line of its output matches, as the program wrote it, whatever `log.format` is."""
     fd: Annotated[int | None, integer(3, 255), Takes.AT_START] = None
     """It writes a newline to this descriptor (s6)."""
     accepts: Annotated[bool, values.BOOLEAN] = False
