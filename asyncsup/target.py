@@ -56,6 +56,9 @@ SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.
 UP: Final = ALIVE - {State.STOPPING}
 """States of a process that nobody has asked to end."""
 
+_STOPPED: Final = frozenset({State.STOPPING, State.STOPPED})
+"""States of an instance that somebody has stopped, or is about to."""
+
 RESTING: Final = frozenset({State.STOPPED, State.EXITED})
 """States of an instance that nobody will start again by himself."""
 
@@ -539,11 +542,7 @@ class Target:
         async def work() -> None:
             here = self.in_slots_of(chosen)
             if rolling:
-                try:
-                    await Rollout(self, reason).complete(here)
-                except asyncio.CancelledError:
-                    await self._up_again(here, reason)
-                    raise
+                await self._roll(here, reason)
                 return
             try:
                 await self.stop_instances(here, reason)
@@ -577,12 +576,14 @@ class Target:
         async def work() -> None:
             remember()
             reason = f"scaled to {number} by {asked_by}"
-            await self.stop_instances(self.instances[number:], reason)
-            before = len(self.instances)
-            self.resize(number)
-            started.extend(self.instances[before:])
-            if self.wanted:
-                await self.spawn_instances(started, reason)
+            # The number is written down: whoever gives up waiting has not taken it back.
+            with anyio.CancelScope(shield=True):
+                await self.stop_instances(self.instances[number:], reason)
+                before = len(self.instances)
+                self.resize(number)
+                started.extend(self.instances[before:])
+                if self._is_to_be_up:
+                    await self.spawn_instances(started, reason)
 
         await self._perform("scale", asked_by, work)
         if wait and self.wanted:
@@ -594,8 +595,12 @@ class Target:
 
         async def work() -> None:
             here = self.in_slots_of(chosen)
-            await self.stop_instances(here, reason)
-            await self.spawn_instances([i for i in here if i.wanted], reason)
+            try:
+                await self.stop_instances(here, reason)
+                await self.spawn_instances([i for i in here if i.wanted], reason)
+            except asyncio.CancelledError:
+                await self._up_again(here, reason)
+                raise
 
         await self._perform("replace", asked_by, work)
 
@@ -622,7 +627,11 @@ class Target:
             up = [i for i in self.instances if restart and i.state not in {State.STOPPED, State.EXITED}]
             rolling = [i for i in up if i.ready and i.index < number] if self._can_roll_to(config) else []
             stopping = [i for i in self.instances if (i in up and i not in rolling) or i.index >= number]
-            await self.stop_instances(stopping, reason)
+            try:
+                await self.stop_instances(stopping, reason)
+            except asyncio.CancelledError:
+                await self._up_again(stopping, reason)
+                raise
             up = [i for i in up if i not in rolling]
             self.resize(min(number, len(self.instances)))
             settings_before, self.config = self.config, config
@@ -632,16 +641,18 @@ class Target:
             except BaseException:
                 # Those that run were started with these settings, and go on with them.
                 self.config = settings_before
-                await self._up_again([*rollout.back(), *up], reason)
+                await self._up_again([*rollout.back(), *rolling, *up], reason)
                 raise
             rollout.finish()
             for instance in self.instances:
                 instance.configure(config)
             before = len(self.instances)
             self.resize(number)
-            if self.wanted:
+            if self._is_to_be_up:
                 started.extend(i for i in self.instances if i in up or i.index >= before)
-                await self.spawn_instances(started, reason)
+                # The settings are taken up: whoever was stopped for them is started with them.
+                with anyio.CancelScope(shield=True):
+                    await self.spawn_instances(started, reason)
             self.start_waiting()
             self.await_demand()
 
@@ -656,13 +667,26 @@ class Target:
         same = (here.stdout, here.stderr, here.format) == (there.stdout, there.stderr, there.format)
         return config.overlaps and same
 
+    async def _roll(self, chosen: Sequence[Instance], reason: str) -> None:
+        """Replace instances, some at a time.
+
+        Raises:
+            StartFailedError: a new one did not become ready; those that were not replaced by then run on.
+        """
+        try:
+            await Rollout(self, reason).complete(chosen)
+        except BaseException:
+            await self._up_again(chosen, reason)
+            raise
+
     async def _up_again(self, chosen: Sequence[Instance], reason: str) -> None:
-        """What was to stop and start instances is given up: none of them stays down for that."""
+        """What was to stop and start instances is given up: none of them stays down for that. Those that were
+        down before it, or have failed, are left alone.
+        """
         if self._is_to_be_up:
+            down = [i for i in self.in_slots_of(chosen) if i.wanted and i.state in _STOPPED]
             with anyio.CancelScope(shield=True):
-                await self.spawn_instances(
-                    self.in_slots_of(chosen), f"{reason}: given up", whatever_it_depends_on=True
-                )
+                await self.spawn_instances(down, f"{reason}: given up", whatever_it_depends_on=True)
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.
@@ -698,7 +722,7 @@ class Target:
 
         async def work() -> None:
             if instance in self.instances and instance.pid == pid and instance.ready:
-                await Rollout(self, reason).complete([instance])
+                await self._roll([instance], reason)
 
         self.enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
 
