@@ -7,6 +7,7 @@ changed is not looked at.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -34,6 +35,13 @@ class Reconfigurer:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._asked_by: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Return when nobody is at it. Whoever begins in the same turn of the event loop finds it so."""
+        while not self._idle.is_set():
+            await self._idle.wait()
 
     async def plan(self) -> dict[str, Any]:
         """What `apply` would do.
@@ -61,6 +69,7 @@ class Reconfigurer:
         if self._asked_by is not None:
             raise TargetBusyError(f"the configuration is being changed for {self._asked_by}")
         self._asked_by = asked_by
+        self._idle.clear()
         try:
             # A client that gives up ends it no more: the configuration would say what no target has, and who
             # was being restarted would stay down.
@@ -69,6 +78,7 @@ class Reconfigurer:
             return result  # noqa: RET504 - to the type checker, a scope may swallow something
         finally:
             self._asked_by = None
+            self._idle.set()
 
     async def _read(self) -> Config:
         return await anyio.to_thread.run_sync(load_config, self._supervisor.config.path)

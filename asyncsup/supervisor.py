@@ -115,6 +115,8 @@ class Supervisor:
         """What goes on in our place, when we end without stopping anything."""
         self._ended_in_order = False
         self._schedules_changed = asyncio.Event()
+        self._hung_up = False
+        """A SIGHUP has come that no reading of the configuration has answered yet."""
         self._cleanup = contextlib.ExitStack()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -404,12 +406,21 @@ class Supervisor:
                     instance.kill()
 
     async def _reconfigure_on_signal(self) -> None:
+        """Take up the file as it is after the last signal: a change under way may have read it before."""
+        if self._hung_up:
+            return
+        self._hung_up = True
+        await self.reconfigurer.idle()
+        self._hung_up = False
         try:
             await self.reconfigurer.apply(asked_by="SIGHUP", wait=False)
         except ShuttingDownError as error:
             log.warning("SIGHUP: %s", error.message)
         except AsyncsupError as error:
             log.error("SIGHUP: nothing was changed: %s", error.message)  # noqa: TRY400 - foreseen
+        except Exception:
+            # Whatever is the matter with it, there is something to supervise.
+            log.exception("SIGHUP: the configuration was not taken up")
 
     def reopen_logs(self, targets: Iterable[Target]) -> list[str]:
         """Open the log files anew, after somebody else has moved them away; returns their paths."""

@@ -1130,9 +1130,14 @@ class Privileged(Machine):
         return 0
 
 
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 5000])
+def test_what_is_no_pattern_is_said(pattern: str) -> None:
+    assert "not a regular expression: " in problem_of(f'ready.log = "{pattern}"')["problem"]
+
+
 @pytest.mark.parametrize("key", ["user", "group"])
 def test_users_and_groups_have_to_exist(key: str) -> None:
-    for name in ("no-such-name-here", "4294967290", "99999999999999999999", "root:root"):
+    for name in ("no-such-name-here", "4294967290", "9999999999", "99999999999999999999", "root:root"):
         problem = problem_of(f'{key} = "{name}"', machine=Privileged())
         assert problem["problem"] == f"there is no such {key} on this machine"
     assert "key of its own" in problem_of('user = "root:root"', machine=Privileged())["hint"]

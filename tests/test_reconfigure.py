@@ -17,6 +17,10 @@ from conftest import Asked, Serve, wait_for
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.client import ControlClient, Event
+from asyncsup.config import load_config
+from asyncsup.keeper_link import KeeperLink
+from asyncsup.reconfigure import Reconfigurer
+from asyncsup.supervisor import Supervisor
 
 TWO = f"{QUICK}[target.web]\n{SLEEPER}[target.db]\n{SLEEPER}"
 
@@ -192,12 +196,18 @@ def test_sighup_is_an_apply(scene: Scene) -> None:
     assert scene.pids()["db:0"] == before["db:0"]
 
 
+def does_not_want_to_end(serve: Serve) -> tuple[Path, Path, str]:
+    """A target `slow`: the file that says that it was told to end, the file that lets it, and its table."""
+    told, may_end = serve.folder / "told", serve.folder / "may-end"
+    waits = f": > {told}; while [ ! -e {may_end} ]; do sleep 0.05; done; exit"
+    script = f"trap '{waits}' TERM; echo up; while :; do sleep 0.05; done"
+    command = f"command = ['sh', '-c', {json.dumps(script)}]\nready.log = '^up$'\n"
+    return told, may_end, f"[target.slow]\n{command}stop_timeout = '30s'\n"
+
+
 def test_a_target_that_is_due_while_it_is_being_removed_is_not_missed(serve: Serve) -> None:
     """What takes the time is another target, which does not want to end."""
-    began, may_end = serve.folder / "began", serve.folder / "may-end"
-    told = f": > {began}; while [ ! -e {may_end} ]; do sleep 0.05; done; exit"
-    deaf = f"trap '{told}' TERM; while :; do sleep 0.05; done"
-    slow = f"[target.slow]\ncommand = ['sh', '-c', {json.dumps(deaf)}]\nstop_timeout = '30s'\n"
+    began, may_end, slow = does_not_want_to_end(serve)
     job = "[target.job]\ncommand = 'true'\noneshot = true\nautostart = false\nschedule = '* * * * * *'\n"
     with serve.start(f"{slow}{job}") as client:
         client.call("wait", {"names": ["slow"], "for": "ready", "timeout": 60})
@@ -214,6 +224,53 @@ def test_a_target_that_is_due_while_it_is_being_removed_is_not_missed(serve: Ser
         assert applying.result()["removed"] == ["job"]
         assert serve.supervisor == before
         assert client.call("supervisor.info")["pid"] == before
+
+
+def test_a_sighup_while_the_one_before_is_taken_up_counts(serve: Serve) -> None:
+    told, may_end, slow = does_not_want_to_end(serve)
+    web = f"[target.web]\n{SLEEPER}"
+    with serve.start(slow + web) as client:
+        client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
+        before = instance(client, "web")["pid"]
+        assert serve.process is not None
+        serve.write(f"{slow}env.A = 'b'\n{web}")
+        serve.process.send_signal(signal.SIGHUP)
+        wait_for(told.exists, "the first one to be taken up")
+        serve.write(f"{slow}env.A = 'b'\n{web}umask = '077'\n")
+        for _ in range(3):
+            serve.process.send_signal(signal.SIGHUP)
+            client.call("status")
+        may_end.touch()
+        wait_for(lambda: instance(client, "web")["pid"] not in {before, None}, "the second one")
+        assert client.call("config.plan")["restarted"] == {}
+
+
+def test_a_sighup_with_a_number_that_is_too_large_for_the_system_harms_nobody(scene: Scene) -> None:
+    before, supervisor = scene.pids(), scene.serve.supervisor
+    scene.serve.write(f"{TWO}group = '9999999999'\nready.log = 'a{{99999999999}}'\n")
+    assert scene.serve.process is not None
+    scene.serve.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: "SIGHUP: nothing was changed: " in scene.serve.errors(), "the refusal")
+    assert 'target.db.group = "9999999999": there is no such group' in scene.serve.errors()
+    assert 'target.db.ready.log = "a{99999999999}": not a regular expression' in scene.serve.errors()
+    assert (scene.pids(), scene.serve.supervisor) == (before, supervisor)
+
+
+@pytest.mark.anyio
+async def test_a_sighup_that_fails_unexpectedly_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tmp_path / "asyncsup.toml"
+    config.write_text(TWO)
+    supervisor = Supervisor(load_config(config), KeeperLink(None))
+    supervisor.reconfigurer = Reconfigurer(supervisor)
+
+    async def fails_unexpectedly(**_: Any) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(supervisor.reconfigurer, "apply", fails_unexpectedly)
+    await supervisor._reconfigure_on_signal()
+    assert "a mistake of ours" in caplog.text
 
 
 def test_the_command_says_what_it_would_do_and_then_does(scene: Scene) -> None:

@@ -43,7 +43,7 @@ class Machine:
 
         try:
             return (pwd.getpwuid(int(name)) if _is_id(name) else pwd.getpwnam(name)).pw_uid
-        except KeyError:
+        except (KeyError, OverflowError):
             return None
 
     def group_id(self, name: str) -> int | None:
@@ -52,7 +52,7 @@ class Machine:
 
         try:
             return (grp.getgrgid(int(name)) if _is_id(name) else grp.getgrnam(name)).gr_gid
-        except KeyError:
+        except (KeyError, OverflowError):
             return None
 
     def writable_by_all(self, path: Path) -> bool:

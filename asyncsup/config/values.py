@@ -518,7 +518,7 @@ def _read_pattern(value: Any, scope: Scope) -> str:
         raise BadValueError(f"must be a regular expression, got {type_name(value)}")
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise BadValueError(f"not a regular expression: {error}") from None
     return value
 
