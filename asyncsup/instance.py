@@ -164,6 +164,8 @@ class Instance:
         self._handshake: ReloadHandshake | None = None
         self._reload_confirmed: asyncio.Future[None] | None = None
         self._reload_deadline: asyncio.Timeout | None = None
+        self._asking: asyncio.Timeout | None = None
+        """How long `stop_command` may take."""
         self._telling: set[asyncio.Task[None]] = set()
 
     # --- looking --------------------------------------------------------------------------------------------
@@ -492,6 +494,8 @@ class Instance:
         elif (action := self._extensible) is not None and self._remaining() < seconds:
             self._arm(seconds, action)
             self._remember()
+            if self.state is State.STOPPING:
+                self._end_asking_in(seconds)
 
     @property
     def _extensible(self) -> Callable[[], None] | None:
@@ -958,12 +962,12 @@ class Instance:
             raise SpawnError(f"{command[0]}: no place for its output: {error}") from None
 
     async def run_command(
-        self, command: tuple[str, ...], extra: Mapping[str, str], deadline: float
+        self, command: tuple[str, ...], extra: Mapping[str, str], deadline: float | None
     ) -> str | None:
         """Run a command as this instance, to its end; why it failed, or None. Cancelled, it is killed.
 
         Args:
-            deadline: seconds.
+            deadline: seconds; None where the caller has one.
         """
         finished: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         try:
@@ -1111,17 +1115,25 @@ class Instance:
             self._send(self.config.stop_signal)
             self._send(signal.SIGCONT)  # a stopped process could not act on the signal
             return
-        pid = child.pid
+        self._in_background(self._ask_to_end_by(self.config.stop_command, child))
 
-        def ended(result: Exit) -> None:
-            if result.status != 0 and self._child is child:
-                log.warning("%s: stop_command ended with %s; sending the signal", self.name, result)
-                self._send(self.config.stop_signal)
-
+    async def _ask_to_end_by(self, command: tuple[str, ...], child: Child) -> None:
+        """It has as long as the program has, which may put that off; what is killed then is both."""
+        if self._child is not child:
+            return
+        deadline = asyncio.timeout(self._remaining())
         try:
-            self._spawn_command(self.config.stop_command, {"MAINPID": str(pid)}).on_exit(ended)
-        except SpawnError as error:
-            log.warning("%s: stop_command: %s; sending the signal", self.name, error.message)
+            async with deadline:
+                self._asking = deadline
+                failure = await self.run_command(command, {"MAINPID": str(child.pid)}, None)
+        except TimeoutError:
+            log.warning("%s: stop_command did not end in time", self.name)
+            return  # neither did the program
+        finally:
+            if self._asking is deadline:
+                self._asking = None
+        if failure is not None and self._child is child:
+            log.warning("%s: stop_command: %s; sending the signal", self.name, failure)
             self._send(self.config.stop_signal)
 
     def _send(self, number: int) -> None:
@@ -1137,7 +1149,12 @@ class Instance:
     def _kill(self) -> None:
         log.warning("%s: still there, sending SIGKILL", self.name)
         self._send(signal.SIGKILL)
+        self._end_asking_in(0.0)
         self._arm(LAST_ESCALATION_SECONDS, self._unkillable)
+
+    def _end_asking_in(self, seconds: float) -> None:
+        if self._asking is not None and not self._asking.expired():
+            self._asking.reschedule(asyncio.get_running_loop().time() + seconds)
 
     def _unkillable(self) -> None:
         self.detail = "a process survives SIGKILL (uninterruptible in the kernel?)"

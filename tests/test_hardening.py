@@ -389,6 +389,28 @@ def test_a_late_stop_command_does_not_hit_the_next_process(serve: Serve) -> None
     client.close()
 
 
+@pytest.mark.parametrize("stops", ["it", "the supervisor"])
+def test_a_stop_command_that_hangs_does_not_outlive_the_stop(serve: Serve, stops: str) -> None:
+    (serve.folder / "stop.sh").write_text("[ $1 = it ] || kill $MAINPID\nsleep 3333 &\n>asked\nwait\n")
+    timeout = "1s" if stops == "it" else "1h"
+    client = serve.start(
+        f'{QUICK}[target.web]\n{SLEEPER}stop_command = ["sh", "stop.sh", "{stops}"]\n'
+        f'stop_timeout = "{timeout}"\n'
+    )
+    reached(client, "web", "running")
+    client.call("stop", names=["web"])
+    client.close()
+    if stops == "it":
+        wait_for(lambda: "web:0: stop_command did not end in time" in serve.errors(), "the log to say so")
+    else:
+        wait_for((serve.folder / "asked").exists, "the stop command")
+        serve.stop()
+    wait_for(
+        lambda: not any("stop.sh" in found or "3333" in found for found in processes_of_this_run()),
+        "the end of the stop command",
+    )
+
+
 def test_what_crashes_during_a_reload_elsewhere_fails_the_patch(serve: Serve, field: Field) -> None:
     """Probation watches only who is ready when it begins: who fell before is not missed."""
     text = [
