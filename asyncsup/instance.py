@@ -321,6 +321,11 @@ class Instance:
         elif alive:
             self._apply(Event.GONE, "not started yet")
 
+    def give_up(self, reason: str) -> None:
+        """It has ended as expected, and is not to be started again by itself all the same."""
+        if self.state is State.EXITED:
+            self._apply(Event.GAVE_UP, reason)
+
     def kill(self) -> None:
         """SIGKILL at once, for whoever cannot wait for `stop_timeout`."""
         if self.state in lifecycle.ALIVE:

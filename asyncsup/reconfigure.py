@@ -139,8 +139,8 @@ class Reconfigurer:
             for target in added
             if target.config.autostart is True
         )
-        for target in added:
-            target.await_demand()
+        for target in supervisor.targets.values():
+            target.await_demand()  # a socket that could not be bound before may be by now
         supervisor.take_up_settings()
         supervisor.events.emit("config.applied", asked_by=asked_by, failed=sorted(failures))
         log.info("configuration taken up for %s", asked_by)

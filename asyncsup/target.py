@@ -23,6 +23,7 @@ import msgspec
 
 from asyncsup.config import TargetConfig
 from asyncsup.config.values import Condition
+from asyncsup.demand import Demand
 from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
@@ -39,9 +40,9 @@ from asyncsup.errors import (
 from asyncsup.instance import Instance, ReloadOutcome
 from asyncsup.lifecycle import ALIVE, State
 from asyncsup.record import Role
+from asyncsup.restart import RestartPolicy
 from asyncsup.rollout import Rollout
 from asyncsup.runtime import Runtime
-from asyncsup.sockets import Readiness
 from target_sdk.protocol import Reload
 
 log = logging.getLogger("asyncsup.target")
@@ -152,7 +153,7 @@ class Target:
         self._queue: deque[_Operation] = deque()
         self._current: _Operation | None = None
         self._wake = asyncio.Event()
-        self._demand: Readiness | None = None
+        self._demand = Demand(self._demanded, self._demanded_in_vain)
         self._ends = False
         self._retired = False
         self._leaving: set[asyncio.Task[None]] = set()
@@ -205,25 +206,32 @@ class Target:
             and bool(self.instances)
             and all(instance.state in RESTING for instance in self.instances)
         )
-        if rests and self._demand is None:
+        if not rests:
+            self._demand.close()
+        elif not self._demand.is_heard:
             try:
                 sockets = [self._runtime.sockets.get(name) for name in self.config.sockets]
             except SpawnError as error:
                 log.error("%s cannot be started on demand: %s", self.name, error.message)  # noqa: TRY400 - foreseen
                 return
-            self._demand = Readiness(sockets, self._demanded)
-        elif not rests and self._demand is not None:
-            self._demand.close()
-            self._demand = None
+            self._demand.watch(sockets, RestartPolicy.of(self.config))
 
     def _demanded(self) -> None:
-        self._demand = None
         self._want(True)
 
         async def work() -> None:
             await self.spawn_instances(self.instances, "a connection")
 
-        self.enqueue("start", "a connection", work).future.add_done_callback(_retrieve)
+        def done(future: asyncio.Future[Any]) -> None:
+            _retrieve(future)
+            self._demand.settled()
+            self.await_demand()
+
+        self.enqueue("start", "a connection", work).future.add_done_callback(done)
+
+    def _demanded_in_vain(self, reason: str) -> None:
+        for instance in self.instances:
+            instance.give_up(reason)
 
     def start_waiting(self) -> None:
         """Start the instances that wait for dependencies, once all of those are satisfied. It needs no
@@ -654,6 +662,7 @@ class Target:
                 with anyio.CancelScope(shield=True):
                     await self.spawn_instances(started, reason)
             self.start_waiting()
+            self._demand.close()  # what it looks at may be other sockets by now
             self.await_demand()
 
         await self._perform("reconfigure", asked_by, work)

@@ -339,6 +339,39 @@ def test_an_on_demand_target_is_adopted_and_looked_after_by_the_next_supervisor(
     assert ask(address)["pid"] != first
 
 
+def test_what_rests_is_started_by_a_connection_to_the_address_it_has_by_now(
+    serve: Serve, clients: Clients
+) -> None:
+    old, table = tcp()
+    on_demand = target(more='autostart = "on-demand"')
+    client = clients.start(table + on_demand)
+    new, table = tcp()
+    serve.write(table + on_demand)
+    client.call("config.apply", {"wait": True})
+    assert instance(client)["state"] == "stopped"
+    assert ask(new)["pid"] == instance(client)["pid"]
+    wait_for(lambda: is_refused(old), "the old address to be free")
+
+
+def test_a_program_that_takes_no_connection_is_not_started_for_it_for_ever(
+    serve: Serve, clients: Clients
+) -> None:
+    address, table = tcp()
+    client = clients.start(
+        f"""{table}[target.web]\ncommand = ["sh", "-c", "echo again >> starts"]\nsockets = ["web"]
+        autostart = "on-demand"\nrestart = "on-failure"\nrestart_delay = "20ms"\nmin_uptime = "1h"
+        start_limit_burst = 2\n"""
+    )
+    starts = serve.folder / "starts"
+    with connect(address):
+        wait_for(lambda: instance(client)["state"] == "failed", "it to be given up")
+        assert starts.read_text().count("again") == 1 + 2
+        assert "gave up after 2 restarts" in instance(client)["detail"]
+        assert instance(client)["exit"]["status"] == 0
+        client.call("start", {"names": ["web"]})
+        wait_for(lambda: starts.read_text().count("again") > 1 + 2, "what an operator starts")
+
+
 def test_an_on_demand_target_is_not_started_again_while_everything_ends(
     serve: Serve, clients: Clients
 ) -> None:
