@@ -158,12 +158,14 @@ async def test_a_link_to_the_inbox_may_be_changed(tmp_path: Path) -> None:
 @pytest.mark.anyio
 @pytest.mark.usefixtures("impatient")
 async def test_an_inbox_that_nobody_makes_anew_is_made_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "inbox").mkdir()
-    (tmp_path / "inbox").chmod(0o1773)
-    if os.geteuid() == 0:
-        os.chown(tmp_path / "inbox", 1234, 4321)
-    before = (tmp_path / "inbox").stat()
     async with watched(tmp_path / "inbox") as noticed:
+        if os.geteuid() == 0:
+            os.chown(noticed.folder, 1234, 4321)
+        noticed.folder.chmod(0o1773)
+        before = noticed.folder.stat()
+        # What has been told of these has been told of the mode before, and was acted upon.
+        await noticed.notices("one.zip")
+        await noticed.notices("two.zip")
         shutil.rmtree(noticed.folder)
         await noticed.until(
             lambda: noticed.folder.exists() and noticed.folder.stat().st_mode == before.st_mode

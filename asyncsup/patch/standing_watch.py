@@ -34,7 +34,7 @@ MOUNTS: Final = "/proc/self/mountinfo"
 
 _END: Final = Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.UNMOUNT | Mask.IGNORED
 _INSIDE: Final = Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM
-_FOLDER: Final = _INSIDE | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR
+_FOLDER: Final = _INSIDE | Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR
 _NAMES: Final = Mask.CREATE | Mask.MOVED_TO | Mask.DELETE | Mask.MOVED_FROM
 _PARENT: Final = _NAMES | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR
 
@@ -81,6 +81,9 @@ class StandingWatch:
                     if Mask.Q_OVERFLOW in event.mask:
                         self._missed()
                         self._in_doubt.set()
+                    elif Mask.ATTRIB in event.mask:
+                        if event.name is None:  # the mode or the owner of the folder itself
+                            self._in_doubt.set()
                     elif event.mask & _END:
                         self._in_doubt.set()
                     elif event.watch is self._folder is not None:
