@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import anyio
@@ -22,6 +22,9 @@ import anyio.to_thread
 from asyncsup.config.settings import LivenessConfig, ProbeConfig
 from asyncsup.logreader import Cursor
 from asyncsup.logs import LONGEST_LINE, OutputStream
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 Probe = Callable[[], Awaitable[str | None]]
 """Why the program is not well, in a few words; None when it is."""
@@ -55,27 +58,34 @@ async def ask_http(url: str, timeout: float) -> str | None:
     """GET a URL; an answer from 200 to 399 is a good one, and redirects are not followed."""
     import http.client  # noqa: PLC0415 - with a parser of mail; most configurations have no such probe
 
-    try:
-        with anyio.fail_after(timeout):
-            status = await anyio.to_thread.run_sync(_get, url, timeout, abandon_on_cancel=True)
-    except TimeoutError:
-        return f"{url}: no answer within {timeout:g} s"
-    except (OSError, http.client.HTTPException) as error:
-        return f"{url}: {_words(error)}"
-    return None if 200 <= status < 400 else f"{url}: status {status}"
-
-
-def _get(url: str, timeout: float) -> int:
-    import http.client  # noqa: PLC0415
-
     parts = urlsplit(url)
     assert parts.hostname is not None, "the configuration was checked"
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout)
+    path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    # A thread of its own: among the few of all others it would wait for those that get no answer.
+    own = anyio.CapacityLimiter(1)
     try:
-        path = parts.path or "/"
-        target = f"{path}?{parts.query}" if parts.query else path
-        connection.request("GET", target, headers={"User-Agent": USER_AGENT, "Connection": "close"})
+        with anyio.fail_after(timeout):
+            status = await anyio.to_thread.run_sync(
+                _get, connection, path, abandon_on_cancel=True, limiter=own
+            )
+    except TimeoutError:
+        return f"{url}: no answer within {timeout:g} s"
+    except (OSError, http.client.HTTPException) as error:
+        return f"{url}: {_words(error)}"
+    except RuntimeError as error:  # no more threads
+        return f"{url}: not asked: {error}"
+    finally:
+        # However slowly the answer comes, the thread ends here.
+        with contextlib.suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    return None if 200 <= status < 400 else f"{url}: status {status}"
+
+
+def _get(connection: HTTPConnection, path: str) -> int:
+    try:
+        connection.request("GET", path, headers={"User-Agent": USER_AGENT, "Connection": "close"})
         return connection.getresponse().status
     finally:
         connection.close()

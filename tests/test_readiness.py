@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
 import os
 import signal
+import socket
+import socketserver
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +22,7 @@ from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.client import ControlClient
 from asyncsup.patch.manifest import Kind
+from asyncsup.probes import ask_http
 
 SWITCHED = """
 import http.server, os, sys, time
@@ -78,6 +84,40 @@ def test_what_is_asked_from_outside_decides(switched: tuple[Serve, str, int], re
     found = become_ready(serve, client)
     assert found["detail"] in {"its readiness probe succeeded", "its output says so"}
     client.close()
+
+
+class Well(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.anyio
+async def test_however_many_get_no_answer_over_http_the_others_are_asked() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=200) as silent,
+        socketserver.TCPServer(("127.0.0.1", 0), Well) as server,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        hung = [asyncio.create_task(ask_http(url, 120.0)) for _ in range(60)]
+        silent.setblocking(False)
+        async with asyncio.timeout(60):
+            connections = [(await asyncio.get_running_loop().sock_accept(silent))[0] for _ in hung]
+            assert await ask_http(f"http://127.0.0.1:{server.server_address[1]}/", 60.0) is None
+        for task in hung:
+            task.cancel()
+        # Each of them ends the thread that waits, and with it the connection.
+        async with asyncio.timeout(60):
+            for connection in connections:
+                with connection:
+                    connection.setblocking(False)
+                    while await asyncio.get_running_loop().sock_recv(connection, 1000):
+                        pass
+        server.shutdown()
 
 
 @pytest.mark.parametrize("format_", ["raw", "timestamp", "json"])
