@@ -568,9 +568,19 @@ class Supervisor:
         return wanted
 
     def _remember_wanted(self, name: str, wanted: bool) -> None:
-        self.journal.put(f"target {name}", {"wanted": wanted})
+        """For whoever comes after a crash, and where that is configured for every later `serve`.
+
+        Raises:
+            StateError: for the latter there is no room. Then a start has left no trace; of a stop, the former
+                knows.
+        """
         config = self.config.targets[name]
-        if config.restart == "unless-stopped" or config.schedule is not None:
+        remembers = config.restart == "unless-stopped" or config.schedule is not None
+        is_new = remembers and self.store.wanted(name) != wanted
+        if is_new and wanted:
+            self.store.set_wanted(name, wanted)
+        self.journal.put(f"target {name}", {"wanted": wanted})
+        if is_new and not wanted:
             self.store.set_wanted(name, wanted)
 
     def end_if_essential_is_down(self, target: Target) -> None:

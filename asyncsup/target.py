@@ -32,6 +32,7 @@ from asyncsup.errors import (
     ShuttingDownError,
     SpawnError,
     StartFailedError,
+    StateError,
     StopFailedError,
     TargetBusyError,
     TargetNotFoundError,
@@ -124,7 +125,8 @@ class Target:
     Args:
         spawn_gate: lets one spawn through in each turn of the event loop, over all targets: it takes the
             loop's time, and while a thousand instances start others are served in between.
-        on_wanted: told when an operator's wish for this target (up or down) changes.
+        on_wanted: told of each wish of an operator for this target (up or down), to write it down; it may
+            raise `StateError`.
     """
 
     def __init__(
@@ -446,10 +448,13 @@ class Target:
             ShuttingDownError: the supervisor ends, and is stopping the target or has done so.
             TargetNotFoundError: it is configured no more.
         """
-        if self._retired:
-            raise TargetNotFoundError(f"{self.name} is configured no more", name=self.name)
+        self._refuse_if_retired()
         if self._ends:
             raise ShuttingDownError(f"{self.name} is being stopped because the supervisor ends")
+
+    def _refuse_if_retired(self) -> None:
+        if self._retired:
+            raise TargetNotFoundError(f"{self.name} is configured no more", name=self.name)
 
     async def _perform(self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]]) -> Any:
         if name != "stop":
@@ -506,9 +511,16 @@ class Target:
 
         Raises:
             StopFailedError: a process survives SIGKILL.
+            StateError: they are stopped, but that this is to stay so cannot be written down.
+            TargetNotFoundError: it is configured no more.
         """
+        self._refuse_if_retired()
+        unwritten: StateError | None = None
         if len(chosen) == len(self.instances):
-            self._want(False)
+            try:
+                self._want(False)
+            except StateError as error:
+                unwritten = error  # what is to be stopped may be what fills the disk
         self._preempt(f"{asked_by} asked to stop {self.name}")
         reason = f"stop by {asked_by}"
         await self._perform(
@@ -516,6 +528,12 @@ class Target:
             asked_by,
             lambda: self.stop_instances(self.in_slots_of(chosen), reason, for_good=True),
         )
+        if unwritten is not None:
+            raise StateError(
+                f"{self.name} is stopped, but that cannot be written down ({unwritten.message}); stop it "
+                "again when there is room, or a later `asyncsup serve` starts it",
+                code=unwritten.error_code,
+            )
 
     async def shut_down(self) -> None:
         """Stop everything because the supervisor ends; what the operator wants stays as it is.
@@ -825,10 +843,23 @@ class Target:
         return self.wanted and not self._ends
 
     def _want(self, wanted: bool) -> None:
-        if (self.wanted, self.held_down) != (wanted, not wanted):
-            self.wanted, self.held_down = wanted, not wanted
+        """Take an operator's wish.
+
+        Raises:
+            StateError: it cannot be written down. That it is to be down counts all the same; that it is to be
+                up does not.
+        """
+        before = self.wanted, self.held_down
+        self.wanted, self.held_down = wanted, not wanted
+        try:
             self._on_wanted(self.name, wanted)
-            self.await_demand()
+        except StateError:
+            if wanted:
+                self.wanted, self.held_down = before
+            else:
+                self.await_demand()
+            raise
+        self.await_demand()
 
 
 @asynccontextmanager

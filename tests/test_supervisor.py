@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ def group(leader: int) -> list[int]:
                 if os.getpgid(int(entry.name)) == leader:
                     pids.append(int(entry.name))
     return pids
+
+
+@contextlib.contextmanager
+def no_room(supervisor: int) -> Iterator[None]:
+    """For the block, the supervisor cannot write to files any more, as if the disk were full."""
+    before = resource.prlimit(supervisor, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.prlimit(supervisor, resource.RLIMIT_FSIZE, before)
 
 
 def fails(client: ControlClient, method: str, /, **params: Any) -> RemoteError:
@@ -382,6 +394,32 @@ def test_a_manual_stop_outlives_the_supervisor_when_asked_to(serve: Serve) -> No
     client = serve.start()
     client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
     client.close()
+
+
+def test_what_is_stopped_while_the_disk_is_full_is_stopped_and_not_forgotten(serve: Serve) -> None:
+    """It may be what fills it."""
+    text = f'{QUICK}[target.web]\n{SLEEPER}restart = "unless-stopped"\n'
+    with serve.start(text) as client:
+        pid = reached(client, "web", "running")["pid"]
+        with no_room(serve.supervisor):
+            for _ in range(2):
+                error = fails(client, "stop", names=["web"])
+                assert error.error_code in {"state.full", "state.database"}
+                assert error.message.startswith("web is stopped, but that cannot be written down (")
+                assert (instance(client, "web")["state"], target(client, "web")["wanted"]) == (
+                    "stopped",
+                    "down",
+                )
+        assert not alive(pid)
+        client.call("stop", names=["web"])
+        with no_room(serve.supervisor):
+            assert fails(client, "start", names=["web"]).error_code in {"state.full", "state.database"}
+            assert (instance(client, "web")["state"], target(client, "web")["wanted"]) == ("stopped", "down")
+    assert serve.stop() == 0
+    with serve.start(text) as client:
+        assert instance(client, "web")["state"] == "stopped"
+        client.call("start", names=["web"])
+        assert instance(client, "web")["ready"]
 
 
 def test_environment_is_configured_and_files_are_read_again_at_each_start(serve: Serve) -> None:
