@@ -192,19 +192,22 @@ class AdoptedChild(Child):
 
     def __init__(self, record: ProcessRecord, pidfd: int, keeper: KeeperLink) -> None:
         assert record.pid is not None
-        super().__init__(record.pid, pidfd=pidfd, started=record.spawned, groups=record.groups)
+        super().__init__(
+            record.pid,
+            pidfd=pidfd,
+            started=record.spawned,
+            groups=record.groups,
+            start_ticks=record.start_ticks,
+        )
         self._keeper = keeper
         self._known_as = record.pid, record.start_ticks
         """What the keeper calls it."""
         keeper.expect(*self._known_as)
 
-    def _readable(self, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]) -> None:
-        try:
-            # A supervisor that was replaced without a keeper is the same process, and they are its children.
-            super()._readable(callback, before_reaping)
-            return
-        except ChildProcessError:
-            pass
+    def _reaped_elsewhere(
+        self, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]
+    ) -> None:
+        # Not always: a supervisor that was replaced without a keeper is the same process, and has children.
         assert self._loop is not None
         self._loop.remove_reader(self._pidfd)
         self._ask(self._loop.time() + KEEPER_PATIENCE_SECONDS, callback, before_reaping)

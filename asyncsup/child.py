@@ -326,15 +326,32 @@ class Child:
         self._loop.add_reader(self._pidfd, self._readable, callback, before_reaping)
 
     def _readable(self, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]) -> None:
-        info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        try:
+            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            self._reaped_elsewhere(callback, before_reaping)
+            return
         if info is None:
             return
         exited = info.si_code == os.CLD_EXITED
         ended = Exit(status=info.si_status) if exited else Exit(signal=info.si_status)
-        before_reaping(ended)
-        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        self._let_go()
-        callback(ended)
+        try:
+            before_reaping(ended)
+        finally:
+            # Whatever went wrong: a reader that stays is called over and over.
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            self._let_go()
+            callback(ended)
+
+    def _reaped_elsewhere(
+        self, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]
+    ) -> None:
+        """It has ended, and is not there for us to ask how."""
+        try:
+            before_reaping(Exit())
+        finally:
+            self._let_go()
+            callback(Exit())
 
     def _let_go(self) -> None:
         assert self._loop is not None

@@ -123,6 +123,8 @@ class Instance:
         self._history = RestartHistory()
         self._child: Child | None = None
         """The program; before it, the `pre_start` hook."""
+        self._formers: dict[int, Child] = {}
+        """What was its main process before, and has not ended: its end is waited for already."""
         self._program_runs = False
         self._watch: Watch | None = None
         self._cleaning: asyncio.Task[None] | None = None
@@ -604,10 +606,18 @@ class Instance:
         self._process = replace(
             process, pid=pid, start_ticks=claim.start_ticks, inode=claim.inode, groups=tuple(groups)
         )
-        self._child = AdoptedChild(self._process, claim.pidfd, self._runtime.keeper)
+        former = self._formers.pop(pid, None)
+        if before.alive:
+            self._formers[before.pid] = before
+        if former is not None and former.identity == (claim.start_ticks, claim.inode):
+            os.close(claim.pidfd)
+            former.groups = groups
+            self._child = former
+        else:
+            self._child = AdoptedChild(self._process, claim.pidfd, self._runtime.keeper)
+            self._await_exit(self._child)
         self._runtime.groups[claim.group] = self
         self._remember()
-        self._await_exit(self._child)
         log.info("%s: its main process is pid %d from now on; it was %d", self.name, pid, before.pid)
         self._runtime.events.emit(
             "instance.main_pid", target=self.config.name, instance=self.name, pid=pid, before=before.pid
@@ -690,6 +700,7 @@ class Instance:
     def _start_over(self, event: Event, reason: str) -> None:
         """Spawn a new process; the event leads to `STARTING`."""
         self._child = self._process = self.hello = self._ready_at = self._doomed = self.failure = None
+        self._formers.clear()
         self._said_watchdog_timeout = None
         self._leaving = self._says_when = False
         self.status_text = self._said_error = ""
@@ -764,6 +775,8 @@ class Instance:
             self._write_down_exit(ended)
 
     def _main_ended(self, child: Child, ended: Exit) -> None:
+        if self._formers.get(child.pid) is child:
+            del self._formers[child.pid]
         if self._child is not child:
             log.info("%s: pid %d, its main process before, has ended (%s)", self.name, child.pid, ended)
             self._watch_group_of_former(child.pid)

@@ -208,6 +208,35 @@ async def test_an_empty_group_calls_back_at_once(output: Output) -> None:
     assert called == [True]
 
 
+async def test_an_end_that_somebody_else_has_reaped_is_told_once(output: Output) -> None:
+    child = spawn(spec(output, "true"))
+    told: list[Exit] = []
+    child.on_exit(told.append)
+    os.waitpid(child.pid, 0)
+    async with asyncio.timeout(60):
+        while child.alive:
+            await asyncio.sleep(0)
+    assert told == [Exit()]
+
+
+async def test_an_end_is_told_once_whatever_goes_wrong_before_the_child_is_reaped(output: Output) -> None:
+    loop = asyncio.get_running_loop()
+    errors: list[Any] = []
+    loop.set_exception_handler(lambda _, context: errors.append(context["exception"]))
+    told: asyncio.Future[Exit] = loop.create_future()
+
+    def fail(ended: Exit) -> None:
+        raise OSError(str(ended))
+
+    child = spawn(spec(output, "sh", "-c", "exit 7"))
+    child.on_exit(told.set_result, before_reaping=fail)
+    assert await asyncio.wait_for(told, 60) == Exit(status=7)
+    assert not child.alive
+    await asyncio.sleep(0)
+    assert [str(error) for error in errors] == ["exit status 7"]
+    loop.set_exception_handler(None)
+
+
 async def test_a_hundred_children_that_end_at_once_are_all_reaped(output: Output) -> None:
     before = set(children_of(os.getpid()))
     children = [spawn(spec(output, "sh", "-c", f"exit {number}")) for number in range(100)]

@@ -485,6 +485,26 @@ def test_a_master_that_lives_on_beside_its_main_process(make: Make) -> None:
     assert not alive(child)
 
 
+def test_the_main_process_before_may_be_the_main_one_again(make: Make, serve: Serve) -> None:
+    puppet = make('restart = "never"\n')
+    main = puppet.reached("running")["pid"]
+    puppet.pull("child = fork(forever)")
+    for _ in range(2):
+        puppet.pull("say(f'MAINPID={child}')")
+        assert puppet.now["pid"] == int(puppet.ask("child"))
+        puppet.pull("say(f'MAINPID={os.getpid()}')")
+        assert (puppet.now["pid"], puppet.now["state"]) == (main, "running")
+    puppet.pull("os.kill(child, signal.SIGKILL); os.waitpid(child, 0)")
+    assert (puppet.now["pid"], puppet.now["state"]) == (main, "running")
+    puppet.pull("os._exit(7)", wait=False)
+    assert puppet.reached("failed")["exit"]["status"] == 7
+    # Its end has one reader, that of the child another.
+    wait_for(lambda: "its main process before, has ended" in serve.errors(), "the end of the child")
+    puppet.client.call("supervisor.info")
+    assert "Exception in callback" not in serve.errors()
+    assert serve.errors().count("its main process before") == 1
+
+
 def test_a_main_process_that_is_not_its_own_is_refused(make: Make, serve: Serve) -> None:
     puppet = make(more=f"[target.other]\n{SLEEPER}")
     before = puppet.reached("running")
