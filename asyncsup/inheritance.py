@@ -72,6 +72,8 @@ class Inheritance:
         self._slots = {slot.name: (target, slot) for target in targets.values() for slot in target.instances}
         self._records: dict[Instance, InstanceRecord] = {}
         self._leftovers: dict[str, ProcessRecord] = {}
+        self._ending: dict[str, asyncio.Future[None]] = {}
+        """Of the leftovers, those that are being ended; each until its process is gone."""
         for key, value in facts.items():
             kind, _, name = key.partition(" ")
             try:
@@ -196,6 +198,11 @@ class Inheritance:
             await instance.wait_until(lambda i: i.state is not State.STOPPING)
         return [i for i in stopping if i.wanted and i.state is State.STOPPED]
 
+    async def leftovers_gone(self) -> None:
+        """Wait until nothing is left of what is configured no more, unless it survives SIGKILL."""
+        if self._ending:
+            await asyncio.wait(list(self._ending.values()), timeout=2 * LEFTOVER_GRACE_SECONDS)
+
     def _end_leftover(self, name: str, record: ProcessRecord) -> None:
         """An instance that is not configured any more."""
         fifo = self._runtime.fifos / f"{name.partition('~')[0]}.stdout"
@@ -217,12 +224,13 @@ class Inheritance:
             timer.cancel()
             log.info("%s (pid %d): %s", name, child.pid, how)
             self._runtime.journal.drop(f"instance {name}")
+            gone.set_result(None)
             if group is not None:
                 group.kill()
                 group.when_empty(lambda: None if group.remove() else log.warning("%s stays", group.path))
 
-        timer = asyncio.get_running_loop().call_later(
-            LEFTOVER_GRACE_SECONDS, child.signal_group, signal.SIGKILL
-        )
+        loop = asyncio.get_running_loop()
+        gone = self._ending[name] = loop.create_future()
+        timer = loop.call_later(LEFTOVER_GRACE_SECONDS, child.signal_group, signal.SIGKILL)
         child.on_exit(ended)
         child.signal_group(signal.SIGTERM)

@@ -487,6 +487,7 @@ class Supervisor:
             for target in reversed(self.targets.values()):
                 stops.start_soon(stop, target)
         await self.overseer.jobs.finished()
+        await self._inheritance.leftovers_gone()
 
     def _close_instances(self) -> None:
         for target in self.targets.values():

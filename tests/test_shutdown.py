@@ -114,6 +114,19 @@ def test_a_target_that_the_supervisor_before_was_restarting_is_not_started(scene
     assert scene.started("slow") == 1
 
 
+def test_what_is_configured_no_more_since_a_crash_does_not_outlive_the_end(scene: Scene) -> None:
+    other = scene.program("other")
+    scene.serve.begin(scene.program("old") + other)
+    scene.ready()
+    scene.serve.kill()
+    scene.serve.begin(other)
+    scene.ready()
+    wait_for(lambda: scene.told("old"), "old to be ended")
+    scene.term()
+    scene.let_go("other")
+    scene.end()
+
+
 @pytest.mark.parametrize("rolling", [False, True])
 def test_a_target_that_is_being_restarted_is_stopped_once(scene: Scene, rolling: bool) -> None:
     scene.serve.begin(scene.program("slow"))
