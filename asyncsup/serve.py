@@ -7,16 +7,14 @@ takes everything back. Before that the new program was asked whether it would st
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 
 import anyio
 
-from asyncsup import keeper
+from asyncsup import keeper, own_log
 from asyncsup.child import raise_descriptor_limit, usual_descriptor_limit
 from asyncsup.config import Config
 from asyncsup.errors import AsyncsupError
@@ -69,14 +67,7 @@ def _run(config: Config, link: KeeperLink) -> tuple[int, Successor | None]:
     gc.freeze()
     gc.enable()
 
-    # What no line of ours says nobody has to find out for each of them.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
-    logging.basicConfig(
-        level=config.supervisor.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        stream=sys.stderr,
-    )
+    own_log.begin(config.supervisor.log_level)
     supervisor = Supervisor(config, link)
     status = anyio.run(supervisor.run, backend="asyncio")
     return status, supervisor.successor
