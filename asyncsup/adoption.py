@@ -36,7 +36,7 @@ _PIDFD_GET_INFO: Final = (3 << 30) | (_INFO_SIZE << 16) | (0xFF << 8) | 11
 """``_IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)`` as of kernel 6.13; exit statuses since 6.15."""
 
 KEEPER_PATIENCE_SECONDS: Final = 1.0
-"""How long after the end of an adopted process its keeper's word on it is waited for."""
+"""How long after the end of an adopted process its keeper's word on it, or a look at it, is waited for."""
 KEEPER_LOOK_SECONDS: Final = 0.01
 
 
@@ -216,10 +216,13 @@ class AdoptedChild(Child):
         self, deadline: float, callback: Callable[[Exit], None], before_reaping: Callable[[Exit], None]
     ) -> None:
         assert self._loop is not None
-        status = self._keeper.exit_of(*self._known_as)
+        status, may_be_known = self._keeper.exit_of(*self._known_as), self._keeper.reaps
         if status is None:
-            status = exit_status(self._pidfd, *self._known_as)
-        if status is None and self._keeper.reaps and self._loop.time() < deadline:
+            try:
+                status = exit_status(self._pidfd, *self._known_as)
+            except OSError:  # no descriptor to look with
+                may_be_known = True
+        if status is None and may_be_known and self._loop.time() < deadline:
             self._loop.call_later(KEEPER_LOOK_SECONDS, self._ask, deadline, callback, before_reaping)
             return
         ended = Exit() if status is None else Exit.from_wait_status(status)

@@ -46,6 +46,9 @@ _RESETTABLE_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SI
 FIRST_FREE_DESCRIPTOR: Final = 256
 """Above every number that a program may ask for."""
 
+LOOK_AGAIN_SECONDS: Final = 0.1
+"""How long after a look at a process group for which there was no descriptor the next one comes."""
+
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _PROC_BYTES: Final = 64 << 10
 _SOFT_NOFILE, _HARD_NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -478,31 +481,37 @@ def user_ids(pid: int) -> frozenset[int]:
 def group_members(*groups: int) -> list[int]:
     """The processes of groups that have not ended (zombies do not count)."""
     members = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        facts = read_facts(int(entry.name))
-        if facts is not None and facts.group in groups and not facts.has_ended:
-            members.append(int(entry.name))
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if not entry.name.isdigit():
+                continue
+            facts = read_facts(int(entry.name))
+            if facts is not None and facts.group in groups and not facts.has_ended:
+                members.append(int(entry.name))
     return members
 
 
 def when_groups_empty(groups: Sequence[int], callback: Callable[[], None]) -> None:
     """Call back once no process of the groups is left; at once when that is so already.
 
-    The members are watched by pidfd: nothing polls. Whoever forks meanwhile is found by looking again when
-    the last known member has ended.
+    The members are watched by pidfd: nothing polls, unless there is no descriptor to be had. Whoever forks
+    meanwhile is found by looking again when the last known member has ended.
     """
     loop = asyncio.get_running_loop()
     watched: dict[int, int] = {}
 
     def look() -> None:
-        for pid in group_members(*groups):
-            try:
-                watched[pid] = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            loop.add_reader(watched[pid], ended, pid)
+        try:
+            for pid in group_members(*groups):
+                try:
+                    watched[pid] = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    continue
+                loop.add_reader(watched[pid], ended, pid)
+        except OSError:  # out of descriptors; nobody else would look again
+            if not watched:
+                loop.call_later(LOOK_AGAIN_SECONDS, look)
+            return
         if not watched:
             callback()
 

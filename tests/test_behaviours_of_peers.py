@@ -24,7 +24,7 @@ import pytest
 from conftest import Serve, alive, children_of, wait_for
 from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, fails, instance, reached, target
 
-from asyncsup.child import SpawnSpec, spawn
+from asyncsup.child import SpawnSpec, group_members, spawn
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError, SpawnError
 from asyncsup.logfile import RotatingFile
@@ -121,6 +121,33 @@ def test_a_supervisor_out_of_descriptors_says_so_and_recovers(serve: Serve, by_d
     # Above the limit there is no place for the program's descriptor, however many are free.
     assert refused == most if by_descriptor else 2 < refused < most
     assert len(costs) == 1, "a start that failed has left descriptors behind"
+    client.close()
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_an_exit_while_there_are_no_descriptors_is_seen_to(serve: Serve, adopted: bool) -> None:
+    program = 'command = ["sh", "-c", "sleep 3600 & exec sleep 3601"]\n'
+    # If the group is found empty at once, the next start fails for want of descriptors, and is tried again.
+    client = serve.start(f"{QUICK}[target.web]\n{program}start_limit_burst = 10_000\n")
+    main = reached(client, "web", "running")["pid"]
+    if adopted:
+        client.close()
+        serve.kill_supervisor()
+        client = serve.connect()
+    pid = supervisor_pid(client)
+    wait_for(lambda: len(group_members(main)) == 2, "the other process")
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    free = min(set(range(1000)) - descriptors(pid))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, usual[1]))
+    try:
+        os.kill(main, signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{main}").exists(), "it to be reaped")
+        assert instance(client, "web")["pid"] in {main, None}
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+    wait_for(lambda: instance(client, "web")["restarts"] > 0, "another process")
+    assert reached(client, "web", "running")["pid"] not in {main, None}
+    assert not group_members(main)
     client.close()
 
 
