@@ -137,7 +137,7 @@ class Reconfigurer:
                 partial(target.start, target.instances, asked_by=asked_by, wait=wait),
             )
             for target in added
-            if target.config.autostart is True
+            if target.config.autostart is True and not target.held_down
         )
         for target in supervisor.targets.values():
             target.await_demand()  # a socket that could not be bound before may be by now

@@ -503,14 +503,18 @@ class Supervisor:
 
         async with anyio.create_task_group() as starts:
             for target in self.targets.values():
-                remembers = target.config.restart == "unless-stopped" or target.config.schedule is not None
-                stays_down = remembers and not self.store.wanted(target.name)
+                stays_down = self._stays_down(target)
                 known = self._inheritance.knows(target)
                 if target.config.autostart == "on-demand":
                     target.held_down = target.held_down or (stays_down and not known)
                     target.await_demand()
                 elif target.config.autostart and not stays_down and not known:
                     starts.start_soon(start, target)
+
+    def _stays_down(self, target: Target) -> bool:
+        """Whether an operator has stopped it, be it in an earlier life, and that is to count."""
+        remembers = target.config.restart == "unless-stopped" or target.config.schedule is not None
+        return remembers and not self.store.wanted(target.name)
 
     def _due(self, name: str) -> None:
         """The schedule of a target says so: start it if it is a oneshot, else restart it."""
@@ -609,6 +613,7 @@ class Supervisor:
         self.refuse_while_stopping()
         added = [self._make_target(name) for name in names]
         for target in added:
+            target.held_down = self._stays_down(target)
             self._tasks.start_soon(target.run, name=f"target {target.name}")
         return added
 
@@ -619,11 +624,12 @@ class Supervisor:
         asked_by: str,
         attempt: Callable[[str, Callable[[], Awaitable[None]]], Awaitable[None]],
     ) -> None:
-        """Stop targets that are configured no more, dependents first, and forget them; their files stay."""
+        """Stop targets that are configured no more, dependents first, and forget them; their files stay, and
+        so does what operators have said of them, should they be configured again."""
         going = [self.targets[name] for name in names]
 
         async def remove(target: Target) -> None:
-            await target.stop(target.instances, asked_by=asked_by)
+            await target.stop(target.instances, asked_by=asked_by, remember=False)
             target.retire()
             del self.targets[target.name]
 

@@ -219,7 +219,11 @@ class Target:
             self._demand.watch(sockets, RestartPolicy.of(self.config))
 
     def _demanded(self) -> None:
-        self._want(True)
+        try:
+            self._want(True)
+        except StateError as error:
+            log.error("%s is started all the same: %s", self.name, error.message)  # noqa: TRY400 - foreseen
+            self._want(True, remember=False)
 
         async def work() -> None:
             await self.spawn_instances(self.instances, "a connection")
@@ -506,8 +510,11 @@ class Target:
             # Waiting for a dependency must not keep the queue: its own patch may want both targets.
             await self.wait_settled(self.in_slots_of(chosen))
 
-    async def stop(self, chosen: Sequence[Instance], *, asked_by: str) -> None:
+    async def stop(self, chosen: Sequence[Instance], *, asked_by: str, remember: bool = True) -> None:
         """Stop instances, whatever else was going on, and wait until their process groups are empty.
+
+        Args:
+            remember: it is an operator's wish that it be down.
 
         Raises:
             StopFailedError: a process survives SIGKILL.
@@ -518,7 +525,7 @@ class Target:
         unwritten: StateError | None = None
         if len(chosen) == len(self.instances):
             try:
-                self._want(False)
+                self._want(False, remember=remember)
             except StateError as error:
                 unwritten = error  # what is to be stopped may be what fills the disk
         self._preempt(f"{asked_by} asked to stop {self.name}")
@@ -842,8 +849,11 @@ class Target:
         """Whether what was stopped on the way is to be started again; who ends stops it once more if so."""
         return self.wanted and not self._ends
 
-    def _want(self, wanted: bool) -> None:
+    def _want(self, wanted: bool, *, remember: bool = True) -> None:
         """Take an operator's wish.
+
+        Args:
+            remember: also for later supervisors.
 
         Raises:
             StateError: it cannot be written down. That it is to be down counts all the same; that it is to be
@@ -852,7 +862,8 @@ class Target:
         before = self.wanted, self.held_down
         self.wanted, self.held_down = wanted, not wanted
         try:
-            self._on_wanted(self.name, wanted)
+            if remember:
+                self._on_wanted(self.name, wanted)
         except StateError:
             if wanted:
                 self.wanted, self.held_down = before

@@ -172,6 +172,48 @@ def test_output_goes_to_its_new_place(scene: Scene) -> None:
     wait_for(lambda: place.exists() and "tick" in place.read_text(), "output in the new place")
 
 
+JOB = """[target.job]
+command = ["sh", "-c", "echo ran >> runs"]
+oneshot = true
+autostart = false
+schedule = "* * * * * *"
+"""
+
+
+def test_a_schedule_goes_on_when_its_target_has_been_away(scene: Scene) -> None:
+    runs = scene.serve.folder / "runs"
+    scene.apply(TWO + JOB)
+    wait_for(runs.exists, "a run")
+    scene.apply(TWO)
+    before = runs.read_text()
+    scene.apply(TWO + JOB)
+    wait_for(lambda: runs.read_text() != before, "another run")
+
+
+def test_a_target_that_was_away_starts_with_the_next_supervisor(scene: Scene) -> None:
+    there = f"{TWO}[target.kept]\n{SLEEPER}restart = 'unless-stopped'\n"
+    scene.apply(there)
+    scene.apply(TWO)
+    assert scene.serve.stop() == 0
+    with scene.serve.start(there) as client:
+        client.call("wait", {"names": ["kept"], "for": "ready", "timeout": 60})
+
+
+@pytest.mark.parametrize("remembers", ["restart = 'unless-stopped'", "schedule = '0 0 1 1 *'"])
+def test_what_an_operator_has_stopped_stays_stopped_when_it_has_been_away(
+    scene: Scene, remembers: str
+) -> None:
+    there = f"{TWO}[target.kept]\n{SLEEPER}{remembers}\n"
+    scene.apply(there)
+    assert instance(scene.client, "kept")["ready"]
+    scene.client.call("stop", names=["kept"])
+    scene.apply(TWO)
+    scene.apply(there)
+    assert instance(scene.client, "kept")["state"] == "stopped"
+    scene.client.call("start", names=["kept"])
+    assert instance(scene.client, "kept")["ready"]
+
+
 def test_groups_and_dependencies_follow(scene: Scene) -> None:
     scene.apply(f"{TWO}depends_on = ['web']\n[group.both]\ntargets = ['*']\n")
     scene.client.call("stop", names=["both"])
