@@ -72,6 +72,8 @@ class RotatingFile:
         self._fd = -1
         self._size = 0
         self._regular = True
+        self._begun: float | None = None
+        """When the file was last written to as we came upon it: stands for a birth that is not known."""
         self._timer: asyncio.TimerHandle | None = None
 
     def take_up(self) -> None:
@@ -167,6 +169,7 @@ class RotatingFile:
 
     def rotate(self) -> None:
         self.close()
+        self._begun = None
         if self._max_files == 1:
             self.path.unlink(missing_ok=True)
             return
@@ -189,6 +192,7 @@ class RotatingFile:
     def reopen(self) -> None:
         """Open the path anew at the next write: somebody else has moved the file away."""
         self.close()
+        self._begun = None
         self._watch_age()
 
     def close(self) -> None:
@@ -281,7 +285,9 @@ class RotatingFile:
         facts = facts_of(self.path)
         if facts is None or self._max_age is None:
             return None
-        return (facts.modified if facts.born is None else facts.born) + self._max_age - self._now()
+        if self._begun is None:
+            self._begun = facts.modified
+        return (self._begun if facts.born is None else facts.born) + self._max_age - self._now()
 
     def _reached_age(self) -> None:
         self._timer = None

@@ -194,6 +194,22 @@ async def test_without_a_birth_the_last_write_counts(stage: Stage, monkeypatch: 
     await until(lambda: stage.names() == {"out.log.1"})
 
 
+async def test_without_a_birth_a_busy_file_gets_old_all_the_same(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncsup import filefacts, logfile
+
+    monkeypatch.setattr(logfile, "look", filefacts._look_without_birth)
+    stream = stage.stream(stage.file(max_age=0.3))
+
+    def written_to() -> bool:
+        stage.put(stream, b"line\n")
+        return "out.log.2" in stage.names()
+
+    await until(written_to)
+    assert set(stage.contents().splitlines()) == {b"line"}
+
+
 def test_the_facts_of_a_file_are_those_of_stat(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abc")
