@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Asked, Serve, wait_for
+from conftest import Asked, Serve, free_port, wait_for
 from test_supervisor import target
 
 from asyncsup.client import ControlClient
@@ -117,3 +117,39 @@ def test_settings_that_a_stop_preempts_leave_the_others_running_as_before(held: 
     assert applying.result()["failed"]["web"]["code"] == "request.cancelled"
     held.runs_anew("web:1", before["web:1"])
     assert held.client.call("config.plan")["restarted"] == {"web": ["umask"]}
+
+
+def test_processes_that_are_to_be_replaced_after_a_crash(held: Held, serve: Serve) -> None:
+    text = settings('[supervisor]\norphans = "kill"\n')
+    before = held.start(text)
+    held.client.close()
+    serve.kill()
+    held.client = serve.start(text)
+    wait_for(lambda: held.stopping() == ["web:0", "web:1"], "both to be stopped")
+    held.preempt("web:0")
+    held.runs_anew("web:1", before["web:1"])
+
+
+def test_a_rolling_restart_that_fails_while_one_is_being_stopped(held: Held, serve: Serve) -> None:
+    port = free_port()
+    script = (
+        f"{STUBBORN.partition('echo')[0]}[ -e broken ] && touch fallen && exit 1; "
+        "touch $ASYNCSUP_INSTANCE; [ $ASYNCSUP_INSTANCE = web:1 ] || echo up; while true; do sleep 0.05; done"
+    )
+    held.client = serve.start(
+        f'[socket.web]\nlisten = "tcp://127.0.0.1:{port}"\n[target.web]\nsockets = ["web"]\ninstances = 2\n'
+        f'command = ["sh", "-c", "{script}"]\nready.log = "^up"\nstart_timeout = "1h"\nstop_timeout = "5m"\n'
+    )
+    held.client.call("wait", {"names": ["web:0"], "for": "ready", "timeout": 60})
+    wait_for((serve.folder / "web:1").exists, "the other one to be there, which never becomes ready")
+    before = {name: each["pid"] for name, each in held.instances().items()}
+    (serve.folder / "broken").touch()
+    restarting = held.ask("restart", names=["web"], rolling=True)
+    wait_for((serve.folder / "fallen").exists, "the successor of the one that is ready to fall")
+    wait_for(lambda: not target(held.client, "web")["others"], "it to be given up")
+    assert held.stopping() == ["web:1"]
+    (serve.folder / "broken").unlink()
+    (serve.folder / "go").touch()
+    restarting.error("target.start_failed")
+    held.runs_anew("web:1", before["web:1"])
+    assert held.instances()["web:0"]["pid"] == before["web:0"]
