@@ -632,7 +632,7 @@ class Target:
                 await self.stop_instances(here, reason)
                 await self.spawn_instances([i for i in here if i.wanted], reason)
             except asyncio.CancelledError:
-                await self._up_again(here, reason)
+                await self.up_again(here, reason)
                 raise
 
         await self._perform("replace", asked_by, work)
@@ -663,7 +663,7 @@ class Target:
             try:
                 await self.stop_instances(stopping, reason)
             except asyncio.CancelledError:
-                await self._up_again(stopping, reason)
+                await self.up_again(stopping, reason)
                 raise
             up = [i for i in up if i not in rolling]
             self.resize(min(number, len(self.instances)))
@@ -674,7 +674,7 @@ class Target:
             except BaseException:
                 # Those that run were started with these settings, and go on with them.
                 self.config = settings_before
-                await self._up_again([*rollout.back(), *rolling, *up], reason)
+                await self.up_again([*rollout.back(), *rolling, *up], reason)
                 raise
             rollout.finish()
             for instance in self.instances:
@@ -710,10 +710,10 @@ class Target:
         try:
             await Rollout(self, reason).complete(chosen)
         except BaseException:
-            await self._up_again(chosen, reason)
+            await self.up_again(chosen, reason)
             raise
 
-    async def _up_again(self, chosen: Sequence[Instance], reason: str) -> None:
+    async def up_again(self, chosen: Sequence[Instance], reason: str) -> None:
         """What was to stop and start instances is given up: none of them stays down for that. Those that were
         down before it, or have failed, are left alone.
         """

@@ -13,6 +13,8 @@ from conftest import Asked, Serve, free_port, wait_for
 from test_supervisor import target
 
 from asyncsup.client import ControlClient
+from asyncsup.patch.build import build_patch
+from asyncsup.patch.manifest import Kind
 
 STUBBORN = (
     "trap 'while [ ! -e go ]; do sleep 0.05; done; exit 0' TERM; echo up; while true; do sleep 0.05; done"
@@ -153,3 +155,35 @@ def test_a_rolling_restart_that_fails_while_one_is_being_stopped(held: Held, ser
     restarting.error("target.start_failed")
     held.runs_anew("web:1", before["web:1"])
     assert held.instances()["web:0"]["pid"] == before["web:0"]
+
+
+def test_processes_that_start_anew_after_a_patch_was_cut_short(held: Held, serve: Serve) -> None:
+    old = "echo up; while true; do sleep 0.05; done\n"
+    new = (
+        f"cd {serve.folder}; {STUBBORN.partition('echo')[0]} touch $ASYNCSUP_INSTANCE; "
+        f"[ $ASYNCSUP_INSTANCE = web:1 ] || {old}sleep 3600\n"
+    )
+    for folder, text in (("app", old), ("old", old), ("new", new)):
+        (serve.folder / folder).mkdir()
+        (serve.folder / folder / "run.sh").write_text(text)
+    package = serve.folder / "patch.zip"
+    build_patch(
+        old=serve.folder / "old", new=serve.folder / "new", output=package, name="web", version="2", build=1,
+        kind=Kind.COLD, targets=["web"], regions=["local"],
+    )  # fmt: skip
+    held.start(
+        '[patch]\ntrust = "none"\n[target.web]\nroot = "app"\ninstances = 2\nready.log = "^up"\n'
+        f'command = ["sh", "{serve.folder}/app/run.sh"]\nstart_timeout = "1h"\nstop_timeout = "5m"\n'
+    )
+    started = held.client.call("supervisor.info")["started"]
+    held.ask("patch.apply", path=str(package))
+    for name in ("web:0", "web:1"):
+        wait_for((serve.folder / name).exists, f"{name} on the new files")
+    on_new_files = {name: each["pid"] for name, each in held.instances().items()}
+    serve.kill_supervisor()
+    held.client.close()
+    held.client = serve.connect_to_next(started)
+    wait_for(lambda: held.stopping() == ["web:0", "web:1"], "both to be stopped")
+    held.preempt("web:0")
+    held.runs_anew("web:1", on_new_files["web:1"])
+    held.client.call("wait", {"names": ["web:1"], "for": "ready", "timeout": 60})

@@ -6,6 +6,7 @@ may have been started on its files.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -96,9 +97,13 @@ async def _start_anew(target: Target, store: Store) -> str | None:
     back = Rollout(target, "its files were taken back").back()
     generation = store.state(target.name).generation
     stale = [i for i in target.instances if i.pid is not None and i.generation != generation]
-    await target.stop_instances(stale, "its files were taken back")
-    wanted = [i for i in (*stale, *back) if i.wanted]
-    await target.spawn_instances(wanted, "its files were taken back", whatever_it_depends_on=True)
+    try:
+        await target.stop_instances(stale, "its files were taken back")
+        wanted = [i for i in (*stale, *back) if i.wanted]
+        await target.spawn_instances(wanted, "its files were taken back", whatever_it_depends_on=True)
+    except asyncio.CancelledError:
+        await target.up_again([*stale, *back], "its files were taken back")
+        raise
     return None
 
 
