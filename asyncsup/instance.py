@@ -1392,6 +1392,9 @@ class Instance:
             self._catch_up(self._missed, process)
         elif self._doubt:
             self._lose(self._doubt)
+        elif self.state is State.STOPPING:
+            # Its process has ended; what was waited for is its `post_stop`, which is nobody's by now.
+            self._apply(Event.GONE, self.detail)
         elif self.role != "current":
             pass  # there is no process, and there is to be none
         elif self.state is State.STARTING:

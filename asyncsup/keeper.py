@@ -343,6 +343,7 @@ def write_state(keeper: Keeper) -> bytes:
         ["supervisor", str(keeper.supervisor), channel],
         ["was_ever_ready", str(int(keeper.was_ever_ready))],
         ["crashes", str(keeper.crashes)],
+        ["ending_signal", str(keeper.ending_signal)],
         ["command", *keeper.command],
         ["command_before", *keeper.command_before],
         *(["held", str(fd), name] for name, fd in keeper.held.items()),
@@ -369,6 +370,8 @@ def read_state(fd: int) -> Keeper:
             keeper.was_ever_ready = values[0] == "1"
         elif word == "crashes":
             keeper.crashes = int(values[0])
+        elif word == "ending_signal":
+            keeper.ending_signal = int(values[0])
         elif word == "command":
             keeper.command = values
         elif word == "command_before":

@@ -25,7 +25,14 @@ from asyncsup.child import pidfd_inode, read_facts
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError
 from asyncsup.journal import Journal
-from asyncsup.keeper import LONGEST_PAUSE_SECONDS, MOST_FAILURES, STEADY_SECONDS, Keeper
+from asyncsup.keeper import (
+    LONGEST_PAUSE_SECONDS,
+    MOST_FAILURES,
+    STEADY_SECONDS,
+    Keeper,
+    read_state,
+    write_state,
+)
 from asyncsup.patch.manifest import Kind
 
 COUNTER = 'command = ["sh", "-c", "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.01; done"]\n'
@@ -474,6 +481,27 @@ def test_a_spawn_that_did_not_come_about_is_made_up_for(serve: Serve) -> None:
     client.close()
 
 
+def test_a_stop_whose_post_stop_is_not_waited_for_any_more_comes_to_an_end(serve: Serve) -> None:
+    hook = "sh -c 'touch cleaning; while [ ! -e end ]; do sleep 0.05; done'"
+    client = up(serve, f'{QUICK}[target.web]\n{SLEEPER}hooks.post_stop = "{hook}"\n')
+    before = instance(client, "web")["pid"]
+    client.call("restart", names=["web"], wait=False)
+    wait_for((serve.folder / "cleaning").exists, "the hook")
+    client.call("stop", names=["web"], wait=False)
+    found = instance(client, "web")
+    assert (found["state"], found["pid"]) == ("stopping", None)
+    client.close()
+    try:
+        serve.kill_supervisor()
+        client = serve.connect()
+        assert reached(client, "web", "stopped")["pid"] is None
+    finally:
+        (serve.folder / "end").touch()
+    client.call("start", names=["web"])
+    assert reached(client, "web", "running")["pid"] not in {None, before}
+    client.close()
+
+
 # --- replacement on purpose ---------------------------------------------------------------------------------
 
 
@@ -510,6 +538,23 @@ def test_reexec_keeps_every_child_and_every_line(serve: Serve, alone: bool) -> N
             found = numbers(serve, name)
             assert found == list(range(len(found)))
     client.close()
+
+
+def test_a_signal_that_arrives_while_the_keeper_is_replaced_ends_it(serve: Serve) -> None:
+    client = up(serve, f"{QUICK}[target.web]\n{SLEEPER}")
+    target_pid = instance(client, "web")["pid"]
+    assert serve.process is not None
+    before = serve.supervisor
+    os.kill(serve.process.pid, signal.SIGSTOP)
+    try:
+        client.call("supervisor.reexec")
+        client.close()
+        wait_for(lambda: not alive(before), "the supervisor to have said its last words, and ended")
+        os.kill(serve.process.pid, signal.SIGTERM)
+    finally:
+        os.kill(serve.process.pid, signal.SIGCONT)
+    assert serve.process.wait(60) == 0
+    assert not alive(target_pid)
 
 
 def test_a_program_that_would_not_start_leaves_the_old_one_running(serve: Serve) -> None:
@@ -687,6 +732,26 @@ def test_crashes_in_a_row_are_answered_more_and_more_slowly() -> None:
     assert last
     keeper.ready_since -= 3600 + STEADY_SECONDS
     assert crashes(keeper, 0.0)
+
+
+def test_a_keeper_hands_all_that_it_knows_to_the_one_that_it_becomes() -> None:
+    keeper = Keeper()
+    keeper.soft_limit, keeper.crashes, keeper.was_ever_ready = 64, 3, True
+    keeper.command, keeper.command_before = ["a b", "\n"], ["c"]
+    keeper.exits[7, 8] = 9
+    keeper.ending_signal = signal.SIGTERM
+    keeper.held["output/web"] = os.memfd_create("held")
+    state = os.memfd_create("state")
+    try:
+        os.write(state, write_state(keeper))
+        again = read_state(state)
+    finally:
+        os.close(keeper.held["output/web"])
+    for name in (
+        "soft_limit", "crashes", "was_ever_ready", "command", "command_before", "exits", "ending_signal",
+        "held", "supervisor", "channel",
+    ):  # fmt: skip
+        assert getattr(again, name) == getattr(keeper, name), name
 
 
 def test_a_supervisor_that_does_not_come_up_any_more_is_given_up() -> None:
