@@ -90,6 +90,8 @@ class Rollout:
         if not others:
             return
         await self._target.stop_instances(others, self._reason)
+        for instance in others:
+            instance.configure(self._target.config)  # it may be for other settings that they are replaced
         await self._target.spawn_instances(others, self._reason, whatever_it_depends_on=True)
         await together(partial(self._come_up, instance) for instance in others)
 

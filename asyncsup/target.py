@@ -674,6 +674,9 @@ class Target:
             except BaseException:
                 # Those that run were started with these settings, and go on with them.
                 self.config = settings_before
+                for instance in self.in_slots_of(rolling):
+                    if instance.state in _STOPPED:
+                        instance.configure(settings_before)
                 await self.up_again([*rollout.back(), *rolling, *up], reason)
                 raise
             rollout.finish()

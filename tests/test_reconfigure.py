@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Asked, Serve, wait_for
+from conftest import Asked, Serve, free_port, wait_for
 from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.client import ControlClient, Event
@@ -162,6 +162,30 @@ def test_a_client_that_gives_up_leaves_nobody_down(scene: Scene) -> None:
 
     wait_for(lambda: applied() == 2, "the end of it")
     assert not scene.client.call("config.plan")["restarted"]
+
+
+def test_one_that_falls_before_its_turn_has_the_new_settings_as_well(serve: Serve) -> None:
+    wait = "if [ $NEW ]; then touch began; while [ ! -e go ]; do sleep 0.05; done; fi"
+    script = f"{wait}; echo up; exec sleep 3600"
+    text = (
+        f'[socket.web]\nlisten = "tcp://127.0.0.1:{free_port()}"\n[target.web]\nsockets = ["web"]\n'
+        f'command = ["sh", "-c", "{script}"]\ninstances = 2\nready.log = "^up"\npatch.max_parallel = 1\n'
+        'min_uptime = "1h"\nrestart_delay = "1h"\nrestart_max_delay = "1h"\n'
+    )
+    with serve.start(text) as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        serve.write(f'{text}env.NEW = "new"\n')
+        applying = Asked(serve.endpoint, "config.apply")
+        wait_for((serve.folder / "began").exists, "the first one's turn")
+        os.kill(target(client, "web")["instances"][1]["pid"], signal.SIGKILL)
+        wait_for(
+            lambda: target(client, "web")["instances"][1]["state"] == "backoff", "the other one to be down"
+        )
+        (serve.folder / "go").touch()
+        assert applying.result()["failed"] == {}
+        for each in target(client, "web")["instances"]:
+            assert each["ready"]
+            assert b"NEW=new" in Path(f"/proc/{each['pid']}/environ").read_bytes().split(b"\0")
 
 
 def test_output_goes_to_its_new_place(scene: Scene) -> None:
