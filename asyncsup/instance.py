@@ -1039,10 +1039,14 @@ class Instance:
         before, self.config = self.config, config
         if before.log != config.log:
             self._output.configure(config.log, has_writers=self._process is not None)
-        if self.ready and self._watch is not None and before != config:
-            self._watch.close()
-            self._watch = self._new_watch()
-            self._watch.became_ready(since=self._ready_at)
+        if self._watch is None or before == config:
+            return
+        if not self.ready:
+            self._watch.configure(config)
+            return
+        self._watch.close()
+        self._watch = self._new_watch()
+        self._watch.became_ready(since=self._ready_at)
 
     def close(self) -> None:
         """Let go of descriptors; the process, if there is one, is not touched, and goes on writing."""

@@ -133,6 +133,10 @@ class Watch:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def configure(self, config: TargetConfig) -> None:
+        """Other settings, for what is asked from when it is ready on; what is asked already stays."""
+        self._config = config
+
     # --- from then on ---------------------------------------------------------------------------------------
 
     def became_ready(self, *, since: float | None = None) -> None:

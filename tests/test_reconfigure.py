@@ -253,6 +253,21 @@ def test_liveness_is_taken_up_by_what_runs_already(scene: Scene) -> None:
     assert "liveness failed" in instance(scene.client, "web")["exit"]["reason"]
 
 
+def test_liveness_is_taken_up_by_what_is_still_starting(serve: Serve) -> None:
+    script = "while [ ! -e go ]; do sleep 0.05; done; echo up; exec sleep 3600"
+    text = f"{QUICK}[target.web]\ncommand = ['sh', '-c', '{script}']\nready.log = '^up$'\n"
+    client = serve.start(text)
+    scene = Scene(serve, client)
+    before = reached(client, "web", "starting")["pid"]
+    result = scene.apply(f"{text}liveness = {{ exec = 'touch asked', interval = '50ms' }}\n")
+    assert "liveness.exec" in result["in_place"]["web"]
+    assert instance(client, "web")["state"] == "starting"
+    (serve.folder / "go").touch()
+    wait_for((serve.folder / "asked").exists, "the question whether it is alive")
+    assert (instance(client, "web")["pid"], instance(client, "web")["state"]) == (before, "running")
+    client.close()
+
+
 def test_sighup_is_an_apply(scene: Scene) -> None:
     before = scene.pids()
     scene.serve.write(TWO.replace("[target.web]", "[target.web]\numask = '077'"))
