@@ -583,6 +583,8 @@ class ControlServer:
                 await work()
             except AsyncsupError as error:
                 log.warning("%s: %s", name, error.message)
+            except Exception:
+                log.exception("%s: what was begun for a client failed unexpectedly", name)
 
         self._tasks.start_soon(alone)
 

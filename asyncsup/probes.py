@@ -59,17 +59,22 @@ async def ask_http(url: str, timeout: float) -> str | None:
     import http.client  # noqa: PLC0415 - with a parser of mail; most configurations have no such probe
 
     parts = urlsplit(url)
-    assert parts.hostname is not None, "the configuration was checked"
+    host = parts.hostname
+    assert host is not None, "the configuration was checked"
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname, parts.port, timeout=timeout)
     path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     # A thread of its own: among the few of all others it would wait for those that get no answer.
     own = anyio.CapacityLimiter(1)
+    made: list[HTTPConnection] = []
+
+    def get() -> int:
+        # In the thread as well: for https it reads the certificates of all authorities.
+        made.append(kind(host, parts.port, timeout=timeout))
+        return _get(made[0], path)
+
     try:
         with anyio.fail_after(timeout):
-            status = await anyio.to_thread.run_sync(
-                _get, connection, path, abandon_on_cancel=True, limiter=own
-            )
+            status = await anyio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=own)
     except TimeoutError:
         return f"{url}: no answer within {timeout:g} s"
     except (OSError, http.client.HTTPException) as error:
@@ -78,8 +83,9 @@ async def ask_http(url: str, timeout: float) -> str | None:
         return f"{url}: not asked: {error}"
     finally:
         # However slowly the answer comes, the thread ends here.
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        for connection in made:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
     return None if 200 <= status < 400 else f"{url}: status {status}"
 
 

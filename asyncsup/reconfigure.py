@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,15 @@ import anyio.to_thread
 from msgspec.structs import replace
 
 from asyncsup.config import Config, load_config
-from asyncsup.config.changes import Changes, compare
+from asyncsup.config.changes import Changes, TargetChange, compare
 from asyncsup.config.settings import options
 from asyncsup.errors import AsyncsupError, TargetBusyError
 from asyncsup.together import together
 
 if TYPE_CHECKING:
+    from asyncsup.instance import Instance
     from asyncsup.supervisor import Supervisor
+    from asyncsup.target import Target
 
 log = logging.getLogger("asyncsup")
 
@@ -37,11 +39,16 @@ class Reconfigurer:
         self._asked_by: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._shield = anyio.CancelScope()
 
     async def idle(self) -> None:
         """Return when nobody is at it. Whoever begins in the same turn of the event loop finds it so."""
         while not self._idle.is_set():
             await self._idle.wait()
+
+    def let_go(self) -> None:
+        """The tasks of the supervisor end, and with them whoever would bring a change to its end."""
+        self._shield.shield = False
 
     async def plan(self) -> dict[str, Any]:
         """What `apply` would do.
@@ -73,17 +80,36 @@ class Reconfigurer:
         try:
             # A client that gives up ends it no more: the configuration would say what no target has, and who
             # was being restarted would stay down.
-            with anyio.CancelScope(shield=True):
-                result = await self._apply(asked_by, wait)
-            return result  # noqa: RET504 - to the type checker, a scope may swallow something
+            with anyio.CancelScope(shield=True) as self._shield:
+                result, begun = await self._apply(asked_by)
         finally:
             self._asked_by = None
             self._idle.set()
+        if wait:
+            # What it waits for may never come: that must not keep others from another change.
+            await self._settled(begun, result["failed"])
+        return result
 
     async def _read(self) -> Config:
         return await anyio.to_thread.run_sync(load_config, self._supervisor.config.path)
 
-    async def _apply(self, asked_by: str, wait: bool) -> dict[str, Any]:
+    async def _settled(self, begun: Mapping[str, Sequence[Instance]], failed: dict[str, Any]) -> None:
+        """Wait until those that were started are ready; adds to `failed` who does not become so."""
+
+        async def settled(name: str, instances: Sequence[Instance]) -> None:
+            target = self._supervisor.targets.get(name)
+            if target is None or not target.wanted:
+                return
+            try:
+                await target.wait_settled(instances)
+            except AsyncsupError as error:
+                log.warning("%s: %s", name, error.message)
+                failed[name] = _told(error)
+
+        await together(partial(settled, name, instances) for name, instances in begun.items())
+
+    async def _apply(self, asked_by: str) -> tuple[dict[str, Any], Mapping[str, Sequence[Instance]]]:
+        """Returns also the instances that were started, by target."""
         supervisor = self._supervisor
         supervisor.refuse_while_stopping()
         before, read = supervisor.config, await self._read()
@@ -96,6 +122,7 @@ class Reconfigurer:
         )
         await anyio.to_thread.run_sync(supervisor.register_roots, after)
         failures: dict[str, AsyncsupError] = {}
+        begun: dict[str, Sequence[Instance]] = {}
 
         async def attempt(name: str, work: Any) -> None:
             try:
@@ -114,28 +141,26 @@ class Reconfigurer:
         supervisor.config = replace(supervisor.config, sockets=supervisor.sockets.configs)
         added = supervisor.add_targets(changes.added)
         supervisor.connect_targets()
-        await together(
-            partial(
-                attempt,
-                name,
-                partial(
-                    supervisor.targets[name].reconfigure,
-                    after.targets[name],
-                    restart=bool(change.at_start),
-                    resize="instances" in change.keys,
-                    asked_by=asked_by,
-                    wait=wait,
-                ),
+
+        async def change_target(name: str, change: TargetChange) -> None:
+            begun[name] = await supervisor.targets[name].reconfigure(
+                after.targets[name],
+                restart=bool(change.at_start),
+                resize="instances" in change.keys,
+                asked_by=asked_by,
             )
+
+        async def start_target(target: Target) -> None:
+            await target.start(target.instances, asked_by=asked_by, wait=False)
+            begun[target.name] = target.instances
+
+        await together(
+            partial(attempt, name, partial(change_target, name, change))
             for name, change in changes.changed.items()
         )
         self._keep_settings_of_failed(before, failures)
         await together(
-            partial(
-                attempt,
-                target.name,
-                partial(target.start, target.instances, asked_by=asked_by, wait=wait),
-            )
+            partial(attempt, target.name, partial(start_target, target))
             for target in added
             if target.config.autostart is True and not target.held_down
         )
@@ -144,13 +169,12 @@ class Reconfigurer:
         supervisor.take_up_settings()
         supervisor.events.emit("config.applied", asked_by=asked_by, failed=sorted(failures))
         log.info("configuration taken up for %s", asked_by)
-        return {
+        result = {
             **_described(changes),
             "warnings": list(read.warnings),
-            "failed": {
-                name: {"code": error.error_code, "message": error.message} for name, error in failures.items()
-            },
+            "failed": {name: _told(error) for name, error in failures.items()},
         }
+        return result, begun
 
     def _keep_settings_of_failed(self, before: Config, failed: Iterable[str]) -> None:
         """Those that have refused the new settings have the old ones: `plan` shows the difference again."""
@@ -162,6 +186,10 @@ class Reconfigurer:
             and target.config is before.targets.get(name)
         }
         supervisor.config = replace(supervisor.config, targets={**supervisor.config.targets, **kept})
+
+
+def _told(error: AsyncsupError) -> dict[str, str]:
+    return {"code": error.error_code, "message": error.message}
 
 
 def _without_postponed(before: Any, after: Any) -> Any:

@@ -98,6 +98,8 @@ def _open_here(name: str, folder: int, flags: int, mode: int) -> int:
 def _trust_link(name: str, folder: int, number: int) -> None:
     if number > _MOST_LINKS:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if _is_of_proc(folder):
+        return  # where nobody makes links; they seem to be nobody's in a user namespace without root in it
     # Whoever may write to the folder can also bring a link of ours there, from elsewhere.
     owner = os.stat(name, dir_fd=folder, follow_symlinks=False).st_uid
     if owner not in {0, os.geteuid()} or not _is_only_ours(folder):
@@ -114,9 +116,11 @@ def _is_only_ours(folder: int) -> bool:
 
 def _is_magic(folder: int) -> bool:
     """Links in it lead to what a process has open, whatever their text: ``/proc/PID/fd`` and such."""
+    return _is_of_proc(folder) and os.fstat(folder).st_ino != Path("/proc").stat().st_ino
+
+
+def _is_of_proc(folder: int) -> bool:
     try:
-        proc = Path("/proc").stat()
+        return os.fstat(folder).st_dev == Path("/proc").stat().st_dev
     except OSError:
         return False
-    here = os.fstat(folder)
-    return here.st_dev == proc.st_dev and here.st_ino != proc.st_ino

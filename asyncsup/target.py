@@ -360,6 +360,10 @@ class Target:
                     await self._carry_out(operation)
                     self._free_again()
 
+    def leave_to_the_next(self) -> None:
+        """The tasks of this supervisor end. What is under way stays as it is: the next will go on with it."""
+        self._ends = True
+
     def close(self) -> None:
         """Let go of what is open; processes run on."""
         self._ends = True
@@ -638,8 +642,8 @@ class Target:
         await self._perform("replace", asked_by, work)
 
     async def reconfigure(
-        self, config: TargetConfig, *, restart: bool, resize: bool, asked_by: str, wait: bool
-    ) -> None:
+        self, config: TargetConfig, *, restart: bool, resize: bool, asked_by: str
+    ) -> Sequence[Instance]:
         """Take up other settings.
 
         Args:
@@ -647,9 +651,12 @@ class Target:
             resize: the number of instances is another one.
 
         Raises:
-            StartFailedError: with ``wait``, an instance did not become ready; or one that was to replace
-                another, and the settings are as before.
+            StartFailedError: an instance that was to replace another did not become ready, and the settings
+                are as before.
             StopFailedError: a process survives SIGKILL; nothing was changed.
+
+        Returns:
+            The instances that were started.
         """
         started: list[Instance] = []
 
@@ -694,8 +701,7 @@ class Target:
             self.await_demand()
 
         await self._perform("reconfigure", asked_by, work)
-        if wait and self.wanted:
-            await self.wait_settled(started)
+        return started
 
     def _can_roll_to(self, config: TargetConfig) -> bool:
         """Whether a process with other settings can be started beside one with these: not if its output goes

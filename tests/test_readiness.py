@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import http.server
 import os
 import signal
@@ -144,6 +145,23 @@ def test_a_status_of_500_is_not_ready_and_the_last_answer_is_told(switched: tupl
     )
     wait_for_reason(client, "not ready within 2 s (http://127.0.0.1:")
     client.close()
+
+
+@pytest.mark.anyio
+async def test_certificates_are_not_read_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes as long as everything else it does in ten turns."""
+    made_in: list[threading.Thread] = []
+
+    make = http.client.HTTPSConnection.__init__
+
+    def made(*args: Any, **options: Any) -> None:
+        made_in.append(threading.current_thread())
+        make(*args, **options)
+
+    monkeypatch.setattr(http.client.HTTPSConnection, "__init__", made)
+    assert "connection refused" in str(await ask_http(f"https://127.0.0.1:{free_port()}/", 60.0))
+    assert threading.current_thread() not in made_in
+    assert made_in
 
 
 def test_a_newline_on_the_descriptor_means_ready(serve: Serve) -> None:

@@ -18,6 +18,7 @@ from test_supervisor import QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.client import ControlClient, Event
 from asyncsup.config import load_config
+from asyncsup.errors import TimeoutExpiredError
 from asyncsup.keeper_link import KeeperLink
 from asyncsup.reconfigure import Reconfigurer
 from asyncsup.supervisor import Supervisor
@@ -46,8 +47,9 @@ class Scene:
 def scene(serve: Serve) -> Iterator[Scene]:
     client = serve.start(TWO)
     client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
-    yield Scene(serve, client)
-    client.close()
+    scene = Scene(serve, client)
+    yield scene
+    scene.client.close()
 
 
 def test_a_target_that_did_not_change_keeps_its_pid(scene: Scene) -> None:
@@ -186,6 +188,47 @@ def test_one_that_falls_before_its_turn_has_the_new_settings_as_well(serve: Serv
         for each in target(client, "web")["instances"]:
             assert each["ready"]
             assert b"NEW=new" in Path(f"/proc/{each['pid']}/environ").read_bytes().split(b"\0")
+
+
+WAITS = f"[target.b]\n{SLEEPER}depends_on = ['a']\n"
+
+
+def waiting_for_what_never_comes(scene: Scene) -> None:
+    """A change is taken up whose new target waits for one that nobody starts, and its client has given up."""
+    scene.apply(f"{QUICK}[target.a]\n{SLEEPER}autostart = false\n")
+    scene.serve.write(f"{QUICK}[target.a]\n{SLEEPER}autostart = false\n{WAITS}")
+    with pytest.raises(TimeoutExpiredError):
+        scene.client.call("config.apply", timeout=1)
+    reached(scene.client, "b", "waiting")
+
+
+def test_a_change_that_waits_for_what_never_comes_keeps_nobody_from_the_next(scene: Scene) -> None:
+    waiting_for_what_never_comes(scene)
+    result = scene.apply(f"{QUICK}[target.a]\n{SLEEPER}autostart = false\n[target.b]\n{SLEEPER}")
+    assert result["failed"] == {}
+    reached(scene.client, "b", "running")
+
+
+@pytest.mark.parametrize("under_way", ["waiting", "stopping"])
+def test_another_program_takes_over_in_the_middle_of_a_change(scene: Scene, under_way: str) -> None:
+    if under_way == "waiting":
+        waiting_for_what_never_comes(scene)
+    else:
+        deaf = scene.serve.folder / "deaf.sh"
+        deaf.write_text("trap '' TERM\ntouch deaf\nuntil [ -e go ]; do sleep 0.02; done\n")
+        scene.apply(f"{QUICK}[target.a]\ncommand = 'sh deaf.sh'\nstop_timeout = '5m'\n")
+        wait_for((scene.serve.folder / "deaf").exists, "the program not to listen")
+        scene.serve.write(f"{QUICK}[target.a]\n{SLEEPER}")
+        assert scene.serve.process is not None
+        scene.serve.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: instance(scene.client, "a")["state"] == "stopping", "the change")
+    started = scene.client.call("supervisor.info")["started"]
+    scene.client.call("supervisor.reexec", timeout=60)
+    scene.client.close()
+    scene.client = scene.serve.connect_to_next(started)
+    (scene.serve.folder / "go").touch()
+    if under_way == "stopping":
+        reached(scene.client, "a", "running")
 
 
 def test_output_goes_to_its_new_place(scene: Scene) -> None:
