@@ -457,6 +457,7 @@ def test_who_respawned_on_the_new_files_is_told_of_the_way_back(field: Field) ->
     field.behave("slow", reload="never")
     with field.applying(field.package("web", "slow")) as outcome:
         before = field.said("web", "build=300 a.txt=new-a")
+        wait_for(lambda: "reload" in field.steps(), "its answer")
         os.kill(before["pid"], signal.SIGKILL)
         wait_for(
             lambda: (
