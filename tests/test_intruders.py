@@ -325,7 +325,8 @@ async def test_a_package_that_fails_as_nobody_foresaw_is_alone_with_that(
     sent = Uploads(tmp_path / "uploads", lambda: config.patch.limits)
     intake = Intake(lambda: config.patch, inbox, sent, SeenClock(0.0))
     nobody: Any = SimpleNamespace(targets={})
-    arrivals = Arrivals(inbox, intake, Patchable(nobody), apply)
+    none_under_way: Any = SimpleNamespace(has_package=lambda name: False)
+    arrivals = Arrivals(inbox, intake, Patchable(nobody), none_under_way, apply)
     for name in ("bad.zip", "first.zip", "second.zip"):
         (inbox.folder / name).write_bytes(VALID)
     found = {entry["file"]: entry["state"] for entry in (await arrivals.listing())["inbox"]}

@@ -82,6 +82,11 @@ class Field:
             if pid is not None:
                 end_process(pid)
 
+    def drop(self, package: Path, name: str) -> None:
+        """Into the inbox, at once."""
+        shutil.copy(package, self.serve.inbox / f".{name}")
+        (self.serve.inbox / f".{name}").rename(self.serve.inbox / name)
+
     def behave(self, name: str, **behaviour: Any) -> None:
         """In one step: the program may be reading it."""
         temporary = self.folder / f"{name}.work" / "behaviour.new"
@@ -1198,20 +1203,42 @@ def test_auto_applies_what_arrives_once_its_digest_is_there(field: Field) -> Non
 
 def test_a_patch_that_waits_in_the_inbox_keeps_none_waiting_for_other_targets(field: Field) -> None:
     field.start("a", "b", patch="auto = true\n", each={"a": '[target.a.patch]\ncommit = "manual"\n'})
-
-    def drop(package: Path, name: str) -> None:
-        shutil.copy(package, field.serve.inbox / f".{name}")
-        (field.serve.inbox / f".{name}").rename(field.serve.inbox / name)
-
-    drop(field.package("a"), "1.zip")
+    field.drop(field.package("a"), "1.zip")
     txn = wait_for(lambda: field.target("a")["uncommitted"], "the first to wait for its commit")
-    drop(field.package("a", build=301, before={"a.txt": "new-a"}, files={"a.txt": "x"}), "2.zip")
+    field.drop(field.package("a", build=301, before={"a.txt": "new-a"}, files={"a.txt": "x"}), "2.zip")
     wait_for(lambda: field.target("a")["waiting"], "the second to wait for the first")
-    drop(field.package("b"), "3.zip")
+    field.drop(field.package("b"), "3.zip")
     field.said("b", "build=300 a.txt=new-a")
     field.client.call("patch.commit", id=str(txn))
     field.said("a", "build=301 a.txt=x")
     wait_for((field.serve.inbox / "applied/3.zip.json").exists, "the report")
+
+
+def test_a_patch_of_the_inbox_that_is_aborted_is_not_applied_again(field: Field) -> None:
+    field.start("a", "b", patch="auto = true\n", each={"a": '[target.a.patch]\ncommit = "manual"\n'})
+    field.drop(field.package("a"), "1.zip")
+    txn = wait_for(lambda: field.target("a")["uncommitted"], "the first to wait for its commit")
+    # Whatever else comes has the inbox looked at again.
+    field.drop(field.package("b"), "2.zip")
+    wait_for((field.serve.inbox / "applied/2.zip.json").exists, "the report")
+    field.drop(field.package("b", build=301, before={"a.txt": "new-a"}, files={"a.txt": "x"}), "3.zip")
+    wait_for((field.serve.inbox / "applied/3.zip.json").exists, "the report")
+    assert field.target("a")["waiting"] == []
+    # Another one under its name is another matter.
+    field.drop(field.package("a", build=302), "1.zip")
+    field.drop(field.package("b", build=302, before={"a.txt": "x"}, files={"a.txt": "y"}), "4.zip")
+    wait_for((field.serve.inbox / "applied/4.zip.json").exists, "the report")
+    assert field.client.call("patch.abort", id=str(txn))["verdict"] == "rolled_back"
+    other = wait_for(lambda: field.target("a")["uncommitted"], "the other one to wait for its commit")
+    field.said("a", "build=302 a.txt=new-a")
+    assert field.client.call("patch.abort", id=str(other))["verdict"] == "rolled_back"
+    wait_for((field.serve.inbox / "rejected/1.zip.json").exists, "the report")
+    field.said("a", "build=200 a.txt=old-a")
+    history = field.client.call("patch.history", target="a")["transactions"]
+    assert [(entry["txn"], entry["verdict"]) for entry in history] == [
+        (other, "rolled_back"),
+        (txn, "rolled_back"),
+    ]
 
 
 def test_a_package_can_be_sent_over_the_socket(field: Field) -> None:

@@ -22,7 +22,7 @@ from asyncsup.errors import (
 from asyncsup.patch.checksum import has_checksum
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.intake import Intake, Source, identity_of
-from asyncsup.patch.jobs import Outcome
+from asyncsup.patch.jobs import Jobs, Outcome
 from asyncsup.patch.patchable import Patchable
 from asyncsup.patch.report import summary
 from asyncsup.patch.wish import Wish
@@ -49,6 +49,7 @@ class Arrivals:
     """The packages that lie in one inbox.
 
     Args:
+        jobs: what is under way, whoever asked for it.
         apply: applies a package, as `PatchOverseer.apply`.
     """
 
@@ -57,12 +58,15 @@ class Arrivals:
         inbox: Inbox,
         intake: Intake,
         patchable: Patchable,
+        jobs: Jobs,
         apply: Callable[[Source, Wish], Awaitable[object]],
     ) -> None:
         self._inbox = inbox
         self._intake = intake
         self._patchable = patchable
+        self._jobs = jobs
         self._apply = apply
+        self._passed_over: set[str] = set()
 
     async def listing(self) -> dict[str, Any]:
         """What lies in the inbox, and what can be read of it.
@@ -111,6 +115,11 @@ class Arrivals:
                     if name in under_way:
                         under_way[name].changed |= under_way[name].file != file
                         continue
+                    if self._jobs.has_package(name):
+                        # It waits for its commit, or somebody else applies it: a second job would queue
+                        # behind the first, and apply what is about to be aborted.
+                        self._passed_over.add(name)
+                        continue
                     targets = frozenset(entry["targets"] or [target.name for target in self._patchable.all()])
                     before = [other.done for other in under_way.values() if other.targets & targets]
                     under_way[name] = _Arriving(targets=targets, file=file)
@@ -142,6 +151,10 @@ class Arrivals:
 
     def settle(self, source: Source, outcome: Outcome) -> None:
         """Move a zip out of the inbox, with its report, once it has been dealt with."""
+        if source.path.name in self._passed_over:
+            # What lies there once the job has ended, if anything does, may be another package.
+            self._passed_over.discard(source.path.name)
+            self._inbox.look_again()
         if not source.in_inbox or identity_of(source.path) != source.identity:
             return  # it has gone, or is another one by now that came under the same name
         if not isinstance(outcome, AsyncsupError):

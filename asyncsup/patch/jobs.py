@@ -100,6 +100,10 @@ class Jobs:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
+    def has_package(self, name: str) -> bool:
+        """Whether a package of the inbox is being applied, or waits for its turn or its commit."""
+        return any(job.inbox_name == name for job in self._jobs)
+
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""
         self._refusing = True

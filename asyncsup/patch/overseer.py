@@ -98,7 +98,7 @@ class PatchOverseer:
         )
         self.intake = Intake(lambda: supervisor.config.patch, supervisor.inbox, self.uploads, self._clock)
         self.jobs = Jobs(tasks, self._books.attempted)
-        self.arrivals = Arrivals(supervisor.inbox, self.intake, self._patchable, self.apply)
+        self.arrivals = Arrivals(supervisor.inbox, self.intake, self._patchable, self.jobs, self.apply)
         self.decisions = Decisions(self._store, self._books, self._execution)
 
     # --- questions ------------------------------------------------------------------------------------------
