@@ -920,6 +920,31 @@ def test_an_undecided_patch_can_be_kept_or_taken_back_by_the_target_s_name(field
     assert field.client.call("audit.verify")["ok"]
 
 
+@pytest.mark.parametrize(("verb", "verdict"), [("abort", "rolled_back"), ("commit", "committed")])
+def test_an_undecided_patch_of_a_target_that_is_configured_no_more_can_be_decided_about(
+    field: Field, verb: str, verdict: str
+) -> None:
+    field.start("a", "b", patch='rollback = "manual"\n')
+    field.behave("b", reload="fail")
+    error = field.refused(field.package("b"))
+    assert error.error_code == "patch.undecided"
+    txn = str(error.details["report"]["txn"])
+    both = field.serve.config.read_text()
+    field.serve.write(both.partition("[target.b]")[0])
+    assert field.client.call("config.apply")["removed"] == ["b"]
+    assert field.client.call(f"patch.{verb}", id=txn, timeout=60)["verdict"] == verdict
+    assert field.client.call("patch.show", id=txn)["verdict"] == verdict
+
+    field.behave("b")
+    field.serve.write(both)
+    assert field.client.call("config.apply")["added"] == ["b"]
+    field.said("b", "build=300 a.txt=new-a" if verb == "commit" else "build=200 a.txt=old-a")
+    assert field.target("b")["undecided"] is None
+    assert field.client.call("audit.verify")["ok"]
+    field.client.close()
+    assert field.serve.stop() == 0
+
+
 def test_manual_rollback_undoes_what_fails_before_the_switch_and_what_somebody_ends(field: Field) -> None:
     field.start("web", patch='rollback = "manual"\n')
     field.behave("web", prepare="refuse")
