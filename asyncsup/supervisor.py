@@ -137,7 +137,7 @@ class Supervisor:
         searchable = self._strangers or bool(settings.socket_mode & 0o077)
         private_directory(settings.runtime_dir, searchable=searchable)
         self._lock_runtime_dir(settings.runtime_dir)
-        self.store = Store.open(settings.state_dir, guarded=_guarded(self.config))
+        self.store = Store.open(settings.state_dir)
         self._cleanup.callback(self.store.close)
         self.store.note(
             "supervisor.started",
@@ -214,11 +214,14 @@ class Supervisor:
         self.channel.open()
 
     def register_roots(self, config: Config) -> None:
-        """Make the roots of all targets known to the store.
+        """Make the roots of all targets known to the store, and what no patch may change.
 
         Raises:
-            StateError: one is not what patches have made it.
+            StateError: one is not what patches have made it. What was guarded before is guarded all the same.
         """
+        guarded = _guarded(config)
+        # A configuration that is refused still stands in its file, and the one in force may come back there.
+        self.store.guard(self.store.guarded.along_with(guarded))
         self.store.register(
             [
                 TargetRoot(
@@ -232,6 +235,7 @@ class Supervisor:
                 if target.root is not None
             ]
         )
+        self.store.guard(guarded)
 
     def _make_target(self, name: str) -> Target:
         target = self.targets[name] = Target(

@@ -427,6 +427,42 @@ def test_no_patch_decides_about_the_next_one(serve: Serve) -> None:
     client.close()
 
 
+def test_what_a_configuration_includes_is_guarded_as_soon_as_it_is_taken_up(serve: Serve) -> None:
+    main = (
+        '[supervisor]\nregion = "us-east-1"\nstate_dir = "state"\nruntime_dir = ".asyncsup/run"\n{}'
+        '[patch]\ntrust = "none"\n'
+        '[target.pricer]\nroot = "."\ncommand = "sleep 1000"\nautostart = false\n'
+    )
+    for folder in ("more.d", "conf.d"):
+        (serve.folder / folder).mkdir()
+    client = serve.start(main.format('include = ["conf.d/*.toml"]\n'))
+
+    def code_of_patch(build: int, path: str) -> str | None:
+        change = Part(name=f"files/{path}", data=b"evil")
+        package = serve.folder / f"{build}.zip"
+        package.write_bytes(forge(manifest_part(build=build, files=[zip_forge.change(change)]), change))
+        try:
+            client.call("patch.apply", path=str(package))
+        except RemoteError as error:
+            return error.error_code
+        return None
+
+    # What is refused does not end what was guarded: the one in force may be read again.
+    assert code_of_patch(400, "managed") is None
+    after = main.format('include = ["more.d/*.toml"]\n')
+    serve.config.write_text(after.replace('root = "."', 'root = "more.d"'))
+    with pytest.raises(RemoteError) as caught:
+        client.call("config.apply")
+    assert caught.value.error_code == "state.root_changed"
+    for build, path in ((401, "conf.d/x.toml"), (402, "more.d/x.toml")):
+        assert code_of_patch(build, path) == "gate.path", path
+    serve.config.write_text(after)
+    client.call("config.apply")
+    assert code_of_patch(403, "more.d/x.toml") == "gate.path"
+    assert code_of_patch(404, "conf.d/x.toml") is None, "nobody reads it any more"
+    client.close()
+
+
 # --- uploads ------------------------------------------------------------------------------------------------
 
 

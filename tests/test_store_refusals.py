@@ -144,7 +144,8 @@ def guarded_store(b: Bench, **more: Any) -> None:
     """The same store, with the configuration, who may sign and the inbox in the root."""
     b.store.close()
     places = {b.root / "asyncsup.toml": "the configuration", b.root / "inbox": "the inbox"}
-    b.store = Store.open(b.base / "state", guarded=Guarded(places=places, **more))
+    b.store = Store.open(b.base / "state")
+    b.store.guard(Guarded(places=places, **more))
     b.store.register(b.targets)
     b.store.recover()
 

@@ -34,6 +34,12 @@ class Guarded(msgspec.Struct, frozen=True, kw_only=True):
     places: Mapping[Path, str] = msgspec.field(default_factory=dict)
     patterns: tuple[str, ...] = ()
 
+    def along_with(self, more: Guarded) -> Guarded:
+        """These places and those."""
+        return Guarded(
+            places={**self.places, **more.places}, patterns=tuple({*self.patterns, *more.patterns})
+        )
+
 
 NOTHING_MORE: Final = Guarded()
 

@@ -82,26 +82,34 @@ class Store:
         """Why transactions are undecided, where that could not be written down yet."""
 
     @classmethod
-    def open(cls, state_dir: Path, *, guarded: Guarded = NOTHING_MORE) -> Store:
+    def open(cls, state_dir: Path) -> Store:
         """Take the state directory's lock, create what is missing, sweep what was left half done.
 
-        Args:
-            guarded: what no patch may change besides the state directory itself.
         Raises:
             StateLockedError: another supervisor has it; the message says which process.
             StateError: it is damaged, was moved, or belongs to another version.
         """
         with state_errors():
             state = StateDirectory.open(state_dir)
-            places = {state.path: "the state directory", **guarded.places}
-            state.guarded = replace(guarded, places=places)
             store = cls(state)
+            store.guard(NOTHING_MORE)
             try:
                 store.settle()
             except BaseException:
                 state.close()
                 raise
         return store
+
+    @property
+    def guarded(self) -> Guarded:
+        """What no patch may change."""
+        return self._state.guarded
+
+    def guard(self, guarded: Guarded) -> None:
+        """From here on no patch may change these places, nor the state directory itself, and nothing else is
+        guarded."""
+        places = {self._state.path: "the state directory", **guarded.places}
+        self._state.guarded = replace(guarded, places=places)
 
     def settle(self) -> None:
         """Sweep what was left half done, and set the pointer again if it is lost.
