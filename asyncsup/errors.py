@@ -15,7 +15,8 @@ class AsyncsupError(Exception):
     """Something was wrong in a way asyncsup foresaw; the message says what, where, and what would do.
 
     Args:
-        message: one sentence or two for a person.
+        message: one sentence or two for a person. Names of files in it need not be text: what is none is
+            written out (``\\udcff``), as an error has to fit into JSON.
         code: a more specific stable code than the class's own.
         details: JSON values for a program: the field, the path, the value at fault.
     """
@@ -24,6 +25,7 @@ class AsyncsupError(Exception):
     exit_status: ClassVar[int] = 1
 
     def __init__(self, message: str, *, code: str | None = None, **details: Any) -> None:
+        message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.message = message
         self.error_code = code or self.code

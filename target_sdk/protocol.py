@@ -72,7 +72,7 @@ class Request:
     params: Params = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        return orjson.dumps({"jsonrpc": "2.0", "id": self.id, "method": self.method, "params": self.params})
+        return to_json({"jsonrpc": "2.0", "id": self.id, "method": self.method, "params": self.params})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Notification:
     params: Params = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        return orjson.dumps({"jsonrpc": "2.0", "method": self.method, "params": self.params})
+        return to_json({"jsonrpc": "2.0", "method": self.method, "params": self.params})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class Result:
     result: Any
 
     def encode(self) -> bytes:
-        return orjson.dumps({"jsonrpc": "2.0", "id": self.id, "result": self.result})
+        return to_json({"jsonrpc": "2.0", "id": self.id, "result": self.result})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +110,33 @@ class Failure:
         error: dict[str, Any] = {"code": self.number, "message": self.message}
         if self.data is not None:
             error["data"] = self.data
-        return orjson.dumps({"jsonrpc": "2.0", "id": self.id, "error": error})
+        return to_json({"jsonrpc": "2.0", "id": self.id, "error": error})
 
 
 Message = Request | Notification | Result | Failure
+
+
+def to_json(value: Any, *, option: int | None = None) -> bytes:
+    """A value as orjson encodes it. Names of files need not be text: what is none of a text is written out
+    (``\\udcff``).
+
+    Raises:
+        TypeError: there is something in it that JSON does not have.
+    """
+    try:
+        return orjson.dumps(value, option=option)
+    except orjson.JSONEncodeError:
+        return orjson.dumps(_text_only(value), option=option)
+
+
+def _text_only(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_text_only(key): _text_only(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_text_only(item) for item in value]
+    return value
 
 
 def decode(frame: bytes) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,7 +15,7 @@ from conftest import Serve, wait_for
 from store_kit import mounted
 from test_patching import Field
 
-from asyncsup.errors import PatchNotFoundError
+from asyncsup.errors import PatchNotFoundError, RemoteError
 from asyncsup.events import EventStream
 from asyncsup.patch import standing_watch
 from asyncsup.patch.inbox import Inbox
@@ -225,3 +226,20 @@ def test_auto_applies_what_comes_into_an_inbox_that_was_replaced(field: Field) -
         field.said("web", f"build={build}")
         wait_for((inbox / "applied/p.zip").exists, "the package to be moved")
     assert "another folder than before" in field.serve.errors()
+
+
+def test_the_name_of_a_file_that_is_no_text_ends_nobody(field: Field) -> None:
+    """It stands in the message, the events and the report, which are JSON."""
+    field.start("web", layout="tree")
+    before = field.client.call("supervisor.info")
+    package = field.package("web")
+    with mounted(field.folder / "web" / os.fsdecode(b"\xff"), "size=1m"):
+        package.rename(field.folder / "inbox/p.zip")
+        with pytest.raises(RemoteError) as caught:
+            field.client.call("patch.apply", name="p.zip")
+    assert caught.value.error_code == "gate.filesystem"
+    assert r"\udcff" in caught.value.message
+    assert field.client.call("supervisor.info")["pid"] == before["pid"]
+    report = json.loads((field.folder / "inbox/rejected/p.zip.json").read_text())
+    assert report["code"] == "gate.filesystem"
+    assert field.client.call("events.since", seq=0)["events"]

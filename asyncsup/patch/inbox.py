@@ -31,6 +31,7 @@ from asyncsup.events import EventStream
 from asyncsup.patch import fs
 from asyncsup.patch.checksum import has_checksum
 from asyncsup.patch.standing_watch import StandingWatch
+from target_sdk.protocol import to_json
 
 log = logging.getLogger("asyncsup.inbox")
 
@@ -107,7 +108,7 @@ class Inbox:
         Raises:
             OSError: it could not be moved.
         """
-        text = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        text = to_json(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         (self.folder / outcome).mkdir(exist_ok=True)
         with fs.opened(self.folder) as home, _opened_in(home, outcome) as folder:
             name, report_fd = _create_report(folder, path.name)

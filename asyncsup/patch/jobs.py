@@ -199,9 +199,9 @@ class Jobs:
             if isinstance(outcome, AsyncsupError):
                 outcome.details.setdefault("report", job.report.to_json(verdict_of(outcome), outcome))
             if job.report.txn is None:
-                await self._unbegun(job, outcome)
+                await _done_after(self._unbegun(job, outcome))
             if settle is not None:
-                await settle(outcome)
+                await _done_after(settle(outcome))
             job.resolve(outcome)
         finally:
             for future in (job.end, job.answer):
@@ -216,3 +216,11 @@ class Jobs:
         raise PatchTargetRefusedError(
             f"ended before anything was changed: {job.because}", code="request.cancelled"
         )
+
+
+async def _done_after(work: Awaitable[None]) -> None:
+    """The patch is over by then: nothing that goes wrong keeps its client from hearing so, or ends others."""
+    try:
+        await work
+    except Exception:
+        log.exception("not everything was done after a patch")
