@@ -369,6 +369,32 @@ def test_root_and_layout_change_only_while_nothing_is_managed(
 
 
 @both_layouts
+@pytest.mark.parametrize("changed", ["root", "layout"])
+def test_root_and_layout_do_not_change_under_a_patch(
+    layout: Layout, changed: str, bench: Callable[..., Bench]
+) -> None:
+    """Nothing is managed before the first patch, and what is staged must not be lost sight of."""
+    b = bench(layout)
+    (other,) = set(Layout) - {layout}
+    moved = b.base / "other-root"
+    write_tree(moved, FILES)
+    after = replace(b.targets[0], **({"root": moved} if changed == "root" else {"layout": other}))
+    txn = staged(b.store, b.patch(300, new={"sub/new.json": b"new"}))
+    with pytest.raises(StateError, match="until it has ended") as caught:
+        b.store.register([after])
+    assert caught.value.error_code == "state.transaction_open"
+    assert caught.value.details == {"target": "web", "txn": txn}
+    b.store.abort(txn)
+    assert seen(b.root) == seen(moved if changed == "root" else b.root) == FILES
+    assert leftovers(b.root) == []
+    b.store.finish(txn, verdict="rolled_back")
+    b.store.release("web")  # a tree has moved into the store for it
+    b.store.register([after])
+    apply(b.store, b.patch(301, new={"sub/new.json": b"new"}))
+    assert seen(after.root) == {**FILES, "sub/new.json": b"new"}
+
+
+@both_layouts
 def test_a_root_that_was_moved_with_all_its_links_is_taken_as_it_is(
     layout: Layout, bench: Callable[..., Bench]
 ) -> None:

@@ -56,6 +56,7 @@ class Registration:
             releasing=known is not None and known.releasing,
         )
         if known is not None and (known.root, known.layout) != (row.root, row.layout):
+            self._refuse_while_patched(known, row)
             self._check_move(known, row)
         if known is None or known.layout != row.layout:
             row = self._begin_anew(row, target.build)
@@ -141,6 +142,23 @@ class Registration:
             (row.txn is None and row.patch is None) or row.state == "dropped"
             for row in self._database.generations(target)
         )
+
+    def _refuse_while_patched(self, known: TargetRow, row: TargetRow) -> None:
+        """Where nothing is managed yet, a patch may be about to change that: it goes on, or is taken back, in
+        the root and the layout that it was begun with. (A root may be moved while nobody runs: what was begun
+        in it is there too.)"""
+        if known.layout == row.layout and not known.root.exists():
+            return
+        what = "layout" if known.root == row.root else "root"
+        for other in self._database.open_transactions(row.name):
+            raise StateError(
+                f"the {what} of {row.name} was {known.root} ({known.layout}) and is now {row.root} "
+                f"({row.layout}), but transaction {other.txn} has begun with the old one; keep that until it "
+                "has ended",
+                code="state.transaction_open",
+                target=row.name,
+                txn=other.txn,
+            )
 
     def _check_move(self, known: TargetRow, row: TargetRow) -> None:
         """Root or layout are not what they were. Fine as long as nothing is managed, or if the root was
