@@ -158,7 +158,10 @@ class Reconfigurer:
             partial(attempt, name, partial(change_target, name, change))
             for name, change in changes.changed.items()
         )
-        self._keep_settings_of_failed(before, failures)
+        if self._keep_settings_of_failed(before, failures):
+            # Patches have to go where its programs are.
+            register = partial(supervisor.register_roots, supervisor.config)
+            await attempt("roots", partial(anyio.to_thread.run_sync, register))
         await together(
             partial(attempt, target.name, partial(start_target, target))
             for target in added
@@ -176,8 +179,11 @@ class Reconfigurer:
         }
         return result, begun
 
-    def _keep_settings_of_failed(self, before: Config, failed: Iterable[str]) -> None:
-        """Those that have refused the new settings have the old ones: `plan` shows the difference again."""
+    def _keep_settings_of_failed(self, before: Config, failed: Iterable[str]) -> bool:
+        """Those that have refused the new settings have the old ones: `plan` shows the difference again.
+
+        Returns whether there are any.
+        """
         supervisor = self._supervisor
         kept = {
             name: before.targets[name]
@@ -186,6 +192,7 @@ class Reconfigurer:
             and target.config is before.targets.get(name)
         }
         supervisor.config = replace(supervisor.config, targets={**supervisor.config.targets, **kept})
+        return bool(kept)
 
 
 def _told(error: AsyncsupError) -> dict[str, str]:

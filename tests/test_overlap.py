@@ -426,6 +426,24 @@ def test_other_settings_and_max_age_replace_without_a_gap(town: Town) -> None:
     town.unharmed()
 
 
+def test_a_target_that_refuses_another_root_is_patched_where_it_runs(town: Town) -> None:
+    town.start()
+    before = town.pids
+    other = town.folder / "other"
+    other.mkdir()
+    (other / "service.py").write_text(town.source)
+    refused = town.settings("start_timeout = '1s'\nready.http = 'http://127.0.0.1:1/'")
+    town.serve.write(refused.replace('root = "app"', 'root = "other"'))
+    assert set(town.control.call("config.apply", {"wait": True}, timeout=100)["failed"]) == {"app"}
+    town.wait_alone()
+    assert town.pids == before
+    town.apply("v2")
+    town.wait_alone()
+    assert town.ask() == "v2"
+    assert 'VERSION = "v2"' in (town.root / "service.py").read_text()
+    assert (other / "service.py").read_text() == town.source
+
+
 def test_a_service_that_is_not_drained_in_time_is_stopped(town: Town) -> None:
     (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "stubborn"'))
     town.start('drain_timeout = "300ms"')
