@@ -1266,6 +1266,32 @@ def test_a_patch_of_the_inbox_that_is_aborted_is_not_applied_again(field: Field)
     ]
 
 
+def test_the_end_of_the_supervisor_is_no_reason_to_reject_a_package_of_the_inbox(field: Field) -> None:
+    field.start("a", "b", "c", patch="auto = true\n", each={"b": '[target.b.patch]\ncommit = "manual"\n'})
+    field.drop(field.package("a", probation=60.0), "a.zip")
+    field.drop(field.package("b"), "b.zip")
+    field.drop(field.package("c", probation=60.0), "stopped.zip")
+    field.said("a", "build=300")
+    field.said("c", "build=300")
+    wait_for(lambda: field.target("b")["uncommitted"], "the patch of b to wait for its commit")
+    field.drop(field.package("b", build=400, before={"a.txt": "new-a"}, files={"a.txt": "x"}), "queued.zip")
+    wait_for(lambda: field.target("b")["waiting"], "the next one to wait for its turn")
+    field.client.call("stop", names=["c"])
+    wait_for((field.serve.inbox / "rejected/stopped.zip.json").exists, "what an operator stopped to be filed")
+    field.client.close()
+    assert field.serve.stop() == 0
+    inbox = sorted(path.name for path in field.serve.inbox.glob("*.zip"))
+    assert inbox == ["a.zip", "b.zip", "queued.zip"]
+    assert [path.name for path in (field.serve.inbox / "rejected").glob("*.zip")] == ["stopped.zip"]
+    assert field.content("a")["a.txt"] == field.content("b")["a.txt"] == "old-a"
+
+    field.client = field.serve.start()
+    field.said("a", "build=300 a.txt=new-a")
+    txn = wait_for(lambda: field.target("b")["uncommitted"], "the patch of b to wait for its commit")
+    field.client.call("patch.abort", id=str(txn))
+    wait_for((field.serve.inbox / "rejected/b.zip.json").exists, "what an operator aborted to be filed")
+
+
 def test_a_package_can_be_sent_over_the_socket(field: Field) -> None:
     field.start("web")
     package = field.package("web")

@@ -14,7 +14,9 @@ from asyncsup.actor import Actor
 from asyncsup.errors import (
     AllowedSignersError,
     AsyncsupError,
+    CancelledByRequestError,
     PatchNotFoundError,
+    PatchRolledBackError,
     PatchUndecidedError,
     TargetBusyError,
     TrustUnavailableError,
@@ -22,7 +24,7 @@ from asyncsup.errors import (
 from asyncsup.patch.checksum import has_checksum
 from asyncsup.patch.inbox import Inbox
 from asyncsup.patch.intake import Intake, Source, identity_of
-from asyncsup.patch.jobs import Jobs, Outcome
+from asyncsup.patch.jobs import Job, Jobs, Outcome
 from asyncsup.patch.patchable import Patchable
 from asyncsup.patch.report import summary
 from asyncsup.patch.wish import Wish
@@ -149,7 +151,7 @@ class Arrivals:
             return
         await self._apply(source, Wish(actor=Actor.of_file(source.path)))
 
-    def settle(self, source: Source, outcome: Outcome) -> None:
+    def settle(self, job: Job, source: Source, outcome: Outcome) -> None:
         """Move a zip out of the inbox, with its report, once it has been dealt with."""
         if source.path.name in self._passed_over:
             # What lies there once the job has ended, if anything does, may be another package.
@@ -161,18 +163,26 @@ class Arrivals:
             self._inbox.settle(source.path, outcome, outcome="applied")
         elif isinstance(outcome, PatchUndecidedError):
             self._inbox.settle(source.path, outcome.details["report"], outcome="applied")
-        elif not _was_not_tried(source, outcome):
+        elif not _was_not_tried(source, outcome) and not (job.outlasted and _was_cancelled(outcome)):
+            # (Of one that the end of the supervisor has cut short, the next supervisor makes a new start.)
             self._inbox.settle(source.path, outcome.details["report"], outcome="rejected")
 
-    async def settle_by_name(self, name: str | None, outcome: Outcome) -> None:
+    async def settle_by_name(self, job: Job, outcome: Outcome) -> None:
         """As `settle`, for a package of which only the name is known any more."""
+        name = job.inbox_name
         if name is None:
             return
         try:
             source = self._intake.find(path=None, upload=None, name=name, sha256=None, crc32=None)
-            self.settle(source, outcome)
+            self.settle(job, source, outcome)
         except (AsyncsupError, OSError) as error:
             log.warning("%s stays where it is: %s", name, error)
+
+
+def _was_cancelled(error: AsyncsupError) -> bool:
+    """Whether somebody ended a patch, which has left nothing behind."""
+    cause = error.details.get("cause") if isinstance(error, PatchRolledBackError) else error.error_code
+    return cause == CancelledByRequestError.code
 
 
 def _was_not_tried(source: Source, error: AsyncsupError) -> bool:

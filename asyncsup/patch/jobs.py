@@ -54,6 +54,8 @@ class Job(msgspec.Struct, eq=False):
     """Its patch is on hold already, since before it was undone."""
     inbox_name: str | None = None
     """The package's, if it lies in the inbox."""
+    outlasted: bool = False
+    """The supervisor began to end while it was under way, and nobody else had ended it."""
 
     def cancel(self, because: str) -> None:
         log.info("%s %s: to be ended, %s", self.report.action, self.report.txn or "(not begun)", because)
@@ -107,6 +109,8 @@ class Jobs:
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""
         self._refusing = True
+        for job in self._jobs:
+            job.outlasted = not job.scope.cancel_called
 
     def refuse_while_patching(self) -> None:
         """Raises TargetBusyError when a patch is under way."""

@@ -220,13 +220,14 @@ class PatchOverseer:
         job.report.file = None if self.uploads.has(source.path) else source.path.name
         job.request["package"] = {"file": job.report.file}
         job.inbox_name = source.path.name if source.in_inbox else None
-        self.jobs.start(job, partial(self._apply_package, job, source, wish), partial(self._settle, source))
+        work = partial(self._apply_package, job, source, wish)
+        self.jobs.start(job, work, partial(self._settle, job, source))
         return await self.jobs.answer(job)
 
-    async def _settle(self, source: Source, outcome: Outcome) -> None:
+    async def _settle(self, job: Job, source: Source, outcome: Outcome) -> None:
         try:
             await step_failpoint("overseer.settle")
-            self.arrivals.settle(source, outcome)
+            self.arrivals.settle(job, source, outcome)
             self.uploads.drop(source.path)
         except OSError as error:
             log.warning("%s stays where it is: %s", source.path, error)
@@ -285,6 +286,7 @@ class PatchOverseer:
             return await self._decide(undecided, Wish(actor=actor), keep=False)
         job = self.jobs.find(reference, "abort")
         self._store.note("txn.abort_asked", txn=job.report.txn, by=actor.to_json())
+        job.outlasted = False
         job.cancel(f"aborted by {actor}")
         await asyncio.wait([job.end])
         error = job.end.exception()
@@ -347,7 +349,7 @@ class PatchOverseer:
         job.report.file = job.inbox_name = record.file
         targets = [self._supervisor.targets[part.target] for part in record.parts]
         work = partial(self._carry_out, job, targets, partial(self._go_on, record), wish)
-        self.jobs.start(job, work, partial(self.arrivals.settle_by_name, record.file))
+        self.jobs.start(job, work, partial(self.arrivals.settle_by_name, job))
 
     async def _go_on(self, record: PatchRecord, job: Job, targets: Sequence[Target]) -> Verdict:
         known = await anyio.to_thread.run_sync(self._store.history.transaction, record.txn)
