@@ -1305,6 +1305,18 @@ def test_a_package_can_be_sent_over_the_socket(field: Field) -> None:
 # --- looking back -------------------------------------------------------------------------------------------
 
 
+def test_a_package_that_has_no_room_is_not_kept_by_half(field: Field) -> None:
+    field.start("web")
+    large = field.folder / "large"
+    large.write_bytes(bytes(5000))
+    with field.no_room(), pytest.raises(RemoteError) as caught:
+        field.client.upload(large)
+    assert caught.value.error_code == "upload.failed"
+    assert not list((field.folder / ".asyncsup/uploads").iterdir())
+    upload = field.client.upload(field.package("web"))
+    assert field.client.call("patch.apply", upload=upload)["verdict"] == "committed"
+
+
 def test_history_and_show_tell_what_happened_step_by_step(field: Field) -> None:
     field.start("web")
     report = field.apply(field.package("web"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,11 +43,13 @@ class Uploads:
             RequestError: unknown upload, or a gap.
             PatchMalformedError: more than a package may have; what had come is dropped.
             PatchError: ``upload.quota``: too many, or too large together; nothing was taken.
+                ``upload.failed``: it could not be written; what had come is dropped.
         """
         self._make_room(len(data), begins=upload is None)
         if upload is None:
             upload = secrets.token_hex(8)
-            (self.folder / upload).touch(mode=0o600)
+            with self._reporting(self.folder / upload):
+                (self.folder / upload).touch(mode=0o600)
         path = self.path(upload)
         size = path.stat().st_size
         if offset > size:
@@ -56,10 +59,24 @@ class Uploads:
             raise PatchMalformedError(
                 f"the package is too large: {limit(self._limits(), 'package_size')}", code="zip.package_size"
             )
-        with path.open("r+b") as file:
+        with self._reporting(path), path.open("r+b") as file:
             file.seek(offset)
             file.write(data)
         return {"upload": upload, "size": max(size, offset + len(data)), "complete": last}
+
+    @contextlib.contextmanager
+    def _reporting(self, path: Path) -> Iterator[None]:
+        """Turn what the system says into an error with a code; half a package is of no use to anybody."""
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise PatchError(
+                f"the upload cannot be written in {self.folder}: {error.strerror or error}; nothing of it is "
+                "kept",
+                code="upload.failed",
+            ) from error
 
     def _make_room(self, size: int, *, begins: bool) -> None:
         """Forget what was given up, and make sure that `size` bytes more are not too many."""
