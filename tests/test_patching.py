@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import ssh_kit
-from conftest import Serve, end_process, wait_for
+from conftest import Asked, Serve, end_process, wait_for
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError
@@ -822,6 +822,22 @@ def test_a_manual_commit_waits_for_the_operator(field: Field) -> None:
     with pytest.raises(RemoteError) as caught:
         field.client.call("patch.commit", id=str(report["txn"]))
     assert caught.value.error_code == "patch.not_found"
+
+
+def test_a_patch_that_is_being_undone_waits_for_no_commit(field: Field) -> None:
+    field.fail_at("")
+    field.start("web", patch='commit = "manual"\n')
+    txn = field.apply(field.package("web"))["txn"]
+    field.fail_at("undo.switching:hang")
+    aborting = Asked(field.serve.endpoint, "patch.abort", id=str(txn))
+    wait_for(lambda: field.target("web")["uncommitted"] is None, "it to wait no more")
+    assert field.target("web")["busy"] == "patch"
+    with pytest.raises(RemoteError) as caught:
+        field.client.call("patch.commit", id=str(txn))
+    assert caught.value.error_code == "patch.not_found"
+    field.fail_at("")
+    assert aborting.result()["verdict"] == "rolled_back"
+    field.said("web", "build=200 a.txt=old-a")
 
 
 def test_an_uncommitted_patch_is_undone_by_abort_crash_and_the_end_of_the_supervisor(field: Field) -> None:

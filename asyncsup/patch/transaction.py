@@ -552,14 +552,16 @@ class Transaction:
         async with self._step("await commit"):
             self.waits_for_commit = True
             self.on_uncommitted()
-            with anyio.CancelScope() as waiting:
+            try:
+                with anyio.CancelScope() as waiting:
 
-                async def committed() -> None:
-                    await self.commit_requested.wait()
-                    waiting.cancel()
+                    async def committed() -> None:
+                        await self.commit_requested.wait()
+                        waiting.cancel()
 
-                await together([committed, *(partial(self._fall, i, pid) for i, pid in self._standing)])
-            self.waits_for_commit = False
+                    await together([committed, *(partial(self._fall, i, pid) for i, pid in self._standing)])
+            finally:
+                self.waits_for_commit = False
 
     async def _fall(self, instance: Instance, pid: int | None) -> None:
         await instance.wait_until(lambda i: not i.ready or i.pid != pid or i.failure is not None)
