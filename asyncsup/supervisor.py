@@ -347,6 +347,7 @@ class Supervisor:
                 if control is not None:
                     control.close(linger=0.0 if self.successor is None else LAST_WORDS_SECONDS)
                 self.reconfigurer.let_go()
+                self.overseer.jobs.let_go()
                 for target in self.targets.values():
                     target.leave_to_the_next()
                 tasks.cancel_scope.cancel()

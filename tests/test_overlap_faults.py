@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,11 @@ from asyncsup.errors import TimeoutExpiredError
 
 START = '        if MODE != "mute":\n'
 LATE = """        if MODE == "late":
+            while not os.path.exists("go"):
+                await asyncio.sleep(0.01)
+        if MODE == "uneven-late" and not os.environ["ASYNCSUP_INSTANCE"].endswith(":0"):
+            if os.path.exists("uneven"):
+                sys.exit("this build cannot start")
             while not os.path.exists("go"):
                 await asyncio.sleep(0.01)
         if MODE == "in-turn":
@@ -36,8 +43,8 @@ LATE = """        if MODE == "late":
             while not os.path.exists("first") or os.path.exists(f"/proc/{open('first').read()}"):
                 await asyncio.sleep(0.01)
 """
-"""Further modes: late (ready when there is a file ``go``), in-turn (the first instance is ready and falls
-once another one is being started, then the others become ready)."""
+"""Further modes: late (ready when there is a file ``go``), uneven-late (both), in-turn (the first instance
+is ready and falls once another one is being started, then the others become ready)."""
 LONG = 'restart_delay = "1h"\nrestart_max_delay = "1h"\nmin_uptime = "1h"\n'
 """Whoever is killed waits for a long time."""
 
@@ -125,6 +132,58 @@ def test_an_undecided_patch_is_taken_back_whatever_has_become_of_the_processes(
     settled_on(town, "v1")
     if meanwhile in {"nothing", "killed"}:
         assert town.pids == before
+
+
+def undecided(town: Town, mode: str, more: str) -> str:
+    """The number of a patch of three instances, of which only the first has taken it up."""
+    uneven = town.serve.folder / "uneven"
+    uneven.touch()
+    town.start(f"instances = 3\n{more}", patch='max_parallel = 1\nrollback = "manual"')
+    assert town.refused("v2", mode).error_code == "patch.undecided"
+    uneven.unlink()
+    return str(town.target["undecided"])
+
+
+def states(town: Town) -> list[str]:
+    return [instance["state"] for instance in town.target["instances"]]
+
+
+def test_a_client_that_gives_up_what_follows_its_commit_leaves_nobody_down(town: Town) -> None:
+    go = town.serve.folder / "go"
+    go.touch()
+    txn = undecided(
+        town,
+        "uneven",
+        'overlap = false\nstop_timeout = "1h"\nhooks.timeout = "1h"\n'
+        "hooks.pre_stop = ['sh', '-c', 'until test -e go; do sleep 0.05; done']",
+    )
+    town.wait_ready()
+    go.unlink()
+    command = [sys.executable, "-m", "asyncsup", "-c", str(town.serve.config), "patch", "commit", txn]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as committing:
+        wait_for(lambda: states(town) == ["running", "running", "stopping"], "the last one to be stopped")
+        committing.send_signal(signal.SIGINT)
+    town.control.call("supervisor.info")  # it has heard what came before
+    go.touch()
+    wait_for(lambda: town.target["busy"] is None, "the commit to end")
+    shown = town.control.call("patch.show", {"id": txn})
+    assert shown["verdict"] == "committed"
+    assert "given up: its client gave up" in [step["detail"] for step in shown["steps"]]
+    settled_on(town, "v2")
+
+
+def test_a_stop_that_comes_after_a_commit_gives_up_what_is_left_and_not_the_commit(town: Town) -> None:
+    txn = undecided(town, "uneven-late", "")
+    before = town.pids
+    committing = Asked(town.serve.endpoint, "patch.commit", id=txn)
+    wait_for(lambda: "starting" in [o["state"] for o in town.target["others"]], "another one to be replaced")
+    stopping = Asked(town.serve.endpoint, "stop", names=["app:2"])
+    assert committing.result()["verdict"] == "committed"
+    stopping.result()
+    (town.serve.folder / "go").touch()
+    town.wait_alone()
+    assert town.pids == [*before[:2], None]
+    assert town.target["undecided"] is None
 
 
 def test_an_old_one_that_has_crashed_is_not_started_beside_the_new_one(town: Town) -> None:

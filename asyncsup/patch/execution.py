@@ -89,6 +89,8 @@ class Execution:
             participant.enlist()
         transaction = Transaction(txn, change, self._store, self._events, asked_by=job.report.asked_by)
         transaction.cancel_reason = job.because
+        if job.scope.cancel_called:
+            transaction.rest.cancel()
         job.report.txn, job.report.steps, job.transaction = txn, transaction.steps, transaction
         return transaction
 

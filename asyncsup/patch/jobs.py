@@ -62,6 +62,7 @@ class Job(msgspec.Struct, eq=False):
         self.because = because
         if self.transaction is not None:
             self.transaction.cancel_reason = because
+            self.transaction.rest.cancel()
         self.scope.cancel()
 
     def is_called(self, reference: str) -> bool:
@@ -111,6 +112,12 @@ class Jobs:
         self._refusing = True
         for job in self._jobs:
             job.outlasted = not job.scope.cancel_called
+
+    def let_go(self) -> None:
+        """The tasks of the supervisor end, and with them whoever would bring a job to its end."""
+        for job in self._jobs:
+            if job.transaction is not None:
+                job.transaction.rest.shield = False
 
     def refuse_while_patching(self) -> None:
         """Raises TargetBusyError when a patch is under way."""

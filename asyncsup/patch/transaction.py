@@ -176,6 +176,8 @@ class Transaction:
         """Told in a worker thread, before what was changed is undone, why."""
         self.on_standing: Callable[[Standing | None], None] = lambda _: None
         """Told who must not fall from now on; None right before the switch, and when everything is undone."""
+        self.rest = anyio.CancelScope(shield=True)
+        """What is done for a change that is kept already: to cancel this gives up that, and nothing else."""
         self._store = store
         self._events = events
         self._asked_by = asked_by
@@ -245,15 +247,23 @@ class Transaction:
             raise io_failed(error) from error
         if self.change.kind is Kind.COLD:
             # What failed may have kept others from their turn. Whoever cannot be replaced runs on as it is.
-            self.note_failures("start", await each(map(self._the_rest_of, self.change.participants)))
+            with self.rest:
+                jobs = [partial(self._replace_the_rest, p) for p in self.change.participants]
+                self.note_failures("start", await each(jobs))
+            if self.rest.cancelled_caught:
+                self._note("start", None, None, f"given up: {self.cancel_reason}")
         self._finish()
 
-    def _the_rest_of(self, participant: Participant) -> Callable[[], Awaitable[None]]:
+    async def _replace_the_rest(self, participant: Participant) -> None:
         """Replace the processes of a target that have not taken the change up."""
         target = participant.target
         generation = self._store.state(target.name).generation
         stale = [i for i in target.instances if i.pid is not None and i.generation not in {None, generation}]
-        return partial(self._rollouts[target.name].run, stale)
+        try:
+            await self._rollouts[target.name].run(stale)
+        except BaseException:
+            await target.up_again(stale, f"patch {self.change.patch[:12]}")
+            raise
 
     async def take_back(self, reason: str) -> None:
         """Somebody has decided that an undecided change is taken back: in the order in which `run` would.
