@@ -796,6 +796,13 @@ class Target:
                 instance.start(reason)
                 await asyncio.sleep(0)
 
+    @property
+    def stop_limit(self) -> float:
+        """How long an instance may take to stop (seconds); whatever is there after it survives SIGKILL."""
+        hooks = self.config.hooks
+        post_stop = hooks.timeout if hooks.post_stop is not None else 0.0
+        return self.config.stop_timeout + STOP_GRACE_SECONDS + post_stop
+
     async def stop_instances(
         self, chosen: Sequence[Instance], reason: str, *, for_good: bool = False
     ) -> None:
@@ -807,9 +814,7 @@ class Target:
             instance.stop(reason, for_good=for_good)
         for other in beside:
             other.stop(reason, for_good=True)
-        hooks = self.config.hooks
-        limit = self.config.stop_timeout + STOP_GRACE_SECONDS
-        limit += hooks.timeout if hooks.post_stop is not None else 0.0
+        limit = self.stop_limit
         with anyio.move_on_after(limit) as scope:
             for instance in (*chosen, *beside):
                 await instance.wait_until(lambda i: i.state not in {State.STOPPING})

@@ -109,6 +109,29 @@ def test_those_that_were_stopped_first_go_back_too_whoever_takes_the_patch_back(
     settled_on(town, "v1")
 
 
+def test_one_that_does_not_come_up_on_the_old_files_leaves_no_other_down(town: Town) -> None:
+    broken = town.serve.folder / "broken"
+    town.source = town.source.replace(
+        "target = Target()\n",
+        'if VERSION == "v1" and os.path.exists("broken") and os.environ["ASYNCSUP_INSTANCE"] == "app:0":\n'
+        '    sys.exit("broken")\n'
+        "target = Target()\n",
+    )
+    (town.root / "service.py").write_text(town.source)
+    town.start(
+        'instances = 2\noverlap = false\nrestart_max_delay = "1s"\nstart_limit_burst = 1000',
+        patch="max_parallel = 1",
+    )
+    for name in ("broken", "uneven"):
+        (town.serve.folder / name).touch()
+    error = town.refused("v2", "uneven")
+    assert error.error_code == "patch.rollback_failed"
+    assert "app:0" in error.message
+    broken.unlink()
+    wait_for(lambda: states(town) == ["running"] * 2, "both to run")
+    settled_on(town, "v1")
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "restart", "rolling", "stopped", "killed"])
 def test_an_undecided_patch_is_taken_back_whatever_has_become_of_the_processes(
     town: Town, meanwhile: str

@@ -31,6 +31,7 @@ from asyncsup.errors import (
     PatchUndecidedError,
     RollbackFailedError,
     StartFailedError,
+    StopFailedError,
 )
 from asyncsup.events import EventStream, timestamp
 from asyncsup.failpoints import step_failpoint
@@ -661,16 +662,23 @@ class Transaction:
 
     async def _start_again(self) -> None:
         async def start(participant: Participant) -> None:
-            for instance in participant.present:
-                await instance.wait_until(lambda i: i.state is not State.STOPPING)
-            if participant.target.config.rolls:
-                # Those that run on the new files, because nobody stands by in their slots who does not.
-                rollout = self._rollouts[participant.target.name]
-                stale = self._taken_back.get(participant.target.name, -1)
-                await rollout.complete(
-                    [i for i in participant.present if i.pid is not None and i.generation == stale]
+            left = await _still_there(participant, participant.present)
+            try:
+                if participant.target.config.rolls:
+                    # Those that run on the new files, because nobody stands by in their slots who does not.
+                    rollout = self._rollouts[participant.target.name]
+                    stale = self._taken_back.get(participant.target.name, -1)
+                    running = [i for i in participant.present if i.pid is not None and i not in left]
+                    await rollout.complete([i for i in running if i.generation == stale])
+            finally:
+                # One that does not come up on the old files either is no reason to leave others down.
+                left += await _still_there(participant, [i for i in participant.present if i not in left])
+                await self._bring_up(participant, without=left)
+            if left:
+                names = ", ".join(instance.name for instance in left)
+                raise StopFailedError(
+                    f"{names}: a process is still there, and the old files are not taken up"
                 )
-            await self._bring_up(participant)
 
         await _all(partial(start, participant) for participant in self.change.participants)
 
@@ -741,11 +749,13 @@ class Transaction:
     def _concerned(self) -> list[Instance]:
         return [instance for p in self.change.participants for instance in p.instances]
 
-    async def _bring_up(self, participant: Participant) -> list[tuple[Instance, int | None]]:
+    async def _bring_up(
+        self, participant: Participant, *, without: Sequence[Instance] = ()
+    ) -> list[tuple[Instance, int | None]]:
         """Start instances, and wait until each is ready; returns them with the processes that were. One of a
         oneshot may have ended with success instead.
         """
-        present = participant.present
+        present = [instance for instance in participant.present if instance not in without]
         await participant.target.spawn_instances(
             present, f"patch {self.change.patch[:12]}", whatever_it_depends_on=True
         )
@@ -816,6 +826,14 @@ def _is_done(instance: Instance) -> bool:
 def _is_down(instance: Instance) -> bool:
     """Whether it has ended, and nobody will start it again."""
     return instance.state in {State.FAILED, State.EXITED} and not _is_done(instance)
+
+
+async def _still_there(participant: Participant, instances: Sequence[Instance]) -> list[Instance]:
+    """Wait for those that are being stopped; returns those that do not end in time."""
+    with anyio.move_on_after(participant.target.stop_limit):
+        for instance in instances:
+            await instance.wait_until(lambda i: i.state is not State.STOPPING)
+    return [instance for instance in instances if instance.state is State.STOPPING]
 
 
 def _fallen(instance: Instance) -> PatchError:
