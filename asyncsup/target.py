@@ -585,10 +585,10 @@ class Target:
                 await self.stop_instances(here, reason)
                 await self.spawn_instances(here, reason)
             except asyncio.CancelledError:
-                if self._is_to_be_up:
+                if self.is_to_be_up:
                     with anyio.CancelScope(shield=True):
                         await self.stop_instances(here, reason)
-                        if self._is_to_be_up:
+                        if self.is_to_be_up:
                             await self.spawn_instances(here, reason)
                 raise
             if wait and not any(instance.state is State.WAITING for instance in here):
@@ -619,7 +619,7 @@ class Target:
                 before = len(self.instances)
                 self.resize(number)
                 started.extend(self.instances[before:])
-                if self._is_to_be_up:
+                if self.is_to_be_up:
                     await self.spawn_instances(started, reason)
 
         await self._perform("scale", asked_by, work)
@@ -691,7 +691,7 @@ class Target:
                 instance.configure(config)
             before = len(self.instances)
             self.resize(number)
-            if self._is_to_be_up:
+            if self.is_to_be_up:
                 started.extend(i for i in self.instances if i in up or i.index >= before)
                 # The settings are taken up: whoever was stopped for them is started with them.
                 with anyio.CancelScope(shield=True):
@@ -726,7 +726,7 @@ class Target:
         """What was to stop and start instances is given up: none of them stays down for that. Those that were
         down before it, or have failed, are left alone.
         """
-        if self._is_to_be_up:
+        if self.is_to_be_up:
             down = [i for i in self.in_slots_of(chosen) if i.wanted and i.state in _STOPPED]
             with anyio.CancelScope(shield=True):
                 await self.spawn_instances(down, f"{reason}: given up", whatever_it_depends_on=True)
@@ -859,7 +859,7 @@ class Target:
         return [(instance.name, outcome) for instance, outcome in zip(chosen, outcomes, strict=True)]
 
     @property
-    def _is_to_be_up(self) -> bool:
+    def is_to_be_up(self) -> bool:
         """Whether what was stopped on the way is to be started again; who ends stops it once more if so."""
         return self.wanted and not self._ends
 

@@ -838,6 +838,27 @@ def test_who_had_been_told_of_a_patch_that_recovery_takes_back_is_told_of_that(f
     assert step["detail"] == "told"
 
 
+def test_a_stop_of_one_instance_keeps_the_others_from_being_told_of_nothing(field: Field) -> None:
+    # The second target has not answered yet, so that recovery takes the files back.
+    field.start("web", "db", defaults='[defaults.patch]\nack_timeout = "1m"', each={"web": "instances = 2"})
+    field.behave("db", reload="never")
+
+    def all_say(text: str) -> bool:
+        return all(text in i["status_text"] for i in field.target("web")["instances"])
+
+    with killed_during(field, field.package("web", "db", probation=30.0), "build=300 a.txt=new-a"):
+        wait_for(lambda: all_say("build=300 a.txt=new-a"), "both to take it up")
+        field.behave("web", start="mute")
+        end_process(field.target("web")["instances"][0]["pid"])
+        wait_for(lambda: field.instance("web")["state"] == "starting", "the other one to start")
+    wait_for(lambda: field.target("web")["busy"] == "recovery", "recovery to wait for it")
+    field.client.call("stop", names=["web:0"])
+    wait_for(
+        lambda: "build=200 a.txt=old-a" in field.target("web")["instances"][1]["status_text"],
+        "the one that runs on to be told",
+    )
+
+
 def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(field: Field) -> None:
     field.start("web", "db", start_timeout="60s")
     field.behave("db", start="mute", version="two")

@@ -108,12 +108,27 @@ async def _start_anew(target: Target, store: Store) -> str | None:
 
 
 async def _tell(target: Target, store: Store, patch: str | None, changed: Sequence[str]) -> str | None:
-    for instance in target.instances:
-        # It may have read the files that were there before the recovery; it is told when it can listen.
-        await instance.wait_until(lambda i: i.state is not State.STARTING)
-    chosen = [instance for instance in target.instances if instance.ready]
-    outcomes = await target.reload_instances(
-        chosen, patch=patch, build=store.state(target.name).build, changed=changed, rollback=True
-    )
-    failed = [f"{name}: {outcome.reason}" for name, outcome in outcomes if not outcome.ok]
-    return "; ".join(failed) or None
+    async def tell() -> str | None:
+        outcomes = await target.reload_instances(
+            [instance for instance in target.instances if instance.ready],
+            patch=patch,
+            build=store.state(target.name).build,
+            changed=changed,
+            rollback=True,
+        )
+        failed = [f"{name}: {outcome.reason}" for name, outcome in outcomes if not outcome.ok]
+        return "; ".join(failed) or None
+
+    try:
+        for instance in target.instances:
+            # It may have read the files that were there before the recovery; it is told when it can listen.
+            await instance.wait_until(lambda i: i.state is not State.STARTING)
+        return await tell()
+    except asyncio.CancelledError:
+        if target.is_to_be_up:
+            # One of them is stopped: the others run on, and not with what was taken back.
+            with anyio.CancelScope(shield=True):
+                failure = await tell()
+            if failure is not None:
+                log.error("%s: not everybody has the old files: %s", target.name, failure)  # noqa: TRY400 - foreseen
+        raise
