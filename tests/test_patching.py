@@ -1284,9 +1284,9 @@ def test_a_patch_of_the_inbox_that_is_aborted_is_not_applied_again(field: Field)
 
 def test_the_end_of_the_supervisor_is_no_reason_to_reject_a_package_of_the_inbox(field: Field) -> None:
     field.start("a", "b", "c", patch="auto = true\n", each={"b": '[target.b.patch]\ncommit = "manual"\n'})
-    field.drop(field.package("a", probation=60.0), "a.zip")
+    field.drop(field.package("a", probation=600.0), "a.zip")
     field.drop(field.package("b"), "b.zip")
-    field.drop(field.package("c", probation=60.0), "stopped.zip")
+    field.drop(field.package("c", probation=600.0), "stopped.zip")
     field.said("a", "build=300")
     field.said("c", "build=300")
     wait_for(lambda: field.target("b")["uncommitted"], "the patch of b to wait for its commit")

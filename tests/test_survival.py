@@ -848,6 +848,7 @@ def test_a_stop_of_one_instance_keeps_the_others_from_being_told_of_nothing(fiel
 
     with killed_during(field, field.package("web", "db", probation=30.0), "build=300 a.txt=new-a"):
         wait_for(lambda: all_say("build=300 a.txt=new-a"), "both to take it up")
+        wait_for(lambda: field.steps().count("reload") == 2, "both answers")
         field.behave("web", start="mute")
         end_process(field.target("web")["instances"][0]["pid"])
         wait_for(lambda: field.instance("web")["state"] == "starting", "the other one to start")
