@@ -136,6 +136,7 @@ class Reconfigurer:
         # A target that could not be stopped stays, with what it was configured as.
         kept = {name: before.targets[name] for name in changes.removed if name in supervisor.targets}
         supervisor.config = replace(after, targets={**after.targets, **kept})
+        supervisor.guard_no_more_than(supervisor.config)
         for name, error in supervisor.sockets.configure(after.sockets, lost=lost).items():
             failures[f"socket.{name}"] = error
         supervisor.config = replace(supervisor.config, sockets=supervisor.sockets.configs)

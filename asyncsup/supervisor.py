@@ -216,12 +216,13 @@ class Supervisor:
     def register_roots(self, config: Config) -> None:
         """Make the roots of all targets known to the store, and what no patch may change.
 
+        What was guarded before is guarded all the same, until `guard_no_more_than`: a configuration that is
+        refused still stands in its file, and until another one is in force it is the old one that decides.
+
         Raises:
-            StateError: one is not what patches have made it. What was guarded before is guarded all the same.
+            StateError: one is not what patches have made it.
         """
-        guarded = _guarded(config)
-        # A configuration that is refused still stands in its file, and the one in force may come back there.
-        self.store.guard(self.store.guarded.along_with(guarded))
+        self.store.guard(self.store.guarded.along_with(_guarded(config)))
         self.store.register(
             [
                 TargetRoot(
@@ -235,7 +236,10 @@ class Supervisor:
                 if target.root is not None
             ]
         )
-        self.store.guard(guarded)
+
+    def guard_no_more_than(self, config: Config) -> None:
+        """What was guarded for an earlier configuration alone is not guarded any more."""
+        self.store.guard(_guarded(config))
 
     def _make_target(self, name: str) -> Target:
         target = self.targets[name] = Target(

@@ -729,7 +729,17 @@ class Target:
         if self.is_to_be_up:
             down = [i for i in self.in_slots_of(chosen) if i.wanted and i.state in _STOPPED]
             with anyio.CancelScope(shield=True):
-                await self.spawn_instances(down, f"{reason}: given up", whatever_it_depends_on=True)
+                left = await self.still_there(down)
+                if self.is_to_be_up:  # a stop may have come meanwhile
+                    down = [i for i in down if i not in left and i.wanted]
+                    await self.spawn_instances(down, f"{reason}: given up", whatever_it_depends_on=True)
+
+    async def still_there(self, instances: Sequence[Instance]) -> list[Instance]:
+        """Wait for those that are being stopped; returns those that do not end in time."""
+        with anyio.move_on_after(self.stop_limit):
+            for instance in instances:
+                await instance.wait_until(lambda i: i.state is not State.STOPPING)
+        return [instance for instance in instances if instance.state is State.STOPPING]
 
     async def reload(self, chosen: Sequence[Instance], *, asked_by: str) -> list[tuple[str, ReloadOutcome]]:
         """Have running instances read their resources again.

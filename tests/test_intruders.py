@@ -24,7 +24,7 @@ from typing import Any
 import anyio
 import pytest
 import zip_forge
-from conftest import Serve, wait_for
+from conftest import Asked, Serve, wait_for
 from ssh_kit import key
 from test_bad_inputs import Site, running
 from zip_forge import FILES, Part, forge, manifest_part, native
@@ -460,6 +460,34 @@ def test_what_a_configuration_includes_is_guarded_as_soon_as_it_is_taken_up(serv
     client.call("config.apply")
     assert code_of_patch(403, "more.d/x.toml") == "gate.path"
     assert code_of_patch(404, "conf.d/x.toml") is None, "nobody reads it any more"
+    client.close()
+
+
+def test_what_the_configuration_in_force_reads_is_guarded_until_another_one_is(serve: Serve) -> None:
+    """A target that is being removed takes its time; until then the old configuration is in force."""
+    main = (
+        '[supervisor]\nregion = "us-east-1"\nstate_dir = "state"\nruntime_dir = ".asyncsup/run"\n{}'
+        '[patch]\ntrust = "none"\n'
+        '[target.pricer]\nroot = "."\ncommand = "sleep 1000"\nautostart = false\n{}'
+    )
+    deaf = "trap '' TERM\ntouch deaf\nuntil [ -e go ]; do sleep 0.02; done\n"
+    (serve.folder / "deaf.sh").write_text(deaf)
+    (serve.folder / "conf.d").mkdir()
+    old = '[target.old]\ncommand = "sh deaf.sh"\nstop_timeout = "5m"\n'
+    client = serve.start(main.format('include = ["conf.d/*.toml"]\n', old))
+    wait_for((serve.folder / "deaf").exists, "the program not to listen")
+    serve.config.write_text(main.format("", ""))
+    change = Part(name="files/conf.d/x.toml", data=b"evil")
+    package = serve.folder / "p.zip"
+    package.write_bytes(forge(manifest_part(build=401, files=[zip_forge.change(change)]), change))
+    applying = Asked(serve.endpoint, "config.apply")
+    wait_for(lambda: client.call("status", names=["old"])["targets"][0]["state"] == "stopping", "the stop")
+    with pytest.raises(RemoteError) as caught:
+        client.call("patch.apply", path=str(package))
+    assert caught.value.error_code == "gate.path"
+    (serve.folder / "go").touch()
+    applying.result()
+    assert client.call("patch.apply", path=str(package))["verdict"] == "committed"
     client.close()
 
 

@@ -662,22 +662,24 @@ class Transaction:
 
     async def _start_again(self) -> None:
         async def start(participant: Participant) -> None:
-            left = await _still_there(participant, participant.present)
+            target = participant.target
+            left = await target.still_there(participant.present)
             try:
-                if participant.target.config.rolls:
+                if target.config.rolls:
                     # Those that run on the new files, because nobody stands by in their slots who does not.
-                    rollout = self._rollouts[participant.target.name]
-                    stale = self._taken_back.get(participant.target.name, -1)
+                    rollout = self._rollouts[target.name]
+                    stale = self._taken_back.get(target.name, -1)
                     running = [i for i in participant.present if i.pid is not None and i not in left]
                     await rollout.complete([i for i in running if i.generation == stale])
             finally:
                 # One that does not come up on the old files either is no reason to leave others down.
-                left += await _still_there(participant, [i for i in participant.present if i not in left])
+                left += await target.still_there([i for i in participant.present if i not in left])
                 await self._bring_up(participant, without=left)
             if left:
-                names = ", ".join(instance.name for instance in left)
+                names = [instance.name for instance in left]
                 raise StopFailedError(
-                    f"{names}: a process is still there, and the old files are not taken up"
+                    f"{', '.join(names)}: a process is still there, so it is not started again; when it has "
+                    f"gone, `asyncsup start {' '.join(names)}` does"
                 )
 
         await _all(partial(start, participant) for participant in self.change.participants)
@@ -826,14 +828,6 @@ def _is_done(instance: Instance) -> bool:
 def _is_down(instance: Instance) -> bool:
     """Whether it has ended, and nobody will start it again."""
     return instance.state in {State.FAILED, State.EXITED} and not _is_done(instance)
-
-
-async def _still_there(participant: Participant, instances: Sequence[Instance]) -> list[Instance]:
-    """Wait for those that are being stopped; returns those that do not end in time."""
-    with anyio.move_on_after(participant.target.stop_limit):
-        for instance in instances:
-            await instance.wait_until(lambda i: i.state is not State.STOPPING)
-    return [instance for instance in instances if instance.state is State.STOPPING]
 
 
 def _fallen(instance: Instance) -> PatchError:
