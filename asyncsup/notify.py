@@ -82,8 +82,10 @@ class NotifySocket:
 
     def hear_last_words(self) -> None:
         """Read what was sent so far: a process has ended, and is not reaped yet. What it said, and the order
-        in which it did, counts before what its end means."""
-        self._receive(LAST_WORDS)
+        in which it did, counts before what its end means. A command that was killed may end when this is
+        closed: nobody listens any more."""
+        if self._socket.fileno() >= 0:
+            self._receive(LAST_WORDS)
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())

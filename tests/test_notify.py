@@ -26,6 +26,7 @@ from asyncsup.notification import (
     ReloadHandshake,
     read_notification,
 )
+from asyncsup.notify import NotifySocket
 from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
 
@@ -622,3 +623,10 @@ def test_nothing_is_stored_unless_configured(make: Make) -> None:
     os.kill(before["pid"], signal.SIGKILL)
     puppet.restarted(before)
     assert puppet.ask("passed()") == "0"
+
+
+@pytest.mark.anyio
+async def test_who_ends_when_nobody_listens_any_more_is_not_heard(short_tmp: Path) -> None:
+    heard = NotifySocket(short_tmp / "notify", lambda *_: None)
+    heard.close()
+    heard.hear_last_words()
