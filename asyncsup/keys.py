@@ -51,9 +51,6 @@ class Allowed(NamedTuple):
     keys: Mapping[str, AllowedKey]
     problems: tuple[str, ...]
 
-    def named(self, name: str) -> AllowedKey | None:
-        return next((key for key in self.keys.values() if key.name == name), None)
-
 
 def covers(held: Role, needed: Role) -> bool:
     return ROLES.index(held) >= ROLES.index(needed)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from asyncsup.printable import printable
+
 FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 
 
@@ -16,11 +18,11 @@ class OneLineFormatter(logging.Formatter):
     """A message is one line; a traceback's lines are set in, so that none of them looks like a message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return _escaped(super().formatMessage(record))
+        return printable(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         line, *traceback = super().format(record).split("\n")
-        return "\n  ".join((line, *map(_escaped, traceback)))
+        return "\n  ".join((line, *map(printable, traceback)))
 
 
 def begin(level: str) -> None:
@@ -33,9 +35,3 @@ def begin(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter(FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-
-
-def _escaped(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, tzinfo
 from typing import Any, Final
 
+from asyncsup.printable import printable
+
 Value = Mapping[str, Any]
 """One object of the control API, as its JSON says it."""
 
@@ -81,10 +83,7 @@ PLAIN: Final = Ink(False)
 
 def clean(text: object) -> str:
     r"""``text`` on one line, with every control and format character written as an escape (``\x1b``)."""
-    plain = str(text)
-    if plain.isprintable():
-        return plain
-    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in plain)
+    return printable(str(text))
 
 
 def clean_log(text: str, ink: Ink) -> str:

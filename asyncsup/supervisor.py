@@ -525,8 +525,7 @@ class Supervisor:
 
     def _stays_down(self, target: Target) -> bool:
         """Whether an operator has stopped it, be it in an earlier life, and that is to count."""
-        remembers = target.config.restart == "unless-stopped" or target.config.schedule is not None
-        return remembers and not self.store.wanted(target.name)
+        return target.config.remembers_wishes and not self.store.wanted(target.name)
 
     def _due(self, name: str) -> None:
         """The schedule of a target says so: start it if it is a oneshot, else restart it."""
@@ -591,9 +590,7 @@ class Supervisor:
             StateError: for the latter there is no room. Then a start has left no trace; of a stop, the former
                 knows.
         """
-        config = self.config.targets[name]
-        remembers = config.restart == "unless-stopped" or config.schedule is not None
-        is_new = remembers and self.store.wanted(name) != wanted
+        is_new = self.config.targets[name].remembers_wishes and self.store.wanted(name) != wanted
         if is_new and wanted:
             self.store.set_wanted(name, wanted)
         self.journal.put(f"target {name}", {"wanted": wanted})

@@ -371,6 +371,11 @@ class TargetConfig(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.sockets) if self.overlap is None else self.overlap
 
     @property
+    def remembers_wishes(self) -> bool:
+        """Whether that an operator has stopped it counts for later supervisors, too."""
+        return self.restart == "unless-stopped" or self.schedule is not None
+
+    @property
     def rolls(self) -> bool:
         """Whether a cold patch replaces its instances after the switch, some at a time if need be."""
         patch = self.patch
