@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck
@@ -31,6 +31,9 @@ from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError, RemoteError, SupervisorUnreachableError, TimeoutExpiredError
 from asyncsup.patch import bytecode
 from target_sdk.protocol import ENV_ENDPOINT
+
+if TYPE_CHECKING:
+    from test_patching import Field
 
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
@@ -345,6 +348,17 @@ def serve(short_tmp: Path) -> Iterator[Serve]:
     if server.process is not None:
         server.stop()
         assert "Traceback" not in server.errors(), server.errors()
+
+
+@pytest.fixture
+def field(serve: Serve) -> Iterator[Field]:
+    """A supervisor (of the module's own `serve`, if it has one) with patchable targets; not started yet."""
+    from test_patching import Field
+
+    field = Field(serve)
+    yield field
+    if hasattr(field, "client"):
+        field.client.close()
 
 
 def environments() -> Iterator[tuple[Path, list[bytes]]]:

@@ -31,15 +31,6 @@ from asyncsup.patch.database import Database
 from asyncsup.patch.manifest import FileChange, Kind, Manifest, Op, Requires, encode_manifest
 from asyncsup.patch.signing import sign_package
 
-
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
-
-
 DOWN = "autostart = false"
 
 

@@ -42,14 +42,6 @@ def serve(short_tmp: Path) -> Iterator[Serve]:
             os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
-
-
 @contextlib.contextmanager
 def background(serve: Serve, method: str, /, **params: Any) -> Iterator[list[Any]]:
     """A request under way while the block runs; the list then holds its result or error."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
 import pytest
-from conftest import Serve, wait_for
+from conftest import wait_for
 from store_kit import mounted
 from test_patching import Field
 
@@ -78,14 +78,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else makes the folder, so that there is nothing to wait for."""
     monkeypatch.setattr(standing_watch, "PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(standing_watch, "FIRST_PAUSE_SECONDS", 0.1)
-
-
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
 
 
 def remove(folder: Path) -> None:

@@ -206,14 +206,6 @@ class Field:
         ]
 
 
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
-
-
 # --- what is promised ---------------------------------------------------------------------------------------
 
 

@@ -454,13 +454,6 @@ def test_a_stop_during_the_pre_start_hook_means_no_start(serve: Serve) -> None:
 # --- hooks and patches --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    made = Field(serve)
-    yield made
-    made.client.close()
-
-
 FACTS = "$ASYNCSUP_PATCH_ACTION $ASYNCSUP_PATCH_KIND $ASYNCSUP_BUILD_BEFORE $ASYNCSUP_BUILD_AFTER"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ssh_kit
 import zip_forge
-from conftest import Serve, wait_for
+from conftest import wait_for
 from ssh_kit import Key, key, make_key
 from test_cli import Outcome, offline, process
 from test_patching import Field
@@ -392,14 +392,6 @@ def test_verify_heeds_what_a_key_is_allowed(
 
 
 # --- a supervisor that wants signatures ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
 
 
 def test_a_supervisor_takes_what_is_signed_and_nothing_else(field: Field) -> None:

@@ -785,14 +785,6 @@ def test_three_hundred_instances_are_taken_back(serve: Serve, capsys: pytest.Cap
 # --- patches that were under way ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def field(serve: Serve) -> Iterator[Field]:
-    field = Field(serve)
-    yield field
-    if hasattr(field, "client"):
-        field.client.close()
-
-
 @contextlib.contextmanager
 def killed_during(field: Field, package: Path, told: str) -> Iterator[None]:
     """Apply until target `web` says something, run the block, then kill the supervisor; a new one answers."""
