@@ -42,6 +42,7 @@ from hostile_packages import (
     Case,
     Pack,
 )
+from requirements import require_program
 from ssh_kit import key
 from zip_forge import FILES, JOB, NOTE, extra, folder, streamed
 
@@ -347,8 +348,7 @@ def unpacked(folder: Path) -> None:
 
 def packed_by(*command: str, needs: str = "", streams: bool = False) -> Callable[[Path], bytes]:
     def pack(folder: Path) -> bytes:
-        if shutil.which(needs or command[0]) is None:
-            pytest.skip(f"no {needs or command[0]} here; an embedded archive stands for it")
+        require_program(needs or command[0])
         unpacked(folder)
         done = subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL, capture_output=True)
         return done.stdout if streams else (folder / "out.zip").read_bytes()
@@ -441,8 +441,8 @@ def test_what_other_tools_once_wrote_stays_accepted(packer: str, tmp_path: Path)
     assert set(read(tmp_path / "good.zip")) == paths
 
 
-@pytest.mark.skipif(shutil.which("7zz") is None, reason="an embedded archive stands for it")
 def test_seven_zip_on_this_machine_is_accepted_in_the_prototypes_layout(tmp_path: Path) -> None:
+    require_program("7zz")
     for name, content in (
         ("manifest.json", zip_forge.prototype_manifest()), ("new/res.json", b"res"), ("mod/job.json", b"job"),
     ):  # fmt: skip

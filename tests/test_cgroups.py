@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import Serve, alive, children_of, end_process, wait_for
+from requirements import require_program
 
 from asyncsup.cgroups import Cgroup
 from asyncsup.client import ControlClient
@@ -605,9 +606,7 @@ echo "pytest ended with $?"
 
 def test_the_limits_under_user_mode_linux(short_tmp: Path) -> None:
     """The tests of limits, in a kernel of their own, where ours does not offer the controllers."""
-    linux = shutil.which("linux.uml")
-    if linux is None:
-        pytest.skip("there is no User Mode Linux here (Debian: user-mode-linux)")
+    linux = require_program("linux.uml")
     init = short_tmp / "init"
     folder = Path(__file__).parents[1]
     init.write_text(UML_INIT.format(folder=folder, python=sys.executable, file=Path(__file__)))

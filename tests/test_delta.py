@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import zstandard
 from conftest import Serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requirements import require_program
 from store_kit import Bench, begin, benches, seen
 from zip_forge import Part, forge, manifest_part
 
@@ -73,8 +73,8 @@ def test_a_delta_of_a_file_larger_than_zstds_usual_tables_is_small() -> None:
     assert rebuilt(raw, base, len(content), largest=8 * MIB) == content
 
 
-@pytest.mark.skipif(shutil.which("zstd") is None, reason="no zstd")
 def test_what_the_zstd_command_makes_is_read_and_the_other_way_round(tmp_path: Path) -> None:
+    require_program("zstd")
     for name, content in (("old", OLD), ("new", NEW), ("ours", delta.make(OLD, NEW))):
         (tmp_path / name).write_bytes(content)
     for arguments in (

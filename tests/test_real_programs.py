@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from conftest import Serve, free_port, wait_for
+from requirements import require_program
 from test_supervisor import instance
 
 from asyncsup.client import ControlClient
@@ -257,8 +258,7 @@ class Stage:
 
 
 def need(program: Program) -> None:
-    if not (program.binary and shutil.which(program.binary, path=SEARCH_PATH)):
-        pytest.skip(f"{program.name} is not installed")
+    require_program(program.binary or program.name, path=SEARCH_PATH)
 
 
 @pytest.fixture(params=PROGRAMS, ids=lambda program: program.name)
