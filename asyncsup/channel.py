@@ -104,11 +104,13 @@ class TargetChannel:
             if not future.done():
                 future.set_exception(PeerGoneError(f"{connection.peer.name} ended before it answered"))
 
-    async def request(self, token: str, method: str, params: Mapping[str, Any], *, deadline: float) -> Any:
+    async def request(
+        self, token: str, method: str, params: Mapping[str, Any], *, deadline: float | None
+    ) -> Any:
         """Ask an instance and wait for its answer.
 
         Args:
-            deadline: seconds.
+            deadline: seconds; None where the caller has a time-out.
         Raises:
             TimeoutError: no answer by then.
             PeerGoneError: the instance ended.

@@ -14,7 +14,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -165,7 +165,8 @@ class Instance:
         """It is known to say MONOTONIC_USEC when it reloads."""
         self._handshake: ReloadHandshake | None = None
         self._reload_confirmed: asyncio.Future[None] | None = None
-        self._reload_deadline: asyncio.Timeout | None = None
+        self._answer_deadline: asyncio.Timeout | None = None
+        """Until when it may take to reload, or to drain."""
         self._asking: asyncio.Timeout | None = None
         """How long `stop_command` may take."""
         self._telling: set[asyncio.Task[None]] = set()
@@ -378,10 +379,8 @@ class Instance:
         if self.config.protocol == "sdk" and self.hello is None:
             with anyio.move_on_after(RECONNECT_SECONDS):
                 await self.wait_until(lambda i: i.hello is not None)
-        began = time.monotonic()
         # One without the SDK knows nothing of a drain.
-        why = None if self.hello is None else await self._ask_to_drain(seconds)
-        left = seconds - (time.monotonic() - began)
+        why, left = (None, seconds) if self.hello is None else await self._ask_to_drain(seconds)
         if left > 0 and self.config.sockets:
             await self._steer_away(min(left, SETTLE_SECONDS))
         return why
@@ -401,21 +400,43 @@ class Instance:
     def _groups(self) -> Sequence[int]:
         return self._child.groups if self._child is not None else ()
 
-    async def _ask_to_drain(self, seconds: float) -> str | None:
+    async def _ask_to_drain(self, seconds: float) -> tuple[str | None, float]:
+        """Returns why it is not drained, or None, and how many seconds of its time are left."""
         await self._connected()
+        why, deadline = None, asyncio.timeout(seconds)
         try:
-            await self._runtime.channel.request(self.token, "drain", {"deadline": seconds}, deadline=seconds)
-        except TimeoutError:
-            return f"not drained within {seconds:g} s"
+            async with self._may_put_off(deadline):
+                await self._runtime.channel.request(self.token, "drain", {"deadline": seconds}, deadline=None)
+        except TimeoutError as error:
+            why = f"not drained {error}"
         except PeerError as error:
             if error.code == protocol.HANDOVER_FAILED:
                 raise HandoverFailedError(
                     f"{self.name} (pid {self.pid}) keeps what it has: {error}"
                 ) from None
-            return str(error)
+            why = str(error)
         except PeerGoneError as error:
-            return str(error)
-        return None
+            why = str(error)
+        return why, (deadline.when() or 0.0) - asyncio.get_running_loop().time()
+
+    @contextlib.asynccontextmanager
+    async def _may_put_off(self, deadline: asyncio.Timeout) -> AsyncIterator[None]:
+        """Enter a time-out that is put off when the program asks for more time (`said_extend`).
+
+        Raises:
+            TimeoutError: says how much time there was.
+        """
+        began = asyncio.get_running_loop().time()
+        try:
+            async with deadline:
+                self._answer_deadline = deadline
+                yield
+        except TimeoutError:
+            had = (deadline.when() or began) - began
+            raise TimeoutError(f"within {round(had, 2):g} s") from None
+        finally:
+            if self._answer_deadline is deadline:
+                self._answer_deadline = None
 
     def abort_later(self, patch: str, *, deadline: float) -> None:
         """As `abort`, for one that will not listen for a while, and is not waited for."""
@@ -490,14 +511,14 @@ class Instance:
         self._wake_waiters()
 
     def said_extend(self, seconds: float) -> None:
-        """Have the running start, stop or reload time-out end no sooner than this."""
+        """Have the time-out of what is under way (start, stop, reload, drain) end no sooner than this."""
         if self._doomed is not None:
             return  # it is being ended for having been late
         loop = asyncio.get_running_loop()
-        if self._reload_deadline is not None:
-            due = self._reload_deadline.when()
-            if due is not None and due < loop.time() + seconds and not self._reload_deadline.expired():
-                self._reload_deadline.reschedule(loop.time() + seconds)
+        if (deadline := self._answer_deadline) is not None:
+            due = deadline.when()
+            if due is not None and due < loop.time() + seconds and not deadline.expired():
+                deadline.reschedule(loop.time() + seconds)
         elif (action := self._extensible) is not None and self._remaining() < seconds:
             self._arm(seconds, action)
             self._remember()
@@ -1511,12 +1532,13 @@ class Instance:
     async def _reload_by_sdk(self, request: protocol.Reload, deadline: float) -> str | None:
         await self._connected()
         try:
-            value = await self._runtime.channel.request(
-                self.token, request.METHOD, request.params(), deadline=deadline
-            )
+            async with self._may_put_off(asyncio.timeout(deadline)):
+                value = await self._runtime.channel.request(
+                    self.token, request.METHOD, request.params(), deadline=None
+                )
             answer = ReloadAnswer.from_result(value)
-        except TimeoutError:
-            return f"no answer within {deadline:g} s"
+        except TimeoutError as error:
+            return f"no answer {error}"
         except (PeerGoneError, PeerError, ProtocolError) as error:
             return str(error)
         if answer.ok and self.hello is not None:
@@ -1542,12 +1564,12 @@ class Instance:
         )
         try:
             self.signal(self.config.reload_signal)
-            async with asyncio.timeout(deadline) as self._reload_deadline:
+            async with self._may_put_off(asyncio.timeout(deadline)):
                 await confirmed
         except TargetNotRunningError as error:
             return error.message
-        except TimeoutError:
-            return f"no READY=1 within {deadline:g} s of {self.config.reload_signal.name}"
+        except TimeoutError as error:
+            return f"no READY=1 {error} of {self.config.reload_signal.name}"
         finally:
-            self._handshake = self._reload_confirmed = self._reload_deadline = None
+            self._handshake = self._reload_confirmed = None
         return None

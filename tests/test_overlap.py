@@ -455,6 +455,18 @@ def test_a_service_that_is_not_drained_in_time_is_stopped(town: Town) -> None:
     assert "not drained within 0.3 s" in town.serve.errors()
 
 
+def test_one_that_asks_for_more_time_has_it_to_drain_and_to_reload(town: Town) -> None:
+    (town.root / "service.py").write_text(town.source.replace('MODE = "ok"', 'MODE = "long"'))
+    # Less than it takes (`LONG_SECONDS`), and still plenty to ask for more.
+    town.start('start_timeout = "60s"\ndrain_timeout = "20s"\nreload_timeout = "20s"')
+    with connection_to(town, "v1") as connection:
+        town.apply("v2", "long")
+        town.control.call("reload", {"names": ["app"]}, timeout=2 * PATIENCE)
+        assert last_answer(connection) == "v1"
+    town.wait_alone()
+    assert "not drained" not in town.serve.errors()
+
+
 def test_one_after_the_other_while_the_first_are_not_drained_yet(town: Town) -> None:
     town.start()
     held = []

@@ -3,7 +3,8 @@
 ``VERSION`` and ``MODE`` stand in this file, so a cold patch brings others. Modes: ok, crash (before it is
 ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
 when there is a file of that name in the working directory and nobody is connected), stubborn (is not drained
-before its time is up), uneven (all but the first instance crash while there is a file of that name).
+before its time is up), long (takes `LONG_SECONDS` before it drains or reloads, and asks for that time),
+uneven (all but the first instance crash while there is a file of that name).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import socket
 import sys
 from pathlib import Path
 
-from target_sdk import Target
+from target_sdk import Patch, Target
 
 VERSION = "v1"
 MODE = "ok"
 REGRET_SECONDS = 0.2
+LONG_SECONDS = 21.0
 TURNS = 10
 """Of the loop, from a connection that was accepted to its coroutine."""
 
@@ -66,6 +68,12 @@ class Service:
             await self.changed.wait()
 
 
+async def take_long() -> None:
+    if MODE == "long":
+        target.extend(10 * LONG_SECONDS)
+        await asyncio.sleep(LONG_SECONDS)
+
+
 async def main() -> None:
     uneven = MODE == "uneven" and Path("uneven").exists() and target.instance != "app:0"
     if MODE == "crash" or uneven:
@@ -77,7 +85,12 @@ async def main() -> None:
     async def drain(seconds: float) -> None:
         if MODE == "stubborn":
             await asyncio.sleep(seconds * 2)
+        await take_long()
         await service.drain()
+
+    @target.on_reload
+    async def reload(patch: Patch) -> None:
+        await take_long()
 
     async with target:
         service.server = await asyncio.start_server(service.serve, sock=socket.socket(fileno=3))
