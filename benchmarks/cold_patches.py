@@ -4,20 +4,21 @@
                                       [--modes new keep-alive "slow in flight" websocket]
 
 A real `asyncsup serve` patches `examples/asgi_service.py` again and again under a load, once as it is (with
-the SDK's drain) and once as a stock uvicorn service; then broken builds are pushed at it. A window is the
-time from the order until the old process (or the broken one) has gone; steady is all other time.
+the SDK's drain) with broken builds in between, and once as a stock uvicorn service. A window is the time
+from the order until the old process (or the broken one) has gone; steady is all other time of the same loads.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -156,6 +157,9 @@ class Patched:
         return list(control.call("status", names=["web"])["targets"][0]["others"])
 
 
+Window = tuple[float, float]
+"""From when until when, as of `time.monotonic`."""
+
 Prepare = Callable[[Fault | None], Callable[[], object]]
 
 
@@ -177,17 +181,24 @@ def by_hand() -> Iterator[tuple[int, Prepare]]:
 
 @dataclass(slots=True)
 class Seen:
-    """The requests that were due in the windows, those that were not, and the longest gap of each window
-    (milliseconds)."""
+    """The requests that were due in the windows of one kind of change, those that were due in none of any
+    kind, and the longest gap of each window (milliseconds)."""
 
     inside: list[Sample] = field(default_factory=list)
     outside: list[Sample] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
-    def take(self, results: Results, windows: Sequence[tuple[float, float]]) -> None:
+    def take(self, results: Results, windows: Sequence[Window], others: Sequence[Window]) -> None:
+        """Add what one load has measured.
+
+        Args:
+            others: windows of changes of other kinds: what was due in them does not count here.
+        """
         for sample in results.samples:
-            among = any(start <= sample.due < end for start, end in windows)
-            (self.inside if among else self.outside).append(sample)
+            if _is_in(windows, sample):
+                self.inside.append(sample)
+            elif not _is_in(others, sample):
+                self.outside.append(sample)
         self.gaps += [results.between(start, end).gap for start, end in windows]
 
     @property
@@ -198,15 +209,15 @@ class Seen:
     def steady(self) -> Summary:
         return Results(self.outside).between()
 
-    @property
-    def failed(self) -> int:
-        return self.during.failed + self.steady.failed
+
+def _is_in(windows: Sequence[Window], sample: Sample) -> bool:
+    return any(start <= sample.due < end for start, end in windows)
 
 
 def run(
     place: tuple[int, Prepare],
     case: str,
-    seen: Seen,
+    seen: Mapping[Fault | None, Seen],
     *,
     changes: Sequence[Fault | None],
     rate: float,
@@ -216,43 +227,63 @@ def run(
 
     Args:
         case: of `reference_handover.CASES`.
-        seen: what is added to.
+        seen: what is added to, by kind of change.
         pause: seconds of load without a change, before the first and after each.
     """
     port, prepare = place
     path, mode, share = CASES[case]
     scheme = "ws" if mode == "websocket" else "http"
-    windows = []
+    windows: list[tuple[Fault | None, Window]] = []
     with Load(f"{scheme}://127.0.0.1:{port}{path}", mode=mode, rate=rate * share) as load:
         time.sleep(2 * pause)
         for fault in changes:
             change = prepare(fault)
             began = time.monotonic()
             change()
-            windows.append((began, time.monotonic()))
+            windows.append((fault, (began, time.monotonic())))
             time.sleep(pause)
-    seen.take(load.results, windows)
+    results = load.results
+    for kind in set(changes):
+        mine = [window for of, window in windows if of == kind]
+        seen[kind].take(results, mine, [window for of, window in windows if of != kind])
+
+
+def turns(patches: int) -> list[tuple[int, list[Fault]]]:
+    """How many good builds there are in each turn, and the broken ones that come in the middle of them: one
+    in each, each fault in turn and at least once.
+    """
+    sizes = [min(TURN, patches - done) for done in range(0, patches, TURN)]
+    broken = list(itertools.islice(itertools.cycle(FAULTS), max(len(sizes), len(FAULTS))))
+    return [(size, broken[number :: len(sizes)]) for number, size in enumerate(sizes)]
 
 
 HEAD: Final = (
     "| service | connections | changes | requests | failed (per change) | of which | p50 / p99 / max, ms "
-    "| steady p99, ms | p99 x by hand | longest gap: median / max, ms | median x by hand |\n"
-    "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|"
+    "| steady, the same | p99 x by hand | longest gap: median / max, ms | median x by hand | sent again |\n"
+    "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
 )
+"""Up to there all is about the windows, but for ``steady`` (p50 / p99 / max again, and what has failed, if
+anything) and ``sent again`` (messages of websockets that crossed a goodbye, at any time).
+"""
 
 
 def line(who: str, case: str, seen: Seen, hand: Seen | None = None) -> None:
-    during = seen.during
+    during, steady = seen.during, seen.steady
     kinds = ", ".join(f"{count} {name}" for name, count in during.outcomes.items() if name != "ok")
+    meanwhile = f", {steady.failed} failed" if steady.failed else ""
     p99 = f"{during.p99 / hand.during.p99:.2f}" if hand else ""
     gap = f"{median(seen.gaps) / median(hand.gaps):.2f}" if hand else ""
     print(
         f"| {who} | {case} | {len(seen.gaps)} | {during.requests} "
         f"| {during.failed} ({during.failed / len(seen.gaps):.2g}) | {kinds} "
-        f"| {during.p50:.1f} / {during.p99:.1f} / {during.max:.1f} | {seen.steady.p99:.1f} | {p99} "
-        f"| {median(seen.gaps):.0f} / {max(seen.gaps):.0f} | {gap} |",
+        f"| {latencies(during)} | {latencies(steady)}{meanwhile} | {p99} "
+        f"| {median(seen.gaps):.0f} / {max(seen.gaps):.0f} | {gap} | {during.resent + steady.resent} |",
         flush=True,
     )
+
+
+def latencies(summary: Summary) -> str:
+    return f"{summary.p50:.1f} / {summary.p99:.1f} / {summary.max:.1f}"
 
 
 def main() -> int:
@@ -267,21 +298,22 @@ def main() -> int:
     print(HEAD, flush=True)
     for case in options.modes:
         with by_hand() as hand, patched() as ours, patched(stock=True) as stock:
-            places = {"replaced by hand": hand, "cooperating": ours, "stock uvicorn": stock}
-            seen = {who: Seen() for who in places}
+            by_hand_seen, stock_seen = Seen(), Seen()
+            seen: dict[Fault | None, Seen] = {fault: Seen() for fault in (None, *FAULTS)}
             # In turns, so that a change of the machine's mood meets all of them.
-            for done in range(0, options.patches, TURN):
-                good: list[Fault | None] = [None] * min(TURN, options.patches - done)
-                for who, place in places.items():
-                    run(place, case, seen[who], changes=good, rate=options.rate)
-            for who in places:
-                line(who, case, seen[who], seen["replaced by hand"])
-            failed += seen["cooperating"].failed
+            for size, broken in turns(options.patches):
+                good: list[Fault | None] = [None] * size
+                mixed = [*good[: size // 2], *broken, *good[size // 2 :]]
+                run(hand, case, {None: by_hand_seen}, changes=good, rate=options.rate)
+                run(ours, case, seen, changes=mixed, rate=options.rate)
+                run(stock, case, {None: stock_seen}, changes=good, rate=options.rate)
+            line("replaced by hand", case, by_hand_seen, by_hand_seen)
+            line("cooperating", case, seen[None], by_hand_seen)
+            line("stock uvicorn", case, stock_seen, by_hand_seen)
             for fault in FAULTS:
-                broken = Seen()
-                run(ours, case, broken, changes=[fault], rate=options.rate)
-                line(f"a build that {fault}", case, broken)
-                failed += broken.failed
+                line(f"a build that {fault}", case, seen[fault])
+            # The steady time of broken builds is that of good ones.
+            failed += sum(one.during.failed for one in seen.values()) + seen[None].steady.failed
     return 1 if failed else 0
 
 
