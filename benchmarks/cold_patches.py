@@ -262,8 +262,8 @@ HEAD: Final = (
     "| steady, the same | p99 x by hand | longest gap: median / max, ms | median x by hand | sent again |\n"
     "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
 )
-"""Up to there all is about the windows, but for ``steady`` (p50 / p99 / max again, and what has failed, if
-anything) and ``sent again`` (messages of websockets that crossed a goodbye, at any time).
+"""All of it is about the windows, but for ``steady`` (with what has failed, if anything) and ``sent again``:
+messages of websockets that crossed a goodbye, at any time.
 """
 
 
