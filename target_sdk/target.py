@@ -443,7 +443,7 @@ class Target:
 
     def _successor(self) -> Successor | None:
         if self._predecessor is None:
-            logger.warning("no successor can take over: take_over() was not called, still waits, or has failed")
+            logger.warning("no successor can take over: take_over() was not called, waits or has failed")
             return None
         return self._predecessor.successor()
 
