@@ -45,6 +45,7 @@ from asyncsup.patch.uploads import CHUNK_BYTES
 from asyncsup.patch.way_back import Extent
 from asyncsup.patch.wish import WayBack, Wish
 from asyncsup.remote import RemoteAccess
+from asyncsup.stop_order import StopOrder
 from asyncsup.supervisor import MOST_INSTANCES, Selection, Supervisor
 from asyncsup.target import Target
 from asyncsup.together import together
@@ -219,6 +220,19 @@ class Call:
         if value is not None and not isinstance(value, kind):
             raise RequestError(f"{key}: must be {what}, is {value!r:.80}")
         return value
+
+
+class Errand(NamedTuple):
+    """What is to be done to each of several targets.
+
+    Attributes:
+        wait: for what comes of it.
+        timeout: seconds for all of it.
+    """
+
+    selections: Sequence[Selection]
+    wait: bool
+    timeout: float | None
 
 
 RequestKey = tuple[Router, bytes, RequestId]
@@ -469,27 +483,35 @@ class ControlServer:
         async def start(selection: Selection, *, wait: bool) -> None:
             await self.supervisor.start(selection, asked_by=call.asked_by, wait=wait)
 
-        return await self._each(call, start)
+        return await self._each(self._errand(call), start)
 
     @method("stop", "operate")
     async def stop(self, call: Call) -> Any:
-        async def stop(selection: Selection, *, wait: bool) -> None:
-            await selection.target.stop(selection.instances, asked_by=call.asked_by)
+        errand = self._errand(call)
+        order = StopOrder(selection.target for selection in errand.selections)
 
-        return await self._each(call, stop, is_long=True)
+        async def stop(selection: Selection, *, wait: bool) -> None:
+            with order.accounting_for(selection.target):
+                await order.turn_of(selection.target)
+                await selection.target.stop(selection.instances, asked_by=call.asked_by)
+
+        return await self._each(errand, stop, is_long=True)
 
     @method("restart", "operate")
     async def restart(self, call: Call) -> Any:
         rolling = call.boolean("rolling", False)
+        errand = self._errand(call)
+        order = StopOrder(selection.target for selection in errand.selections)
 
         async def restart(selection: Selection, *, wait: bool) -> None:
-            self.supervisor.refuse_while_stopping()
-            self.supervisor.refuse_unisolated(selection.target)
-            await selection.target.restart(
-                selection.instances, asked_by=call.asked_by, wait=wait, rolling=rolling
-            )
+            with order.accounting_for(selection.target):
+                self.supervisor.refuse_while_stopping()
+                self.supervisor.refuse_unisolated(selection.target)
+                await selection.target.restart(
+                    selection.instances, asked_by=call.asked_by, wait=wait, rolling=rolling, order=order
+                )
 
-        return await self._each(call, restart, is_long=True)
+        return await self._each(errand, restart, is_long=True)
 
     @method("reload", "operate")
     async def reload(self, call: Call) -> Any:
@@ -499,7 +521,7 @@ class ControlServer:
                 {"name": name, "told_by": outcome.told_by, "took": outcome.took} for name, outcome in outcomes
             ]
 
-        return await self._each(call, reload, is_long=True)
+        return await self._each(self._errand(call), reload, is_long=True)
 
     @method("scale", "operate")
     async def scale(self, call: Call) -> Any:
@@ -536,17 +558,22 @@ class ControlServer:
         await self.supervisor.wait_for(self._named(names), what, timeout)
         return {"took": time.monotonic() - began}
 
-    async def _each(self, call: Call, work: Callable[..., Awaitable[Any]], *, is_long: bool = False) -> Any:
+    def _errand(self, call: Call) -> Errand:
+        names = call.strings("names")
+        wait, timeout = call.boolean("wait", True), call.seconds("timeout")
+        call.finish()
+        return Errand(self._named(names), wait, timeout)
+
+    async def _each(
+        self, errand: Errand, work: Callable[..., Awaitable[Any]], *, is_long: bool = False
+    ) -> Any:
         """Do one thing to every target named, side by side; with one name its error is the answer.
 
         Args:
             is_long: even if it does not wait for what comes of it. Then who does not want to wait is answered
                 when it has begun, and what goes wrong is in the log.
         """
-        names = call.strings("names")
-        wait, timeout = call.boolean("wait", True), call.seconds("timeout")
-        call.finish()
-        selections = self._named(names)
+        selections, wait, timeout = errand
         results: dict[str, dict[str, Any]] = {}
         errors: dict[str, AsyncsupError] = {}
 

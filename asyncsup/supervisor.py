@@ -62,6 +62,7 @@ from asyncsup.remote import RemoteAccess
 from asyncsup.runtime import RootFacts, Runtime
 from asyncsup.schedule import keep
 from asyncsup.sockets import ManagedSockets
+from asyncsup.stop_order import StopOrder
 from asyncsup.strays import StrayReaper
 from asyncsup.successor import Successor, examine
 from asyncsup.target import Dependency, Target
@@ -478,22 +479,16 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """Stop every target, each only after the targets that depend on it."""
         self.overseer.jobs.refuse_new()
-        stopped = {name: asyncio.Event() for name in self.targets}
-        dependents = {
-            name: [other.name for other in self.targets.values() if name in other.config.depends_on]
-            for name in self.targets
-        }
+        order = StopOrder(self.targets.values())
 
         async def stop(target: Target) -> None:
-            for name in dependents[target.name]:
-                await stopped[name].wait()
+            await order.turn_of(target)
             try:
-                await target.shut_down()
+                with order.accounting_for(target):
+                    await target.shut_down()
             except AsyncsupError as error:
                 log.error("%s", error.message)  # noqa: TRY400 - foreseen, no traceback
                 self._exit_status = 1
-            finally:
-                stopped[target.name].set()
 
         async with anyio.create_task_group() as stops:
             for target in reversed(self.targets.values()):
@@ -636,16 +631,16 @@ class Supervisor:
         """Stop targets that are configured no more, dependents first, and forget them; their files stay, and
         so does what operators have said of them, should they be configured again."""
         going = [self.targets[name] for name in names]
+        order = StopOrder(going)
 
         async def remove(target: Target) -> None:
-            await target.stop(target.instances, asked_by=asked_by, remember=False)
-            target.retire()
-            del self.targets[target.name]
+            with order.accounting_for(target):
+                await order.turn_of(target)
+                await target.stop(target.instances, asked_by=asked_by, remember=False)
+                target.retire()
+                del self.targets[target.name]
 
-        while going:
-            first = [t for t in going if not any(other in going for other in t.dependents)] or going
-            await together(partial(attempt, target.name, partial(remove, target)) for target in first)
-            going = [target for target in going if target not in first]
+        await together(partial(attempt, target.name, partial(remove, target)) for target in going)
 
     def connect_targets(self) -> None:
         """Let every target know whom it depends on, and who on it."""

@@ -40,10 +40,12 @@ from asyncsup.errors import (
 )
 from asyncsup.instance import Instance, ReloadOutcome
 from asyncsup.lifecycle import ALIVE, State
+from asyncsup.operation import Operation, Party
 from asyncsup.record import Role
 from asyncsup.restart import RestartPolicy
 from asyncsup.rollout import Rollout
 from asyncsup.runtime import Runtime
+from asyncsup.stop_order import StopOrder
 from target_sdk.protocol import Reload
 
 log = logging.getLogger("asyncsup.target")
@@ -84,41 +86,6 @@ class Dependency(msgspec.Struct, frozen=True, kw_only=True):
         return self.target.name if self.condition == "ready" else f"{self.target.name} ({self.condition})"
 
 
-class _Operation(msgspec.Struct, eq=False):
-    name: str
-    asked_by: str
-    work: Callable[[], Awaitable[Any]]
-    future: asyncio.Future[Any]
-    party: _Party
-    scope: anyio.CancelScope = msgspec.field(default_factory=anyio.CancelScope)
-    cancelled_because: str = "its client gave up"
-    began: float = msgspec.field(default_factory=time.monotonic)
-
-    def cancel(self, because: str) -> None:
-        self.cancelled_because = because
-        self.scope.cancel()
-
-
-class _Party(msgspec.Struct, eq=False):
-    """Operations, each in the queue of another target, that begin together."""
-
-    operations: dict[Target, _Operation] = msgspec.field(default_factory=dict)
-    begun: bool = False
-
-    def begin(self) -> bool:
-        """Begin if every target is free; whether it has begun. From then on no target has anything else."""
-        if not self.begun and all(
-            target.is_free_for(operation) for target, operation in self.operations.items()
-        ):
-            self.begun = True
-            self.wake()
-        return self.begun
-
-    def wake(self) -> None:
-        for target in self.operations:
-            target.look_again()
-
-
 class Target:
     """A configured program and its instances.
 
@@ -152,8 +119,8 @@ class Target:
         self._runtime = runtime
         self._spawn_gate = spawn_gate
         self._on_wanted = on_wanted
-        self._queue: deque[_Operation] = deque()
-        self._current: _Operation | None = None
+        self._queue: deque[Operation] = deque()
+        self._current: Operation | None = None
         self._wake = asyncio.Event()
         self._demand = Demand(self._demanded, self._demanded_in_vain)
         self._ends = False
@@ -385,13 +352,17 @@ class Target:
         self.resize(0)
         self._runtime.journal.drop(f"target {self.name}")
 
-    def _next(self) -> _Operation | None:
+    def _next(self) -> Operation | None:
         """The next one to carry out. One that waits for other targets as well lets those behind it pass."""
         begun = next((operation for operation in self._queue if operation.party.begun), None)
         return begun or next((operation for operation in self._queue if operation.party.begin()), None)
 
-    def is_free_for(self, operation: _Operation) -> bool:
-        """Whether nothing is being done to it, nor about to be, nor was asked of it alone before."""
+    def is_free_for(self, operation: Operation) -> bool:
+        """Whether nothing is being done to it, nor about to be, nor was asked of it alone before. What was
+        given up here keeps none of its party.
+        """
+        if operation.future.done():
+            return True
         if self._current is not None or any(other.party.begun for other in self._queue):
             return False
         before = itertools.takewhile(lambda other: other is not operation, self._queue)
@@ -405,7 +376,7 @@ class Target:
         for operation in self._queue:
             operation.party.wake()
 
-    async def _carry_out(self, operation: _Operation) -> None:
+    async def _carry_out(self, operation: Operation) -> None:
         if operation.future.done():
             return
         self._current = operation
@@ -429,11 +400,11 @@ class Target:
             self._current = None
 
     def enqueue(
-        self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]], party: _Party | None = None
-    ) -> _Operation:
+        self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]], party: Party | None = None
+    ) -> Operation:
         """Queue an operation, for its own or with those of other targets."""
-        party = party or _Party()
-        operation = _Operation(name, asked_by, work, asyncio.get_running_loop().create_future(), party)
+        party = party or Party()
+        operation = Operation(name, asked_by, work, asyncio.get_running_loop().create_future(), party)
         party.operations[self] = operation
         self._queue.append(operation)
         self._wake.set()
@@ -464,17 +435,19 @@ class Target:
         if self._retired:
             raise TargetNotFoundError(f"{self.name} is configured no more", name=self.name)
 
-    async def _perform(self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def _perform(
+        self, name: str, asked_by: str, work: Callable[[], Awaitable[Any]], party: Party | None = None
+    ) -> Any:
         if name != "stop":
             self.refuse_while_ending()
-        operation = self.enqueue(name, asked_by, work)
+        operation = self.enqueue(name, asked_by, work, party)
         try:
             return await operation.future
         finally:
             if not operation.future.done() or operation.future.cancelled():
                 self.withdraw(operation)
 
-    def withdraw(self, operation: _Operation) -> None:
+    def withdraw(self, operation: Operation) -> None:
         """Nobody waits for it any more: it ends if it runs, and never begins if it does not."""
         operation.cancel("its client gave up")
         if operation in self._queue:
@@ -488,6 +461,7 @@ class Target:
             operation.cancel(because)
             _fail(operation.future, CancelledByRequestError(f"{operation.name} of {self.name}: {because}"))
             self._queue.remove(operation)
+            operation.party.wake()
         if self._current is not None and self._current.name != "stop":
             self._current.cancel(because)
 
@@ -560,11 +534,19 @@ class Target:
         )
 
     async def restart(
-        self, chosen: Sequence[Instance], *, asked_by: str, wait: bool, rolling: bool = False
+        self,
+        chosen: Sequence[Instance],
+        *,
+        asked_by: str,
+        wait: bool,
+        rolling: bool = False,
+        order: StopOrder | None = None,
     ) -> None:
         """Stop, then start. A client that gives up in between leaves the instances starting, not stopped.
 
         Args:
+            order: of this restart among those of other targets, unless it is rolling. They begin together;
+                each stops in its turn, and starts when what it depends on has stopped.
             rolling: some at a time, and each new one before the old one where the target can have both. It is
                 waited for. If a new one does not come up, those that were not replaced by then run on.
 
@@ -574,6 +556,7 @@ class Target:
         """
         self.refuse_while_ending()
         self._want(True)
+        order = order or StopOrder([self])
         reason = f"restart by {asked_by}"
 
         async def work() -> None:
@@ -581,8 +564,11 @@ class Target:
             if rolling:
                 await self._roll(here, reason)
                 return
+            await order.turn_of(self)
             try:
                 await self.stop_instances(here, reason)
+                order.passed(self)
+                await order.dependencies_passed(self)
                 await self.spawn_instances(here, reason)
             except asyncio.CancelledError:
                 if self.is_to_be_up:
@@ -594,7 +580,7 @@ class Target:
             if wait and not any(instance.state is State.WAITING for instance in here):
                 await self.wait_settled(here)
 
-        await self._perform("restart", asked_by, work)
+        await self._perform("restart", asked_by, work, None if rolling else order.party(self))
         if wait and not rolling:
             await self.wait_settled(self.in_slots_of(chosen))
 
@@ -919,7 +905,7 @@ async def hold_all(
     missing = set(targets)
     if not missing:
         acquired.set()  # nobody's turn comes: of a patch, whose targets are configured no more
-    party = _Party()
+    party = Party()
 
     async def keep(target: Target) -> None:
         missing.discard(target)

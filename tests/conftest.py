@@ -34,6 +34,7 @@ from target_sdk.protocol import ENV_ENDPOINT
 
 if TYPE_CHECKING:
     from test_patching import Field
+    from test_shutdown import Scene
 
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
@@ -359,6 +360,20 @@ def field(serve: Serve) -> Iterator[Field]:
     yield field
     if hasattr(field, "client"):
         field.client.close()
+
+
+@pytest.fixture
+def scene(serve: Serve) -> Iterator[Scene]:
+    """Programs that end when they are let go."""
+    from test_shutdown import Scene
+
+    yield Scene(serve)
+    if serve.process is not None:
+        for path in serve.folder.glob("*.started"):
+            path.with_suffix(".let-go").touch()
+        serve.stop()
+    for pid in targets_in(serve.folder):
+        end_process(pid)
 
 
 def environments() -> Iterator[tuple[Path, list[bytes]]]:

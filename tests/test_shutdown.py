@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Asked, Serve, end_process, targets_in, wait_for
+from conftest import Asked, Serve, targets_in, wait_for
 from test_supervisor import instance, reached
 
 
@@ -65,17 +64,6 @@ class Scene:
         assert self.serve.process.wait(100) == 0
         # A moment passes between SIGKILL and the end of the last of a group.
         wait_for(lambda: not targets_in(self.serve.folder), "the end of everybody", timeout=30)
-
-
-@pytest.fixture
-def scene(serve: Serve) -> Iterator[Scene]:
-    yield Scene(serve)
-    if serve.process is not None:
-        for path in serve.folder.glob("*.started"):
-            path.with_suffix(".let-go").touch()
-        serve.stop()
-    for pid in targets_in(serve.folder):
-        end_process(pid)
 
 
 def test_a_target_that_a_new_configuration_adds_meanwhile_is_not_started(scene: Scene) -> None:
