@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Asked, Serve, alive, free_port, wait_for
+from test_sockets import connect
 
 from asyncsup import failpoints
 from asyncsup.client import ControlClient
@@ -20,11 +22,29 @@ from asyncsup.errors import RemoteError
 from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
 
-PROGRAM = Path(__file__).parent / "programs" / "service.py"
+PROGRAMS = Path(__file__).parent / "programs"
 PATIENCE = 60.0
+AT_ONCE = 8
+"""Datagrams of one client that wait for an answer: a few hundred have room in a socket's buffer."""
 LONG_PROBATION = 120.0
 """Whoever is to fail in it does so at once, and ends it."""
 STARTS = {("stopped", "starting"), ("starting", "running")}
+
+
+def place(folder: Path, kind: str) -> tuple[Any, str]:
+    """An address for a socket of that kind: as the clients take it, and as the configuration does."""
+    match kind:
+        case "unix":
+            return f"{folder}/app.sock", "unix://app.sock"
+        case "ipv6":
+            port = free_port(host="::1")
+            return ("::1", port), f"tcp://[::1]:{port}"
+        case "udp":
+            port = free_port(kind=socket.SOCK_DGRAM)
+            return ("127.0.0.1", port), f"udp://127.0.0.1:{port}"
+        case _:
+            port = free_port()
+            return ("127.0.0.1", port), f"tcp://127.0.0.1:{port}"
 
 
 class Client(threading.Thread):
@@ -34,7 +54,7 @@ class Client(threading.Thread):
         keep: one connection for as long as the service keeps it; else a new one for every question.
     """
 
-    def __init__(self, address: tuple[str, int], *, keep: bool, question: bytes = b"?\n") -> None:
+    def __init__(self, address: Any, *, keep: bool, question: bytes = b"?\n") -> None:
         super().__init__(daemon=True)
         self.failures: list[str] = []
         self.answers: dict[str, int] = {}
@@ -49,7 +69,7 @@ class Client(threading.Thread):
         while not self._ends.is_set():
             try:
                 if connection is None:
-                    connection = socket.create_connection(self._address, PATIENCE)
+                    connection = connect(self._address)
                 connection.sendall(self._question)
                 words = connection.recv(1024).decode().split()
                 if not words:
@@ -72,17 +92,52 @@ class Client(threading.Thread):
         self.join()
 
 
-class Town:
-    """A supervisor with one service on a managed socket, clients that use it, and patches for it."""
+class DatagramClient(Client):
+    """Sends numbered datagrams, and takes down which of them nobody answers, or more than one."""
 
-    def __init__(self, serve: Serve) -> None:
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(address, keep=False)
+
+    def run(self) -> None:
+        number = 0
+        with socket.socket(type=socket.SOCK_DGRAM) as own:
+            own.settimeout(PATIENCE)
+            own.connect(self._address)
+            while not self._ends.is_set():
+                waiting = {b"%d" % (number + place) for place in range(AT_ONCE)}
+                number += AT_ONCE
+                for each in waiting:
+                    own.send(each)
+                try:
+                    while waiting:
+                        version, _, answered = own.recv(100).decode().partition(" ")
+                        waiting.remove(answered.encode())
+                        self.answers[version] = self.answers.get(version, 0) + 1
+                except KeyError:
+                    self.failures.append(f"{answered} was answered twice")
+                except OSError as error:
+                    self.failures.append(f"no answer to {sorted(waiting)}: {error}")
+                time.sleep(0.002)
+
+
+class Town:
+    """A supervisor with one service on a managed socket, clients that use it, and patches for it.
+
+    Args:
+        kind: of the socket: tcp, ipv6, unix or udp.
+        program: its file in ``programs``.
+    """
+
+    readiness = 'protocol = "sdk"'
+
+    def __init__(self, serve: Serve, kind: str = "tcp", *, program: str = "service.py") -> None:
         self.serve = serve
         self.folder = serve.folder
         self.root = serve.folder / "app"
         self.root.mkdir()
-        self.source = PROGRAM.read_text()
+        self.source = (PROGRAMS / program).read_text()
         (self.root / "service.py").write_text(self.source)
-        self.address = ("127.0.0.1", free_port())
+        self.address, self.listen = place(serve.folder, kind)
         self.clients: list[Client] = []
         self.build = 0
         self.control: ControlClient
@@ -91,8 +146,8 @@ class Town:
         command = json.dumps([sys.executable, str(self.root / "service.py")])
         return (
             f'[patch]\ntrust = "none"\nprobation = "500ms"\nack_timeout = "30s"\nkeep = 2\n'
-            f'[socket.app]\nlisten = "tcp://127.0.0.1:{self.address[1]}"\n'
-            f'[target.app]\ncommand = {command}\nroot = "app"\nlayout = "{layout}"\nprotocol = "sdk"\n'
+            f'[socket.app]\nlisten = "{self.listen}"\n'
+            f'[target.app]\ncommand = {command}\nroot = "app"\nlayout = "{layout}"\n{self.readiness}\n'
             f'sockets = ["app"]\nstop_timeout = "5s"\nrestart_delay = "50ms"\n{more}\n'
             f"[target.app.patch]\n{patch}\n"
         )
@@ -181,7 +236,7 @@ class Town:
         wait_for(lambda: not self.target["others"], "those that were replaced to end")
 
     def ask(self) -> str:
-        with socket.create_connection(self.address, PATIENCE) as connection:
+        with connect(self.address) as connection:
             connection.sendall(b"?\n")
             return connection.recv(1024).decode().split()[0]
 
@@ -193,8 +248,9 @@ class Town:
 
 
 @pytest.fixture
-def town(serve: Serve) -> Iterator[Town]:
-    made = Town(serve)
+def town(serve: Serve, request: pytest.FixtureRequest) -> Iterator[Town]:
+    """On a TCP socket, unless the test says otherwise."""
+    made = Town(serve, getattr(request, "param", "tcp"))
     yield made
     made.close()
 
@@ -202,15 +258,15 @@ def town(serve: Serve) -> Iterator[Town]:
 def connection_to(town: Town, version: str) -> socket.socket:
     """Connected until it is one that this version has taken."""
 
-    def connect() -> socket.socket | None:
-        made = socket.create_connection(town.address, PATIENCE)
+    def try_one() -> socket.socket | None:
+        made = connect(town.address)
         made.sendall(b"?\n")
         if made.recv(1024).decode().startswith(f"{version} "):
             return made
         made.close()  # the one before has not heard yet that it drains
         return None
 
-    found: socket.socket = wait_for(connect, f"a connection to {version}")
+    found: socket.socket = wait_for(try_one, f"a connection to {version}")
     return found
 
 
@@ -226,7 +282,11 @@ def last_answer(connection: socket.socket) -> str:
     return found
 
 
-@pytest.mark.parametrize("layout", ["overlay", "tree"])
+@pytest.mark.parametrize(
+    ("town", "layout"),
+    [("tcp", "overlay"), ("tcp", "tree"), ("ipv6", "overlay"), ("unix", "overlay")],
+    indirect=["town"],
+)
 def test_a_cold_patch_loses_no_request(town: Town, layout: str) -> None:
     town.start(layout=layout)
     before = town.pids
@@ -245,13 +305,16 @@ def test_a_cold_patch_loses_no_request(town: Town, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "code"),
+    ("town", "mode", "code"),
     [
-        ("crash", "patch.start_failed"),
-        ("mute", "patch.start_failed"),
-        ("regret", "patch.probation_failed"),
-        ("fall", "patch.probation_failed"),
+        ("tcp", "crash", "patch.start_failed"),
+        ("tcp", "mute", "patch.start_failed"),
+        ("tcp", "regret", "patch.probation_failed"),
+        ("tcp", "fall", "patch.probation_failed"),
+        ("ipv6", "fall", "patch.probation_failed"),
+        ("unix", "fall", "patch.probation_failed"),
     ],
+    indirect=["town"],
 )
 def test_a_broken_build_costs_no_request_and_the_old_process_stays(town: Town, mode: str, code: str) -> None:
     town.start(f'start_timeout = "{10 if mode == "mute" else 60}s"')
@@ -270,6 +333,77 @@ def test_a_broken_build_costs_no_request_and_the_old_process_stays(town: Town, m
     assert town.ask() in {"v1", "v3"}
     town.wait_alone()
     assert town.ask() == "v3"
+
+
+class Post(Town):
+    """On a UDP socket."""
+
+    def __init__(self, serve: Serve, mode: str) -> None:
+        super().__init__(serve, "udp", program="datagrams.py")
+        if mode != "ok":
+            self.readiness = 'ready.log = "^up"'
+            self.source = self.source.replace('MODE = "ok"', f'MODE = "{mode}"')
+            (self.root / "service.py").write_text(self.source)
+
+    def use(self) -> None:
+        self.clients = [DatagramClient(self.address) for _ in range(3)]
+        for client in self.clients:
+            client.start()
+
+    def is_patched_without_a_loss(self) -> None:
+        self.start()
+        self.use()
+        self.heard("v1")
+        versions = ["v2", "v3", "v4"]
+        for version in versions:
+            self.apply(version)
+            self.wait_alone()
+            self.heard(version)
+        assert set(self.unharmed()) == {"v1", *versions}
+
+
+@pytest.mark.parametrize("mode", ["ok", "ends"])
+def test_a_cold_patch_loses_no_datagram(serve: Serve, mode: str) -> None:
+    with contextlib.closing(Post(serve, mode)) as post:
+        post.is_patched_without_a_loss()
+
+
+def test_a_broken_build_costs_no_datagram(serve: Serve) -> None:
+    with contextlib.closing(Post(serve, "ok")) as post:
+        post.start()
+        before = post.pids
+        post.use()
+        post.heard("v1")
+        assert post.refused("v2", "crash").details["cause"] == "patch.start_failed"
+        post.wait_alone()
+        assert post.pids == before
+        assert set(post.unharmed()) == {"v1"}
+
+
+def test_a_successor_counts_only_when_it_waits_for_connections(town: Town) -> None:
+    """Seen from outside: whatever it says itself, and although the old one waits at the same socket."""
+    town.readiness = 'protocol = "sdk"\nready.accepts = true\nready.interval = "20ms"'
+    town.start()
+    before = town.pids
+    town.use()
+    asked = Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2", "late"))
+    wait_for((town.folder / "late").exists, "it to say that it is ready")
+
+    def answers() -> int:
+        return sum(client.answers.get("v1", 0) for client in town.clients)
+
+    enough = answers() + 500  # which takes as long as many looks at it
+    wait_for(lambda: answers() > enough or town.pids != before, "answers of the old one")
+    assert town.pids == before
+    (new,) = town.target["others"]
+    assert (new["role"], new["state"]) == ("successor", "starting")
+    assert not asked.is_answered
+    (town.folder / "listen").touch()
+    asked.result()
+    town.wait_alone()
+    assert town.pids == [new["pid"]]
+    town.heard("v2")
+    assert set(town.unharmed()) == {"v1", "v2"}
 
 
 def test_while_a_patch_waits_for_its_commit_both_serve_and_an_abort_costs_nothing(town: Town) -> None:
@@ -484,7 +618,7 @@ def test_one_after_the_other_while_the_first_are_not_drained_yet(town: Town) -> 
 
 def test_a_stop_ends_also_those_that_are_on_their_way_out(town: Town) -> None:
     town.start()
-    with socket.create_connection(town.address, PATIENCE) as connection:
+    with connect(town.address) as connection:
         connection.sendall(b"?\n")
         connection.recv(1024)
         old = town.pids
@@ -500,7 +634,7 @@ def test_a_stop_ends_also_those_that_are_on_their_way_out(town: Town) -> None:
 
 def test_who_is_on_the_way_out_is_known_to_the_next_supervisor(town: Town) -> None:
     town.start()
-    with socket.create_connection(town.address, PATIENCE) as connection:
+    with connect(town.address) as connection:
         connection.sendall(b"?\n")
         connection.recv(1024)
         town.apply("v2")

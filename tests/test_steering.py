@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from conftest import Asked, Serve, free_port, wait_for
-from test_overlap import PATIENCE, Client, Town
+from test_overlap import PATIENCE, Client, Post, Town
 
 from asyncsup import steering as steering_of_asyncsup
+from asyncsup.child import read_facts
 from asyncsup.pidfds import copy_descriptor
 from asyncsup.steering import steer_away
 
@@ -29,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from cold_patches import START_SECONDS, Patched
 from load import Load
 
-PROGRAM = Path(__file__).parent / "programs" / "greedy.py"
 T = TypeVar("T")
 
 SYS_PIDFD_GETFD = 438
@@ -42,9 +42,20 @@ async def echo(reader, writer):
         writer.write(f"{os.getpid()}\\n".encode())
     writer.close()
 
+class Datagrams(asyncio.DatagramProtocol):
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def datagram_received(self, data, peer):
+        self.transport.sendto(f"{os.getpid()}\\n".encode(), peer)
+
 async def main():
     for number in map(int, sys.argv[2:]):
         listening = socket.socket(fileno=os.dup(number))
+        if listening.type == socket.SOCK_DGRAM:
+            loop = asyncio.get_running_loop()
+            servers.append(await loop.create_datagram_endpoint(Datagrams, sock=listening))
+            continue
         start = asyncio.start_unix_server if listening.family == socket.AF_UNIX else asyncio.start_server
         servers.append(await start(echo, sock=listening))
     print("up", flush=True)
@@ -141,6 +152,54 @@ def test_who_is_steered_away_from_goes_on_with_what_it_has_and_takes_nothing_new
                 assert int(waiting.recv(100)) == new
                 assert asked(kept) == old
         assert steer_away([old], [listening]) == 0
+
+
+def is_asleep(pid: int) -> bool:
+    facts = read_facts(pid)
+    return facts is not None and facts.state == "S"
+
+
+def datagram_socket(kind: str, path: Path) -> socket.socket:
+    """Bound; skips where there is no such kind."""
+    kinds: dict[str, tuple[socket.AddressFamily, Any]] = {
+        "udp": (socket.AF_INET, ("127.0.0.1", 0)),
+        "udp6": (socket.AF_INET6, ("::1", 0)),
+        "unixgram": (socket.AF_UNIX, str(path)),
+    }
+    family, address = kinds[kind]
+    made = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        pytest.skip(f"no {kind} here: {error}")
+    made.settimeout(PATIENCE)
+    return made
+
+
+@pytest.mark.usefixtures("steering")
+@pytest.mark.parametrize(
+    ("kind", "loop"),
+    [("udp", "asyncio"), ("udp", "uvloop"), ("udp6", "asyncio"), ("udp6", "uvloop"), ("unixgram", "asyncio")],
+)
+def test_datagrams_go_to_the_others(short_tmp: Path, kind: str, loop: str) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    with (
+        datagram_socket(kind, short_tmp / "service") as given,
+        datagram_socket(kind, short_tmp / "client") as client,
+        echo(loop, given) as old,
+    ):
+        client.connect(given.getsockname())
+        assert asked(client) == old
+        # libuv looks once more right after an answer, and would find what comes next.
+        wait_for(lambda: is_asleep(old), "it to wait")
+        assert steer_away([old], [given]) == 1
+        client.send(b"?")
+        with echo(loop, given) as new:
+            assert int(client.recv(100)) == new
+            assert asked(client) == new
+        assert steer_away([old], [given]) == 0
 
 
 @pytest.mark.usefixtures("steering")
@@ -328,17 +387,10 @@ def test_a_host_that_refuses_is_told_apart_from_a_program_that_waits_for_nothing
 class Steered(Town):
     """Clients come with a new connection for each question, to a program that does the worst at its stop."""
 
-    def __init__(self, serve: Serve) -> None:
-        super().__init__(serve)
-        self.source = PROGRAM.read_text()
-        (self.root / "service.py").write_text(self.source)
-        self.readiness = 'ready.log = "up"'
+    readiness = 'ready.log = "up"'
 
-    def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
-        return super().settings(more, patch, layout=layout).replace('protocol = "sdk"', self.readiness)
-
-    def start(self, more: str = 'start_timeout = "60s"', patch: str = "", *, layout: str = "overlay") -> None:
-        super().start(more, patch, layout=layout)
+    def __init__(self, serve: Serve, kind: str = "tcp") -> None:
+        super().__init__(serve, kind, program="greedy.py")
 
     def use(self) -> None:
         self.clients = [Client(self.address, keep=False) for _ in range(3)]
@@ -347,22 +399,33 @@ class Steered(Town):
 
 
 @pytest.fixture
-def town(serve: Serve) -> Iterator[Steered]:
-    made = Steered(serve)
+def town(serve: Serve, request: pytest.FixtureRequest) -> Iterator[Steered]:
+    """On a TCP socket, unless the test says otherwise."""
+    made = Steered(serve, getattr(request, "param", "tcp"))
     yield made
     made.close()
 
 
 @pytest.mark.usefixtures("steering")
-def test_cold_patches_of_a_program_that_knows_nothing_lose_no_new_connection(town: Steered) -> None:
+@pytest.mark.parametrize(("town", "patches"), [("tcp", 10), ("ipv6", 3), ("unix", 3)], indirect=["town"])
+def test_cold_patches_of_a_program_that_knows_nothing_lose_no_new_connection(
+    town: Steered, patches: int
+) -> None:
     town.start()
     town.use()
     town.heard("v1")
-    for number in range(2, 12):
-        town.apply(f"v{number}")
+    versions = [f"v{number}" for number in range(2, 2 + patches)]
+    for version in versions:
+        town.apply(version)
         town.wait_alone()
-        town.heard(f"v{number}")
-    assert set(town.unharmed()) == {f"v{number}" for number in range(1, 12)}
+        town.heard(version)
+    assert set(town.unharmed()) == {"v1", *versions}
+
+
+@pytest.mark.usefixtures("steering")
+def test_cold_patches_of_a_program_that_knows_nothing_lose_no_datagram(serve: Serve) -> None:
+    with contextlib.closing(Post(serve, "dies")) as post:
+        post.is_patched_without_a_loss()
 
 
 @pytest.mark.usefixtures("steering")

@@ -4,7 +4,8 @@
 ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
 when there is a file of that name in the working directory and nobody is connected), stubborn (is not drained
 before its time is up), long (takes `LONG_SECONDS` before it drains or reloads, and asks for that time),
-uneven (all but the first instance crash while there is a file of that name).
+uneven (all but the first instance crash while there is a file of that name), late (says that it is ready, and
+makes a file of that name, but waits for connections only when there is a file ``listen``).
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ async def main() -> None:
         await take_long()
 
     async with target:
+        if MODE == "late":
+            target.ready()
+            Path("late").touch()
+            while not Path("listen").exists():
+                await asyncio.sleep(0.02)
         service.server = await asyncio.start_server(service.serve, sock=socket.socket(fileno=3))
         if MODE != "mute":
             target.ready()
