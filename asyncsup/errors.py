@@ -161,6 +161,12 @@ class StartFailedError(AsyncsupError):
     code = "target.start_failed"
 
 
+class NoCapacityError(AsyncsupError):
+    """An instance may not be stopped, because no more than `patch.min_available` are ready; it runs on."""
+
+    code = "target.no_capacity"
+
+
 class StopFailedError(AsyncsupError):
     """Processes of a target were left after the last escalation; the message says which."""
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncsup.errors import StartFailedError
+from asyncsup.errors import NoCapacityError, StartFailedError
 from asyncsup.instance import Instance
 from asyncsup.together import together
 
@@ -25,11 +25,18 @@ class Rollout:
 
     Args:
         reason: for whoever looks at the instances.
+        beside: whether a successor may be started beside the one it replaces; as configured by default.
+        at_any_price: go on one at a time where `min_available` leaves no room; on the way back from what has
+            failed, where to stop half-way would be worse.
     """
 
-    def __init__(self, target: Target, reason: str) -> None:
+    def __init__(
+        self, target: Target, reason: str, *, beside: bool | None = None, at_any_price: bool = False
+    ) -> None:
         self._target = target
         self._reason = reason
+        self._beside = target.config.overlaps if beside is None else beside
+        self._at_any_price = at_any_price
         self._standing_by: list[Instance] = [i for i in target.others if i.role == "standby"]
         self.came_up: list[tuple[Instance, int | None]] = []
         """New ones, each with the process that has become ready."""
@@ -40,12 +47,19 @@ class Rollout:
         Raises:
             StartFailedError: a new one did not become ready.
             StopFailedError: an old one cannot be stopped.
+            NoCapacityError: as many are ready as have to be; none may be stopped.
         """
         left = list(chosen)
         while left:
-            size = self._batch_size(len(left))
+            left = self.in_order(left)
+            size = self._batch_size(left)
             batch, left = left[:size], left[size:]
             await self._replace(batch)
+
+    def in_order(self, chosen: Sequence[Instance]) -> list[Instance]:
+        """Those whose turn comes first before the others: where so many have to be ready, it is those that
+        are not."""
+        return sorted(chosen, key=lambda i: i.ready) if self._floor else list(chosen)
 
     async def complete(self, chosen: Sequence[Instance]) -> None:
         """`run`, and whatever has been replaced by its end stays so (`finish`)."""
@@ -54,17 +68,30 @@ class Rollout:
         finally:
             self.finish()
 
-    def _batch_size(self, left: int) -> int:
-        target, patch = self._target, self._target.config.patch
-        size = left if patch.max_parallel is None else min(left, patch.max_parallel)
-        if not target.config.overlaps and patch.min_available:
-            ready = sum(instance.ready for instance in target.instances)
-            size = min(size, max(1, ready - patch.min_available))
-        return size
+    @property
+    def _floor(self) -> int:
+        """How many have to be ready at any time. One that is replaced without a gap does not go below."""
+        return 0 if self._beside else self._target.config.patch.min_available
+
+    def _batch_size(self, left: Sequence[Instance]) -> int:
+        most = self._target.config.patch.max_parallel or len(left)
+        down = sum(not instance.ready for instance in left)
+        if not self._floor:
+            return most
+        if down:
+            return min(most, down)
+        spare = sum(instance.ready for instance in self._target.instances) - self._floor
+        if spare < 1 and not self._at_any_price:
+            raise NoCapacityError(
+                f"{left[0].name} cannot be stopped: {self._floor + spare} of {len(self._target.instances)} "
+                f"instances of {self._target.name} are ready, and patch.min_available is {self._floor}",
+                target=self._target.name,
+            )
+        return min(most, max(1, spare))
 
     async def _replace(self, batch: Sequence[Instance]) -> None:
         target = self._target
-        beside = [i for i in batch if target.config.overlaps and i.ready]
+        beside = [i for i in batch if self._beside and i.ready]
         others = [i for i in batch if i not in beside]
         successors = [target.seat_beside(instance) for instance in beside]
         try:

@@ -535,9 +535,7 @@ class Supervisor:
         if skip is not None or self._stopping.is_set():
             log.warning("%s: due, but %s", name, skip or "the supervisor is stopping")
             return
-        act = (
-            target.start if target.config.oneshot else partial(target.restart, rolling=target.config.overlaps)
-        )
+        act = target.start if target.config.oneshot else partial(target.restart, rolling=target.config.rolls)
         self._tasks.start_soon(
             self._act_on_schedule, partial(act, target.instances, asked_by="schedule", wait=True)
         )

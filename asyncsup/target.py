@@ -9,12 +9,12 @@ cancelled. A patch takes the target by `hold_all` for the length of its transact
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ from asyncsup.errors import (
     AsyncsupError,
     CancelledByRequestError,
     HandoverFailedError,
+    NoCapacityError,
     ReloadFailedError,
     ShuttingDownError,
     SpawnError,
@@ -46,12 +47,16 @@ from asyncsup.restart import RestartPolicy
 from asyncsup.rollout import Rollout
 from asyncsup.runtime import Runtime
 from asyncsup.stop_order import StopOrder
+from asyncsup.together import together
 from target_sdk.protocol import Reload
 
 log = logging.getLogger("asyncsup.target")
 
 STOP_GRACE_SECONDS: Final = 10.0
 """How long after SIGKILL a stop is still waited for."""
+
+CAPACITY_LOOK_SECONDS: Final = 10.0
+"""How long one that is too old waits until others may do without it."""
 
 SETTLED: Final = frozenset({State.RUNNING, State.RELOADING, State.EXITED, State.FAILED, State.BACKOFF})
 """States that answer the question whether a start has worked."""
@@ -599,14 +604,17 @@ class Target:
         async def work() -> None:
             remember()
             reason = f"scaled to {number} by {asked_by}"
-            # The number is written down: whoever gives up waiting has not taken it back.
-            with anyio.CancelScope(shield=True):
-                await self.stop_instances(self.instances[number:], reason)
-                before = len(self.instances)
-                self.resize(number)
-                started.extend(self.instances[before:])
-                if self.is_to_be_up:
-                    await self.spawn_instances(started, reason)
+            try:
+                await self._drain_surplus(number)
+            finally:
+                # The number is written down: whoever gives up waiting has not taken it back.
+                with anyio.CancelScope(shield=True):
+                    await self.stop_instances(self.instances[number:], reason)
+                    before = len(self.instances)
+                    self.resize(number)
+                    started.extend(self.instances[before:])
+                    if self.is_to_be_up:
+                        await self.spawn_instances(started, reason)
 
         await self._perform("scale", asked_by, work)
         if wait and self.wanted:
@@ -651,28 +659,37 @@ class Target:
             reason = f"configuration changed by {asked_by}"
             # One that has failed is tried again: what was wrong with it may be what was changed.
             up = [i for i in self.instances if restart and i.state not in {State.STOPPED, State.EXITED}]
-            rolling = [i for i in up if i.ready and i.index < number] if self._can_roll_to(config) else []
+            beside = config.overlaps and _same_output(config, self.config)
+            stays = [i for i in up if i.index < number]
+            rolling: list[Instance] = []
+            if config.rolls:
+                # One that is down may be what others cannot be stopped without.
+                all_of_them = not beside and config.patch.min_available > 0
+                rolling = stays if all_of_them else [i for i in stays if i.ready]
             stopping = [i for i in self.instances if (i in up and i not in rolling) or i.index >= number]
             try:
+                await self._drain_surplus(number)
                 await self.stop_instances(stopping, reason)
             except asyncio.CancelledError:
+                with anyio.CancelScope(shield=True):
+                    # Whoever was told to finish takes up nothing more.
+                    await self.stop_instances(self.instances[number:], reason)
                 await self.up_again(stopping, reason)
                 raise
-            up = [i for i in up if i not in rolling]
-            self.resize(min(number, len(self.instances)))
             settings_before, self.config = self.config, config
-            rollout = Rollout(self, reason)
+            rollout = Rollout(self, reason, beside=beside)
             try:
                 await rollout.run(rolling)
-            except BaseException:
-                # Those that run were started with these settings, and go on with them.
+            except BaseException as error:
                 self.config = settings_before
-                for instance in self.in_slots_of(rolling):
-                    if instance.state in _STOPPED:
-                        instance.configure(settings_before)
-                await self.up_again([*rollout.back(), *rolling, *up], reason)
+                with anyio.CancelScope(shield=True):
+                    await self._as_before([*rollout.back(), *rolling, *stopping], reason)
+                if not isinstance(error, asyncio.CancelledError):
+                    await self._move_back(rolling, f"{reason}: given up", beside=beside)
                 raise
             rollout.finish()
+            up = [i for i in up if i in stopping and i.index < number]
+            self.resize(min(number, len(self.instances)))
             for instance in self.instances:
                 instance.configure(config)
             before = len(self.instances)
@@ -689,12 +706,45 @@ class Target:
         await self._perform("reconfigure", asked_by, work)
         return started
 
-    def _can_roll_to(self, config: TargetConfig) -> bool:
-        """Whether a process with other settings can be started beside one with these: not if its output goes
-        elsewhere, which belongs to the slot."""
-        here, there = self.config.log, config.log
-        same = (here.stdout, here.stderr, here.format) == (there.stdout, there.stderr, there.format)
-        return config.overlaps and same
+    async def _as_before(self, chosen: Sequence[Instance], reason: str) -> None:
+        """Other settings were given up: whoever was stopped for them, or does not work with them, is started
+        with those from before. Those that do work with them run on.
+        """
+        here = self.in_slots_of(chosen)
+        fallen = [i for i in here if i.config != self.config and not i.ready]
+        with contextlib.suppress(StopFailedError):  # told where it is waited for once more
+            await self.stop_instances(fallen, f"{reason}: given up")
+        for instance in here:
+            if instance.state in _STOPPED:
+                instance.configure(self.config)
+        await self.up_again(here, reason)
+
+    async def _move_back(self, chosen: Sequence[Instance], reason: str, *, beside: bool) -> None:
+        """Have those that were started with other settings go back to the ones that the target has."""
+        here = self.in_slots_of(chosen)
+        moved = [i for i in here if i.config != self.config]
+        if not moved:
+            return
+        with contextlib.suppress(StartFailedError):  # not even with those from before: no reason to stop here
+            await self.wait_settled([i for i in here if i not in moved])
+        try:
+            await Rollout(self, reason, beside=beside, at_any_price=True).complete(moved)
+        except AsyncsupError as error:
+            log.warning("%s: not everybody has the settings from before: %s", self.name, error.message)
+
+    async def _drain_surplus(self, number: int) -> None:
+        """Have the instances beyond a number of slots finish what they have begun: they are to be stopped."""
+
+        async def drain(instance: Instance) -> None:
+            try:
+                why = await instance.drain(self.config.drain_timeout)
+            except HandoverFailedError as error:
+                why = error.message  # there is nobody who could have it
+            if why is not None:
+                log.warning("%s (pid %s): %s; stopping it", instance.name, instance.pid, why)
+
+        if self.config.overlaps:
+            await together(partial(drain, instance) for instance in self.instances[number:] if instance.ready)
 
     async def _roll(self, chosen: Sequence[Instance], reason: str) -> None:
         """Replace instances, some at a time.
@@ -763,7 +813,17 @@ class Target:
             if instance in self.instances and instance.pid == pid and instance.ready:
                 await self._roll([instance], reason)
 
-        self.enqueue("restart", "max_age", work).future.add_done_callback(_retrieve)
+        def done(future: asyncio.Future[None]) -> None:
+            if future.cancelled() or not isinstance(error := future.exception(), NoCapacityError):
+                return
+            log.warning("%s: %s; looking again in %g s", reason, error.message, CAPACITY_LOOK_SECONDS)
+            asyncio.get_running_loop().call_later(CAPACITY_LOOK_SECONDS, again)
+
+        def again() -> None:
+            if instance in self.instances and instance.pid == pid and not self._ends:
+                self._too_old(instance)
+
+        self.enqueue("restart", "max_age", work).future.add_done_callback(done)
 
     async def run_hook(self, name: str, command: tuple[str, ...], extra: Mapping[str, str]) -> str | None:
         """Run one of the hooks that belong to a patch, as the first instance; why it failed, or None."""
@@ -883,7 +943,7 @@ class Target:
         self.await_demand()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def hold_all(
     targets: Sequence[Target],
     name: str,
@@ -947,6 +1007,12 @@ async def hold_all(
                 operation.future.exception()  # a pre-emption was reported through on_preempt
             else:
                 operation.future.add_done_callback(_retrieve)
+
+
+def _same_output(one: TargetConfig, other: TargetConfig) -> bool:
+    """Whether processes with these settings can be in one slot, to which their output belongs."""
+    here, there = one.log, other.log
+    return (here.stdout, here.stderr, here.format) == (there.stdout, there.stderr, there.format)
 
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:

@@ -914,6 +914,16 @@ def test_the_first_delay_is_not_more_than_the_longest() -> None:
     assert target('restart_delay = "1s"\nrestart_max_delay = "1s"').restart_max_delay == 1.0
 
 
+def test_some_instances_can_be_spared() -> None:
+    problem = problem_of("instances = 2\npatch.min_available = 2")
+    assert problem["key"] == "target.web.patch.min_available"
+    assert problem["hint"].startswith("set it to at most 1, ")
+    target("instances = 2\npatch.min_available = 1")
+    target("instances = 2\noverlap = true\npatch.min_available = 2")
+    by_default = "[defaults.patch]\nmin_available = 1\n[target.web]\ncommand = 'x'\n"
+    assert [problem["key"] for problem in problems_of(by_default)] == ["defaults.patch.min_available"]
+
+
 def test_required_signatures_need_somebody_whose_signatures_count() -> None:
     problem = problem_of('trust = "required"', table="patch")
     assert (problem["key"], problem["problem"]) == ("patch.trust", "does not say whose signatures count")

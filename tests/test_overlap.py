@@ -486,27 +486,6 @@ def test_a_supervisor_that_is_killed_fails_or_hangs_at_a_canary_leaves_everythin
     town.unharmed()
 
 
-def test_without_overlap_some_at_a_time_and_never_too_few(town: Town) -> None:
-    town.start("instances = 3\noverlap = false", patch="min_available = 2")
-    before = town.pids
-    since = town.control.call("events.since")["seq"]
-    town.apply("v2")
-    up, low = {f"app:{number}" for number in range(3)}, 3
-    for event in town.control.call("events.since", {"seq": since})["events"]:
-        if event["type"] == "instance.state":
-            (up.add if event["to"] == "running" else up.discard)(event["instance"])
-            low = min(low, len(up))
-    assert low == 2
-    assert not set(town.pids) & set(before)
-    assert town.ask() == "v2"
-    moved = town.pids
-    town.refused("v3", "crash")
-    town.wait_ready()
-    # Only the first was tried.
-    assert town.pids[1:] == moved[1:]
-    assert town.ask() == "v2"
-
-
 def test_who_had_no_turn_in_a_patch_that_is_kept_all_the_same_gets_it_then(town: Town) -> None:
     town.start("instances = 3", patch='max_parallel = 1\nrollback = "manual"')
     before = town.pids

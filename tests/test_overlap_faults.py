@@ -61,6 +61,7 @@ class FaultyTown(Town):
 @pytest.fixture
 def town(serve: Serve) -> Iterator[Town]:
     made = FaultyTown(serve)
+    assert START in made.source
     made.source = made.source.replace(START, LATE + START)
     (made.root / "service.py").write_text(made.source)
     yield made

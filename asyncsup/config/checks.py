@@ -149,6 +149,7 @@ class Checks:
             self._probes(target)
             self._fd_store(target)
             self._oneshot(target)
+            self._capacity(target)
             self._sockets(target, sockets)
             self._control_group(target)
         self._dependencies(targets)
@@ -271,6 +272,17 @@ class Checks:
                 self._report.problem(
                     top.place("oneshot"), f"a oneshot is ready when it has ended; remove [{table}]"
                 )
+
+    def _capacity(self, target: TargetRead) -> None:
+        config, read = target.config, target.tables["patch"]
+        floor = config.patch.min_available
+        if not config.overlaps and 0 < config.instances <= floor and "min_available" not in read.failed:
+            self._report.problem(
+                read.place("min_available"),
+                f"of {config.instances} instances {floor} are to be ready at any time, so that none could be "
+                "replaced",
+                f"set it to at most {config.instances - 1}, or have more instances, or set overlap = true",
+            )
 
     def _sockets(self, target: TargetRead, sockets: Mapping[str, SocketRead]) -> None:
         """The sockets a target is started with are there, and its command names no others."""

@@ -200,7 +200,8 @@ class TargetPatchConfig(PatchConduct, frozen=True, kw_only=True):
     max_parallel: Annotated[int | None, integer(1, 10_000)] = None
     """At most so many instances are replaced at a time; by default all."""
     min_available: Annotated[int, integer(0, 10_000)] = 0
-    """Never fewer than so many are ready, where they have to be stopped before they are started."""
+    """Never fewer than so many are ready, where they have to be stopped before they are started; less than
+    `instances`."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):

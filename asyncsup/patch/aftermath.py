@@ -92,17 +92,23 @@ async def bring_all_back(
 
 
 async def _start_anew(target: Target, store: Store) -> str | None:
+    reason = "its files were taken back"
     # Those that were replaced without a gap are still there, on the old files; and so are those whose turn
     # had not come yet.
-    back = Rollout(target, "its files were taken back").back()
+    rollout = Rollout(target, reason, at_any_price=True)
+    back = rollout.back()
     generation = store.state(target.name).generation
     stale = [i for i in target.instances if i.pid is not None and i.generation != generation]
+    one_by_one = [i for i in stale if i.wanted] if target.config.rolls else []
+    at_once = [i for i in stale if i not in one_by_one]
     try:
-        await target.stop_instances(stale, "its files were taken back")
-        wanted = [i for i in (*stale, *back) if i.wanted]
-        await target.spawn_instances(wanted, "its files were taken back", whatever_it_depends_on=True)
+        await target.stop_instances(at_once, reason)
+        wanted = [i for i in (*at_once, *back) if i.wanted]
+        await target.spawn_instances(wanted, reason, whatever_it_depends_on=True)
+        if one_by_one:
+            await rollout.complete(one_by_one)
     except asyncio.CancelledError:
-        await target.up_again([*stale, *back], "its files were taken back")
+        await target.up_again([*stale, *back], reason)
         raise
     return None
 

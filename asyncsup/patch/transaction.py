@@ -534,7 +534,7 @@ class Transaction:
     async def _roll_out(self, participant: Participant) -> list[tuple[Instance, int | None]]:
         """Replace running instances; the first ones may have to stand the test before the others follow."""
         target, rollout = participant.target, self._rollouts[participant.target.name]
-        left, canary = participant.instances, target.config.patch.canary
+        left, canary = rollout.in_order(participant.instances), target.config.patch.canary
         try:
             if 0 < canary < len(left):
                 await rollout.run(left[:canary])
@@ -664,13 +664,17 @@ class Transaction:
         async def start(participant: Participant) -> None:
             target = participant.target
             left = await target.still_there(participant.present)
+            # Those that run on the new files, because nobody stands by in their slots who does not.
+            stale = self._taken_back.get(target.name, -1)
+            running = [i for i in participant.present if i.pid is not None and i not in left]
+            on_new_files = [i for i in running if i.generation == stale] if target.config.rolls else []
             try:
-                if target.config.rolls:
-                    # Those that run on the new files, because nobody stands by in their slots who does not.
-                    rollout = self._rollouts[target.name]
-                    stale = self._taken_back.get(target.name, -1)
-                    running = [i for i in participant.present if i.pid is not None and i not in left]
-                    await rollout.complete([i for i in running if i.generation == stale])
+                if on_new_files:
+                    # Who is down first: before others are stopped, so many have to be ready as may be.
+                    with contextlib.suppress(PatchError, StartFailedError):
+                        await self._bring_up(participant, without=[*left, *running])
+                    going_back = Rollout(target, "going back", at_any_price=True)
+                    await going_back.complete(on_new_files)
             finally:
                 # One that does not come up on the old files either is no reason to leave others down.
                 left += await target.still_there([i for i in participant.present if i not in left])

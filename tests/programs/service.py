@@ -4,8 +4,13 @@
 ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
 when there is a file of that name in the working directory and nobody is connected), stubborn (is not drained
 before its time is up), long (takes `LONG_SECONDS` before it drains or reloads, and asks for that time),
+<<<<<<< HEAD
 uneven (all but the first instance crash while there is a file of that name), late (says that it is ready, and
 makes a file of that name, but waits for connections only when there is a file ``listen``).
+=======
+uneven (all but the first instance crash while there is a file of that name), hesitant (all but the first are
+not ready while there is a file of that name).
+>>>>>>> 1a797cc (wip)
 """
 
 from __future__ import annotations
@@ -76,8 +81,8 @@ async def take_long() -> None:
 
 
 async def main() -> None:
-    uneven = MODE == "uneven" and Path("uneven").exists() and target.instance != "app:0"
-    if MODE == "crash" or uneven:
+    other = target.instance != "app:0" and Path(MODE).exists()
+    if MODE == "crash" or (MODE == "uneven" and other):
         sys.exit("this build cannot start")
     service, stop = Service(), asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -100,6 +105,8 @@ async def main() -> None:
             while not Path("listen").exists():
                 await asyncio.sleep(0.02)
         service.server = await asyncio.start_server(service.serve, sock=socket.socket(fileno=3))
+        if MODE == "hesitant" and other:
+            await stop.wait()
         if MODE != "mute":
             target.ready()
         target.status(f"{VERSION} serves")
