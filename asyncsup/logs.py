@@ -3,8 +3,8 @@
 A stream is a named FIFO that the instance holds open read-write, so it never gets SIGPIPE, whatever becomes
 of the supervisor. In format ``raw`` the bytes go from the FIFO to the file by `splice` and never enter
 Python: they leave the FIFO only when they are in the page cache. Where a file is about to be full, it is
-looked for the end of a line first, without taking anything out. ``timestamp`` and ``json`` go line by line,
-through a spool. So a supervisor may be killed at any instant: nothing is lost, and nothing is written twice.
+looked for the end of a line first, without taking anything out. The other formats go line by line, through a
+spool. So a supervisor may be killed at any instant: nothing is lost, and nothing is written twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from asyncsup.spool import Spool
 
 log = logging.getLogger("asyncsup.logs")
 
-Format = Literal["raw", "timestamp", "json"]
+Format = Literal["raw", "prefix", "timestamp", "json"]
 
 COALESCE_SECONDS: Final = 0.004
 """A chatty instance is read at most this often: each wake-up costs more than the bytes it moves."""
@@ -51,7 +51,7 @@ class OutputStream:
     Args:
         fifo: path of the FIFO; made here unless it is there, or held.
         held: a descriptor of the FIFO that outlived an earlier supervisor; ours from here on.
-        instance: name in JSON lines.
+        instance: name before lines, or in them.
         stream: ``stdout`` or ``stderr``.
         file: shared when two streams go to one path.
     """
@@ -98,6 +98,8 @@ class OutputStream:
 
     def as_written(self, line: str) -> str:
         """A line of the file as the program wrote it, without what the format adds."""
+        if self._format == "prefix":
+            return line.removeprefix(self.prefix)
         if self._format == "timestamp":
             return line[_TIME_CHARS:] if time_of(line[:_TIME_CHARS].encode()) else line
         if self._format == "json":
@@ -107,9 +109,20 @@ class OutputStream:
         return line
 
     @property
+    def format(self) -> Format:
+        """How lines are written from here on; what is in the files may be of another."""
+        return self._format
+
+    @property
+    def prefix(self) -> str:
+        """What every line begins with beside what the program wrote, whoever reads it; empty where that is
+        not the same for all."""
+        return f"{self.instance} | " if self._format == "prefix" else ""
+
+    @property
     def is_stamped(self) -> bool:
         """Lines begin with their times."""
-        return self._format != "raw"
+        return self._format in {"timestamp", "json"}
 
     def redirect(self, file: RotatingFile, format_: Format) -> None:
         """Go on in another file or another format; the instance notices nothing."""
@@ -295,14 +308,14 @@ class OutputStream:
         """Format and write lines, rotating between two of them; they are the next bytes of the spool."""
         if self.file.is_old:
             self.file.rotate()
-        if self._format == "timestamp":
-            self._write_stamped(spool, data)
-        else:
+        if self._format == "json":
             self._write_json(spool, data)
+        else:
+            self._write_prefixed(spool, data)
 
-    def _write_stamped(self, spool: Spool, data: bytes) -> None:
+    def _write_prefixed(self, spool: Spool, data: bytes) -> None:
         # Not line by line: it is the same text before each.
-        prefix = timestamp().encode() + b" "
+        prefix = f"{timestamp()} ".encode() if self._format == "timestamp" else self.prefix.encode()
         lines = data.removesuffix(b"\n").replace(b"\n", b"\n" + prefix)
         text = b"".join((prefix, lines, b"\n"))
         at, left = 0, len(data)

@@ -156,7 +156,7 @@ async def until_line(stream: OutputStream, begin: Cursor, pattern: str) -> None:
         *lines, tail = (tail + piece.text).split("\n")
         if any(wanted.search(stream.as_written(line)) for line in lines):
             return
-        if stream.is_stamped:
+        if stream.format != "raw":
             tail = tail[-LONGEST_FORMATTED:]  # nothing yet that the program wrote
             continue
         if wanted.search(tail):

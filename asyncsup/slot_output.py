@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -25,16 +26,18 @@ STREAMS: Final = {"stdout": 1, "stderr": 2}
 
 class LogFiles:
     """The files that output goes to. One open file per path: two writers that do not know of each other would
-    overwrite one another."""
+    overwrite one another. It is closed when the last of them has let go."""
 
     def __init__(self) -> None:
         self._files: dict[Path, RotatingFile] = {}
+        self._writers: Counter[Path] = Counter()
         self._compressor = Compressor()
 
     def open(self, path: Path, settings: LogConfig) -> RotatingFile:
         if path not in self._files:
             self._files[path] = RotatingFile(path, **self._limits(settings))
             self._files[path].take_up()
+        self._writers[path] += 1
         return self._files[path]
 
     def limit(self, file: RotatingFile, settings: LogConfig) -> None:
@@ -49,9 +52,12 @@ class LogFiles:
         }
 
     def let_go(self, path: Path) -> None:
-        """Whoever wrote to it does so no more."""
-        if (file := self._files.pop(path, None)) is not None:
-            file.close()
+        """One of those that have opened it writes to it no more."""
+        self._writers[path] -= 1
+        if self._writers[path] <= 0:
+            del self._writers[path]
+            if (file := self._files.pop(path, None)) is not None:
+                file.close()
 
     def close(self) -> None:
         for file in self._files.values():
@@ -113,24 +119,27 @@ class SlotOutput:
     def _open(self, stream: str, path: Path) -> None:
         name = self._held_name(stream)
         held = self._keeper.take(name)
-        opened = OutputStream(
-            self.fifo(stream),
-            self._files.open(path, self._settings),
-            instance=self._slot,
-            stream=stream,
-            format_=self._settings.format,
-            held=held,
-        )
-        self._streams[stream] = opened
-        if held is None:
-            try:
+        with contextlib.ExitStack() as on_failure:
+            file = self._files.open(path, self._settings)
+            on_failure.callback(self._files.let_go, path)
+            opened = OutputStream(
+                self.fifo(stream),
+                file,
+                instance=self._slot,
+                stream=stream,
+                format_=self._settings.format,
+                held=held,
+            )
+            if held is None:
+                on_failure.callback(opened.close)
                 self._keeper.hold(name, opened.fileno())
-            except OSError:
-                self._streams.pop(stream).close()
-                raise
+            on_failure.pop_all()
+        self._streams[stream] = opened
 
     def _close(self, stream: str, *, keep: bool) -> None:
-        self._streams.pop(stream).close(keep=keep)
+        closed = self._streams.pop(stream)
+        closed.close(keep=keep)
+        self._files.let_go(closed.file.path)
         if not keep:
             self._keeper.drop(self._held_name(stream))
 
@@ -180,8 +189,7 @@ class SlotOutput:
             if file is not old or before.format != settings.format:
                 stream.redirect(file, settings.format)
             self._files.limit(file, settings)
-            if file is not old:
-                self._files.let_go(old.path)
+            self._files.let_go(old.path)
 
     def close(self, *, keep: bool) -> None:
         """Let go of them.
@@ -190,9 +198,7 @@ class SlotOutput:
             keep: a program goes on writing; what it writes stays in the FIFOs.
         """
         for stream in list(self._streams):
-            path = self._streams[stream].file.path
             self._close(stream, keep=keep)
-            self._files.let_go(path)
 
     def take_back(self, pid: int | None, *, has_writers: bool) -> None:
         """Open what an earlier supervisor had open: where a process writes to, or has written to, wherever

@@ -1018,6 +1018,18 @@ def test_two_targets_cannot_write_into_one_log_file() -> None:
     assert len(parse(default.replace("{}", "${name}.log")).targets) == 2
 
 
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/stderr", "/dev/null", "/dev/fd/4", "/proc/self/fd/1"])
+def test_what_is_no_file_takes_the_output_of_all(path: str) -> None:
+    log = f'log = {{ stdout = "{path}", stderr = "{path}" }}\n'
+    parsed = parse(f'[defaults]\n{log}[target.a]\ncommand = "x"\ninstances = 3\n[target.b]\ncommand = "x"\n')
+    assert {str(target.log.stdout) for target in parsed.targets.values()} == {path}
+
+
+def test_a_file_in_dev_is_one() -> None:
+    text = '[target.a]\ncommand = "x"\ninstances = 2\nlog.stdout = "/dev/shm/x.log"\n'
+    assert problems_of(text)[0]["key"] == "target.a.log.stdout"
+
+
 def test_instances_cannot_write_into_one_log_file() -> None:
     assert "2 instances" in problem_of('instances = 2\nlog.stdout = "x.log"')["problem"]
     assert target('instances = 2\nlog.stdout = "x.${instance}.log"').instances == 2

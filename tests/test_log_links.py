@@ -190,3 +190,22 @@ def test_the_output_of_serve_itself_may_be_a_file(serve: Serve) -> None:
     assert [path.name for path in serve.folder.glob("stdout*")] == ["stdout"]
     assert link.is_symlink()
     client.close()
+
+
+def test_many_write_whole_lines_into_the_output_of_serve_each_with_its_name(serve: Serve) -> None:
+    """As in a container: two streams of several instances of several targets."""
+    client = serve.start(
+        '[supervisor]\nlog_level = "error"\n[defaults]\nrestart = "never"\nmin_uptime = 0\n'
+        'log = { stdout = "/dev/stdout", stderr = "/dev/stdout", format = "prefix" }\n'
+        'command = ["sh", "-c", "seq -f %010g 3000; seq -f %010g 3001 6000 >&2"]\n'
+        "[target.a]\ninstances = 2\n[target.b]\n"
+    )
+    client.call("wait", {"names": ["all"], "for": "stopped", "timeout": 60})
+    client.close()
+    lines = serve.errors().splitlines()
+    assert len(lines) == 3 * 6000
+    for name in ("a:0", "a:1", "b:0"):
+        mine = [int(line.removeprefix(f"{name} | ")) for line in lines if line.startswith(f"{name} | ")]
+        # Each stream in its order; nothing is said about that of the two.
+        assert [number for number in mine if number <= 3000] == list(range(1, 3001))
+        assert [number for number in mine if number > 3000] == list(range(3001, 6001))

@@ -76,7 +76,7 @@ async def test_everything_a_program_writes_arrives_though_it_has_ended(made: Mad
     assert made.text() == "hello\nlast words"
 
 
-@pytest.mark.parametrize("format_", ["raw", "timestamp", "json"])
+@pytest.mark.parametrize("format_", ["raw", "prefix", "timestamp", "json"])
 async def test_a_flood_is_rotated_between_lines_and_nothing_is_lost(made: Made, format_: Format) -> None:
     stream = made.stream(format_=format_, max_size=300_000, max_files=1000)
     await made.run(stream, "for i in range(60_000): print(f'line {i:06d}')")
@@ -110,6 +110,43 @@ async def test_timestamps_stand_before_every_line(made: Made) -> None:
     assert len(lines) == 2
     for line, word in zip(lines, "ab", strict=True):
         assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z {word}", line)
+
+
+async def test_the_name_stands_before_every_line_and_is_taken_away_again(made: Made) -> None:
+    stream = made.stream(format_="prefix")
+    fd = stream.open_child_end()
+    for piece in (b"one\n\ntw", b"o\nweb:0 | three\n\xff", b"last, without an end"):
+        os.write(fd, piece)
+        stream._take_all()
+    os.close(fd)
+    assert (
+        made.folder / "out.log"
+    ).read_bytes() == b"web:0 | one\nweb:0 | \nweb:0 | two\nweb:0 | web:0 | three\n"
+    stream.drain()
+    lines = (made.folder / "out.log").read_text(errors="replace").splitlines()
+    assert lines[4:] == ["web:0 | \ufffdlast, without an end"]
+    assert [stream.as_written(line) for line in lines[:4]] == ["one", "", "two", "web:0 | three"]
+
+
+async def test_a_change_of_the_format_leaves_each_line_in_one_of_them(made: Made) -> None:
+    stream = made.stream(format_="prefix")
+    fd = stream.open_child_end()
+    formats: list[Format] = ["timestamp", "prefix", "json", "prefix", "raw", "prefix"]
+    for number, format_ in enumerate(formats):
+        os.write(fd, b"%d\nhalf of" % number)
+        stream.redirect(stream.file, format_)
+        os.write(fd, b" %d\n" % number)
+        stream._take_all()
+    os.close(fd)
+    # Half a line that is in the file already, as `raw` has it, has no name before it but in it.
+    expected = [line for number in range(6) for line in (f"{number}", f"half of {number}")]
+    shown = [
+        str(json.loads(line)["line"])
+        if line.startswith("{")
+        else line.split("Z ")[-1].removeprefix("web:0 | ")
+        for line in made.text().replace("half ofweb:0 | ", "half of").splitlines()
+    ]
+    assert shown == expected
 
 
 async def test_json_lines_name_the_instance_and_survive_invalid_utf8(made: Made) -> None:

@@ -83,7 +83,7 @@ def ended(client: ControlClient, name: str) -> bool:
     return bool(found["state"] == "exited")
 
 
-@pytest.mark.parametrize("format_", ["raw", "timestamp", "json"])
+@pytest.mark.parametrize("format_", ["raw", "prefix", "timestamp", "json"])
 def test_a_follower_that_never_reads_on_holds_up_nobody_and_finds_everything_later(
     serve: Serve, format_: str
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_follower_that_never_reads_on_holds_up_nobody_and_finds_everything_lat
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("format_", ["raw", "timestamp", "json"])
+@pytest.mark.parametrize("format_", ["raw", "prefix", "timestamp", "json"])
 async def test_one_that_floods_has_one_turn_before_it_is_the_next_ones(
     tmp_path: Path, format_: Format
 ) -> None:
@@ -211,7 +211,9 @@ def test_only_log_settings_restart_nothing_and_lose_nothing(serve: Serve) -> Non
     client.call("wait", {"names": ["web"], "for": "ready", "timeout": 30})
     logs = [serve.folder / ".asyncsup/logs/web.0.log"]
     (before,) = client.call("status", names=["web"])["targets"]
-    for number, format_ in enumerate(["timestamp", "json", "raw", "json", "timestamp", "raw"]):
+    for number, format_ in enumerate(
+        ["timestamp", "json", "prefix", "raw", "json", "timestamp", "raw", "prefix", "raw"]
+    ):
         logs.append(serve.folder / f"{number}.log")
         settings = f"format = '{format_}', stdout = '{number}.log', max_age = '1h', max_size = '10MB'"
         serve.write(f"{base}log = {{ {settings} }}\n")
@@ -229,7 +231,11 @@ def test_only_log_settings_restart_nothing_and_lose_nothing(serve: Serve) -> Non
     assert [int(n) for n in re.findall(rb"(\d{9}) x{30}", text)] == list(range(int(account.read_text())))
 
 
-FLOODS: Floods = {"raw": ("raw", 500, 0.01, 0), "stamped": ("timestamp", 500, 0.01, 0)}
+FLOODS: Floods = {
+    "raw": ("raw", 500, 0.01, 0),
+    "named": ("prefix", 500, 0.01, 0),
+    "stamped": ("timestamp", 500, 0.01, 0),
+}
 
 
 @pytest.mark.parametrize(

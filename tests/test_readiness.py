@@ -121,7 +121,7 @@ async def test_however_many_get_no_answer_over_http_the_others_are_asked() -> No
         server.shutdown()
 
 
-@pytest.mark.parametrize("format_", ["raw", "timestamp", "json"])
+@pytest.mark.parametrize("format_", ["raw", "prefix", "timestamp", "json"])
 def test_a_line_is_matched_as_the_program_wrote_it(serve: Serve, format_: str) -> None:
     (serve.folder / "say.sh").write_text(
         "echo 'not listening on \"here\"'\nuntil [ -e go ]; do sleep 0.02; done\n"

@@ -36,7 +36,7 @@ LONGEST_LIFE_SECONDS = 1.5
 PATIENCE_SECONDS = 200.0
 """Until all the output is written that has piled up, on a machine with other things to do."""
 NUMBERED = Path(__file__).parent / "programs" / "numbered.py"
-LINE = re.compile(rb"^(?:\S+ )?(\S+-\d+-\d+) (\d{9}) x{30}$")
+LINE = re.compile(rb"^(?:\S+ (?:\| )?)?(\S+-\d+-\d+) (\d{9}) x{30}$")
 
 STEADY = {
     "raw": ("raw", 250, 0.05, 0),
@@ -48,6 +48,7 @@ CRASHING = {
     "crash": ("raw", 100, 0.02, 15),
     "fall": ("timestamp", 100, 0.02, 8),
     "trip": ("json", 100, 0.02, 23),
+    "slip": ("prefix", 100, 0.02, 11),
 }
 BY_A_KILL = {
     "supervisor.unreachable",

@@ -99,6 +99,7 @@ class _Printer:
         self._colours: dict[str, int] = {}
         self._column = 0
         self._partial: dict[tuple[str, str], str] = {}
+        self._prefixes: dict[tuple[str, str], str] = {}
 
     def announce(self, instances: Iterable[str]) -> None:
         """More instances to come. Each has its colour by its name, as far as there are enough."""
@@ -113,6 +114,7 @@ class _Printer:
     def add(self, chunk: Mapping[str, Any]) -> None:
         """A line without its end waits for the rest of it."""
         key = (str(chunk["instance"]), str(chunk.get("stream", "stdout")))
+        self._prefixes[key] = str(chunk.get("prefix", ""))
         *lines, rest = (self._partial.pop(key, "") + str(chunk["text"])).split("\n")
         if rest:
             self._partial[key] = rest
@@ -125,6 +127,8 @@ class _Printer:
 
     def _print(self, key: tuple[str, str], lines: Sequence[str]) -> None:
         out, (instance, stream) = self._out, key
+        if in_file := self._prefixes[key]:
+            lines = [line.removeprefix(in_file) for line in lines]
         if out.json_wanted:
             for line in lines:
                 out.row({"instance": instance, "stream": stream, "line": line}, list)
@@ -157,7 +161,8 @@ class _Logs:
         if rough := [name for name, chunk in chunks.items() if not chunk.get("exact", True)]:
             where = f"{', '.join(rough[:3])}{', ...' if len(rough) > 3 else ''}"
             self._out.note(
-                f"{where}: raw output has no times: this is from the beginning of the file written to then"
+                f"{where}: lines of this log.format have no times: "
+                "this is from the beginning of the file written to then"
             )
         # By time where lines have one, else one instance after the other.
         pieces = map(itemgetter(1), heapq.merge(*map(self._past_of, chunks.values()), key=itemgetter(0)))

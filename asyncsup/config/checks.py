@@ -14,7 +14,16 @@ from asyncsup import listen_fds
 from asyncsup.config.machine import Machine
 from asyncsup.config.problems import Report
 from asyncsup.config.settings import SOCKET, PatchConfig, SupervisorConfig
-from asyncsup.config.values import INSTANCE, UNLIMITED, format_duration, format_size, nearest, quoted
+from asyncsup.config.values import (
+    INSTANCE,
+    UNLIMITED,
+    format_duration,
+    format_size,
+    is_no_file,
+    is_one_file,
+    nearest,
+    quoted,
+)
 from asyncsup.endpoint import MAX_SOCKET_PATH_BYTES
 from asyncsup.errors import AllowedSignersError, TrustUnavailableError
 
@@ -464,14 +473,15 @@ class Checks:
         return path if self._machine is None else self._machine.real_path(path)
 
     def _log_files(self, targets: Mapping[str, TargetRead]) -> None:
-        """Every stream needs a file of its own: two rotations of one file would lose output."""
+        """Every stream needs a file of its own: two rotations of one file would lose output. What is no file
+        is never rotated, and takes the output of all of them."""
         owners: dict[str, tuple[str, str]] = {}
         for name, target in targets.items():
             for stream, path in (("stdout", target.config.log.stdout), ("stderr", target.config.log.stderr)):
-                if not isinstance(path, Path):
+                if not isinstance(path, Path) or is_no_file(path):
                     continue
                 place, text = target.tables["log"].place(stream), str(path)
-                if INSTANCE not in text and target.config.instances > 1:
+                if is_one_file(path) and target.config.instances > 1:
                     self._report.problem(
                         place,
                         f"{target.config.instances} instances of {name} would write into one file",

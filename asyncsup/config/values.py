@@ -31,7 +31,19 @@ UNLIMITED: Final = -1
 INSTANCE: Final = "${instance}"
 """Stays in commands, environment and log paths, and is replaced by the instance's index at each start."""
 
+_NO_FILE: Final = re.compile(r"/dev/(stdout|stderr|null|console|fd/[0-9]+)|/proc/self/fd/[0-9]+")
+
 COMMAND_HINT: Final = 'write an array: ["program", "argument"]'
+
+
+def is_no_file(path: Path) -> bool:
+    """Output may go there from any number of instances: it is no file of ours, whatever is behind it."""
+    return _NO_FILE.fullmatch(str(path)) is not None
+
+
+def is_one_file(path: Path) -> bool:
+    """All instances of a target would write into the same file there."""
+    return INSTANCE not in str(path) and not is_no_file(path)
 
 
 class BadValueError(ValueError):
