@@ -46,7 +46,7 @@ from asyncsup.patch.way_back import Extent
 from asyncsup.patch.wish import WayBack, Wish
 from asyncsup.remote import RemoteAccess
 from asyncsup.stop_order import StopOrder
-from asyncsup.supervisor import MOST_INSTANCES, Selection, Supervisor
+from asyncsup.supervisor import MOST_INSTANCES, Scaled, Selection, Supervisor
 from asyncsup.target import Target
 from asyncsup.together import together
 from target_sdk.protocol import (
@@ -525,15 +525,22 @@ class ControlServer:
 
     @method("scale", "operate")
     async def scale(self, call: Call) -> Any:
-        target = self._one(call.string("name"))
+        name, names = call.optional_string("name"), call.strings("names")
         number = call.optional_integer("instances", at_most=MOST_INSTANCES)
         by = call.signed_integer("by", 0, at_most=MOST_INSTANCES)
         wait = call.boolean("wait", True)
         call.finish()
+        if (name is None) is (not names):
+            raise RequestError("names: give one of `name`, a target, and `names`, any number of them")
         if number is None and by == 0:
             raise RequestError("instances: missing; say how many, or `by` how many more or fewer")
-        wanted = await self.supervisor.scale(target, number, by, asked_by=call.asked_by, wait=wait)
-        return {"target": target.name, "instances": wanted}
+        targets = [self._one(name)] if name is not None else [found.target for found in self._named(names)]
+        scaled = await self.supervisor.scale(targets, number, by, asked_by=call.asked_by, wait=wait)
+        if len(scaled) == 1 and scaled[0].error is not None:
+            raise scaled[0].error
+        if name is not None:
+            return {"target": scaled[0].target, "instances": scaled[0].instances}
+        return {"results": [_scaled(each) for each in scaled]}
 
     @method("signal", "operate")
     def signal(self, call: Call) -> Any:
@@ -862,6 +869,13 @@ def _signal_number(text: str) -> int:
         raise RequestError(f"signal: there is no {text!r:.40}; name one such as HUP, SIGUSR1 or 15") from None
 
 
+def _scaled(each: Scaled) -> dict[str, Any]:
+    result = {"target": each.target, "instances": each.instances, "ok": each.error is None, "detail": ""}
+    if each.error is not None:
+        result |= {"detail": each.error.message, "code": each.error.error_code}
+    return result
+
+
 def _share(streams: int) -> int:
     """Bytes that each of so many streams may have in an answer."""
     return min(READ_BYTES, LOG_ANSWER_BYTES // max(1, streams))
@@ -882,5 +896,6 @@ def _chunk(output: OutputStream, piece: Piece, *, stream: str | None = None) -> 
     cursor = piece.cursor if stream is None else replace(piece.cursor, stream=stream)
     return {
         "instance": output.instance, "stream": cursor.stream, "text": piece.text,
-        "cursor": cursor.to_json(), "left": piece.left, "size": piece.size, "gap": piece.gap,
+        "prefix": output.prefix, "cursor": cursor.to_json(), "left": piece.left, "size": piece.size,
+        "gap": piece.gap,
     }  # fmt: skip

@@ -76,7 +76,8 @@ _CHANGES: Final = _object(
 )  # fmt: skip
 _CHUNKS: Final = _object(
     chunks=_array(
-        instance=STRING, stream=STRING, text=STRING, cursor=OBJECT, left=NATURAL, size=NATURAL, gap=BOOLEAN
+        instance=STRING, stream=STRING, text=STRING, prefix=STRING, cursor=OBJECT, left=NATURAL, size=NATURAL,
+        gap=BOOLEAN,
     )
 )  # fmt: skip
 _REPORT: Final = _object(
@@ -113,6 +114,7 @@ METHODS: Final[Sequence[Schema]] = (
             seq=NATURAL,
             trust=STRING,
             inbox=STRING,
+            groups=OBJECT,
             stopping=BOOLEAN,
             tasks=NATURAL,
             isolation=_object(
@@ -167,10 +169,16 @@ METHODS: Final[Sequence[Schema]] = (
     _method("config.apply", "Apply it.", _CHANGES, optional=["wait"], wait=BOOLEAN),
     _method(
         "scale",
-        "Have so many instances of a target, or `by` so many more or fewer.",
-        _object(target=STRING, instances=NATURAL),
-        optional=["instances", "by", "wait"],
+        "Have so many instances of targets, or `by` so many more or fewer.",
+        {
+            "anyOf": [
+                _object(target=STRING, instances=NATURAL),
+                _object(results=_array(target=STRING, instances=NATURAL, ok=BOOLEAN, detail=STRING)),
+            ]
+        },
+        optional=["name", "names", "instances", "by", "wait"],
         name=STRING,
+        names=STRINGS,
         instances=NATURAL,
         by=INTEGER,
         wait=BOOLEAN,

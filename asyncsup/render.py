@@ -612,6 +612,14 @@ def results_lines(value: Value, verb: str, *, ink: Ink = PLAIN) -> list[str]:
     return lines or [f"no targets to {verb}"]
 
 
+def scaled_line(result: Value) -> str:
+    """How many instances one target has after ``scale``."""
+    failed = "" if result.get("ok", True) else f"; failed: {clean(result.get('detail', ''))}"
+    return (
+        f"{clean(result.get('target', ''))} has {plural(int(result.get('instances', 0)), 'instance')}{failed}"
+    )
+
+
 def config_lines(value: Value, *, ink: Ink = PLAIN) -> list[str]:
     """What `config plan` would change, or `config apply` has changed, one line for each target."""
     failed: Value = value.get("failed") or {}

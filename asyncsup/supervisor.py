@@ -31,6 +31,7 @@ from asyncsup.cgroups import Cgroups
 from asyncsup.channel import TargetChannel
 from asyncsup.child import raise_descriptor_limit, seal_descriptors
 from asyncsup.config import INSTANCE, Config
+from asyncsup.config.values import is_one_file
 from asyncsup.environment import may_be_inherited
 from asyncsup.errors import (
     AsyncsupError,
@@ -91,6 +92,18 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
     target: Target
     instances: Sequence[Instance]
+
+
+class Scaled(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one target that was to have another number of instances.
+
+    Attributes:
+        instances: how many it has.
+    """
+
+    target: str
+    instances: int
+    error: AsyncsupError | None
 
 
 class Supervisor:
@@ -552,29 +565,53 @@ class Supervisor:
         if scaled is not None and scaled.configured == target.config.instances:
             target.resize(scaled.instances)
 
-    async def scale(self, target: Target, number: int | None, by: int, *, asked_by: str, wait: bool) -> int:
-        """Have another number of instances, and leave alone those that stay; returns how many there are.
+    async def scale(
+        self, targets: Sequence[Target], number: int | None, by: int, *, asked_by: str, wait: bool
+    ) -> list[Scaled]:
+        """Have another number of instances of each target, and leave alone those that stay.
 
         Args:
             number: how many; None: ``by`` more (or fewer) than there are.
+
+        Raises:
+            RequestError: one of the targets cannot have so many; nothing was changed about any.
         """
         self.refuse_while_stopping()
+        numbers = [self._number_for(target, number, by) for target in targets]
+        errors: dict[str, AsyncsupError] = {}
+
+        async def one(target: Target, wanted: int) -> None:
+            try:
+                await self._scale(target, wanted, asked_by=asked_by, wait=wait)
+            except AsyncsupError as error:
+                errors[target.name] = error
+
+        await together(partial(one, *pair) for pair in zip(targets, numbers, strict=True))
+        return [Scaled(target=t.name, instances=len(t.instances), error=errors.get(t.name)) for t in targets]
+
+    def _number_for(self, target: Target, number: int | None, by: int) -> int:
+        """How many instances are wanted.
+
+        Raises:
+            RequestError: it cannot have so many.
+        """
         wanted = len(target.instances) + by if number is None else number
         if not 0 <= wanted <= MOST_INSTANCES:
             raise RequestError(f"instances: must be from 0 to {MOST_INSTANCES}, would be {wanted}")
-        log_paths = [path for path in (target.config.log.stdout, target.config.log.stderr) if path]
-        for path in log_paths:
-            if wanted > 1 and path != "stdout" and INSTANCE not in str(path):
+        for path in (target.config.log.stdout, target.config.log.stderr):
+            if wanted > 1 and isinstance(path, Path) and is_one_file(path):
                 raise RequestError(
                     f"{target.name} writes to {path}, which {wanted} instances would share; "
                     f"put {INSTANCE} into its name"
                 )
+        return wanted
+
+    async def _scale(self, target: Target, wanted: int, *, asked_by: str, wait: bool) -> None:
         remember = partial(
             self.store.set_scaled, target.name, configured=target.config.instances, instances=wanted
         )
         await target.scale(wanted, asked_by=asked_by, wait=wait, remember=remember)
         self.events.emit("target.scaled", target=target.name, instances=wanted)
-        return wanted
 
     def _remember_wanted(self, name: str, wanted: bool) -> None:
         """For whoever comes after a crash, and where that is configured for every later `serve`.
@@ -711,6 +748,7 @@ class Supervisor:
             "inbox": str(self.config.patch.inbox),
             "sockets": self.sockets.describe(),
             "targets": len(self.targets),
+            "groups": {name: sorted(members) for name, members in self.config.groups.items()},
             "stopping": self._stopping.is_set(),
             "tasks": len(asyncio.all_tasks()),
             "isolation": self.cgroups.to_json(),

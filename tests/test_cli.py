@@ -340,7 +340,14 @@ def test_show_is_about_a_target_or_about_the_supervisor(run: Run, supervisor: Fa
         **target(call.params["name"]),
         "config": {"restart": "always"},
     }
+    supervisor.handlers["status"] = lambda call: status(*map(target, call.params["names"]))
     assert "restart  always" in run("show", "pricer").out
+    assert run("show", "pricer", "--json").json["name"] == "pricer"
+    assert run("show", "pricer", "web").out.count("restart  always") == 2
+    assert [each["name"] for each in run("show", "pricer", "web", "--json").json["targets"]] == [
+        "pricer",
+        "web",
+    ]
     assert "us-east-1" in run("show").out
     assert run("show", "--json").json["pid"] == 4711
 
@@ -381,6 +388,22 @@ def test_logs_of_several_carry_their_names(run: Run, supervisor: FakeSupervisor)
     assert run("logs", "a", "--json").out == (
         '{"instance":"a:0","stream":"stdout","line":"x"}\n{"instance":"a:0","stream":"stdout","line":"y"}\n'
     )
+
+
+def test_the_names_that_are_in_a_log_file_are_not_there_twice(run: Run, supervisor: FakeSupervisor) -> None:
+    chunks = [
+        {**chunk("a:0", "a:0 | x\na:0 | a:0 | y\na:"), "prefix": "a:0 | ", "left": 7},
+        chunk("b:0", "z"),
+    ]
+    supervisor.handlers["logs"] = lambda call: {
+        "chunks": chunks if call.params["name"] == "all" else chunks[:1]
+    }
+    supervisor.handlers["logs.follow"] = lambda _: {
+        "chunks": [{**chunk("a:0", "0 | end", 1), "size": 7, "prefix": "a:0 | "}]
+    }
+    assert run("logs", "a").out == "x\na:0 | y\nend\n"
+    assert run("logs", "all").out == "a:0 | x\na:0 | a:0 | y\na:0 | end\nb:0 | z\n"
+    assert '"line":"end"' in run("logs", "a", "--json").out
 
 
 @pytest.mark.parametrize(
@@ -457,7 +480,7 @@ def test_logs_are_fetched_to_where_they_ended_at_first(run: Run, supervisor: Fak
 
 def test_logs_say_when_they_begin_earlier_than_asked(run: Run, supervisor: FakeSupervisor) -> None:
     supervisor.handlers["logs"] = lambda _: {"chunks": [{**chunk("a:0", "x\n"), "exact": False}]}
-    assert "a:0: raw output has no times" in run("logs", "a", "--since", "1m").err
+    assert "a:0: lines of this log.format have no times" in run("logs", "a", "--since", "1m").err
 
 
 def test_logs_follow_takes_leave_of_an_instance_and_welcomes_another(
@@ -564,6 +587,55 @@ def test_events_begin_with_a_snapshot_and_end_with_the_supervisor(
         "snapshot", "inbox.changed", "supervisor.stopping", "instance.state",
     ]  # fmt: skip
     assert outcome.err == "asyncsup: the supervisor has ended\n"
+
+
+def test_events_of_what_is_named_and_of_nothing_else(run: Run, supervisor: FakeSupervisor) -> None:
+    supervisor.info["groups"] = {"backend": ["db", "web"]}
+    for fields in (
+        {"target": "web", "instance": "web:0"}, {"target": "web", "instance": "web:1"}, {"target": "web"},
+        {"target": "db", "instance": "db:0"}, {"target": "pricer"}, {"txn": 1}, {"txn": 1, "target": "db"},
+        {"txn": 1}, {"txn": 2, "target": "pricer"}, {"txn": 2}, {},
+    ):  # fmt: skip
+        supervisor.emit("x", **fields)
+
+    def found(*names: str) -> list[int]:
+        lines = run("events", "--no-follow", "--json", *names).out.splitlines()
+        return [json.loads(line)["seq"] for line in lines]
+
+    assert found("web") == [1, 2, 3]
+    assert found("web:0") == [1, 3]
+    assert found("web:1", "pri*") == [2, 3, 5, 9, 10]
+    assert found("backend") == [1, 2, 3, 4, 7, 8]
+    assert found("all") == found() == list(range(1, 12))
+    assert found("gone") == []
+
+
+def test_following_events_of_what_is_named_ends_with_the_supervisor(
+    run: Run, supervisor: FakeSupervisor
+) -> None:
+    def asked(call: Call) -> Any:
+        if call.params["names"] != ["a"]:
+            raise RefusalError("no target or instance 'b'", code="target.not_found", exit_status=4)
+        return {**status(target("a")), "seq": 0}
+
+    supervisor.handlers["status"] = asked
+    assert run("events", "b", "--since", "1").status == 4
+
+    def script() -> None:
+        supervisor.wait_for_subscriber()
+        supervisor.wait_for("events.since")
+        supervisor.emit("x", target="b")
+        supervisor.emit("config.applied")
+        supervisor.emit("x", target="a")
+        supervisor.emit("supervisor.stopping")
+        supervisor.stop()
+
+    thread = threading.Thread(target=script)
+    thread.start()
+    outcome = run("events", "a", "--json")
+    thread.join()
+    assert [json.loads(line)["type"] for line in outcome.out.splitlines()] == ["snapshot", "x"]
+    assert (outcome.status, outcome.err) == (0, "asyncsup: the supervisor has ended\n")
 
 
 def test_events_say_when_some_are_lost(run: Run, supervisor: FakeSupervisor) -> None:

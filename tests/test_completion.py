@@ -13,6 +13,7 @@ from conftest import Serve
 
 CONFIG = (
     '[target.web]\ncommand = ["sleep", "1000"]\ninstances = 2\n[target.db]\ncommand = ["sleep", "1000"]\n'
+    '[group.backend]\ntargets = ["db"]\n'
 )
 
 
@@ -35,7 +36,10 @@ def test_what_can_come_next(serve: Serve) -> None:
     assert "--timeout" in complete("restart", "--")
     assert complete("--end") == ["--endpoint"]
     assert complete("restart", "w", endpoint=here) == ["web", "web:0", "web:1"]
-    assert complete("restart", "web", "", endpoint=here) == ["all", "web", "db", "web:0", "web:1"]
+    assert complete("restart", "web", "", endpoint=here) == ["all", "web", "db", "backend", "web:0", "web:1"]
+    assert complete("scale", "web", "b", endpoint=here) == ["backend"]
+    assert complete("events", "ba", endpoint=here) == ["backend"]
+    assert complete("signal", "HUP", "web", "d", endpoint=here) == ["db"]
     assert complete("wait", "--for", "r") == ["ready", "running"]
     assert complete("completion", "z") == ["zsh"]
     for typed in (("--endpoint", here), (f"--endpoint={here}",), ("-c", str(serve.config))):

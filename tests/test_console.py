@@ -50,7 +50,7 @@ def supervisor(short_tmp: Path) -> Iterator[FakeSupervisor]:
     inbox = short_tmp / "inbox"
     inbox.mkdir()
     handlers: dict[str, Callable[[Call], Any]] = {
-        "status": lambda _: status(target("pricer"), target("web")),
+        "status": lambda call: status(*map(target, call.params.get("names") or ("pricer", "web"))),
         "patch.list": lambda _: {"inbox": [], "folder": str(inbox), "trust": "digest"},
         "patch.verify": lambda _: {"format": "prototype"},
         "patch.apply": lambda _: report(),
@@ -172,7 +172,7 @@ def test_every_command_reaches_the_supervisor(console: Type, supervisor: FakeSup
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert supervisor.called("patch.plan") == [{"name": "p.zip"}]
-    assert supervisor.called("status")[1:] == [{"names": ["pricer"]}]
+    assert supervisor.called("status")[1:] == [{"names": ["pricer"]}] * 2  # `show` as well
     assert supervisor.called("patch.rollback") == [{"target": "pricer", "wait_busy": True}]
     assert supervisor.called("patch.history") == [{"target": "web", "limit": 50}]
     assert supervisor.called("patch.show") == [{"id": "12"}, {"id": "3f9a"}]

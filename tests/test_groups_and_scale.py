@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,57 @@ def test_instances_that_would_share_a_log_are_refused(serve: Serve) -> None:
     assert "2 instances would share; put ${instance} into its name" in error.message
     assert "say how many" in fails(client, "scale", name="web").message
     assert "must be from 0 to 10000, would be -4" in fails(client, "scale", name="web", by=-5).message
+    client.close()
+
+
+def test_several_are_scaled_at_once_or_none_where_one_cannot_be(serve: Serve) -> None:
+    client = serve.start(
+        f"{QUICK}[target.a]\n{SLEEPER}[target.b]\n{SLEEPER}instances = 2\n"
+        f"[target.one]\n{SLEEPER}log.stdout = 'one.log'\n[target.out]\n{SLEEPER}log.stdout = '/dev/stdout'\n"
+        "[group.both]\ntargets = ['a', 'b']\n"
+    )
+
+    def counts() -> list[int]:
+        return [len(found["instances"]) for found in client.call("status")["targets"]]
+
+    def results(*names: str, **wish: int) -> list[dict[str, Any]]:
+        return list(client.call("scale", {"names": list(names), **wish})["results"])
+
+    assert results("both", "out", instances=3) == [
+        {"target": name, "instances": 3, "ok": True, "detail": ""} for name in ("a", "b", "out")
+    ]
+    assert [found["instances"] for found in results("[ab]", by=-1)] == [2, 2]
+    assert "one writes to" in fails(client, "scale", names=["all"], instances=2).message
+    assert "would be -1" in fails(client, "scale", names=["a", "out"], by=-3).message
+    assert "give one of" in fails(client, "scale", names=["a"], name="b", by=1).message
+    assert "give one of" in fails(client, "scale", by=1).message
+    assert "means 2 targets" in fails(client, "scale", name="both", by=1).message
+    assert fails(client, "scale", names=["a", "none"], by=1).error_code == "target.not_found"
+    assert counts() == [2, 2, 1, 3]
+
+    def command(*words: str) -> Any:
+        command = [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "--json", *words]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert command("scale", "a", "1") == {"target": "a", "instances": 1}
+    assert [found["target"] for found in command("scale", "both", "+1")["results"]] == ["a", "b"]
+    assert [found["name"] for found in command("show", "both", "out")["targets"]] == ["a", "b", "out"]
+    assert command("show", "a:0")["name"] == "a"
+    assert client.call("supervisor.info")["groups"] == {"both": ["a", "b"]}
+    client.close()
+
+
+def test_one_of_several_that_does_not_come_up_is_said_and_the_others_do(serve: Serve) -> None:
+    broken = """command = ["sh", "-c", "[ ${instance} = 0 ] && exec sleep 600"]"""
+    client = serve.start(
+        f"{QUICK}[target.a]\n{SLEEPER}\n[target.b]\n{broken}\nrestart = 'never'\nmin_uptime = '1h'\n"
+    )
+    command = [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "scale", "a", "b", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    good, bad = done.stdout.splitlines()
+    assert good == "a has 2 instances"
+    assert bad.startswith("b has 2 instances; failed: ")
     client.close()
 
 

@@ -87,7 +87,7 @@ serial: Final = matching(r"[0-9]{1,15}", "no number", int)
 
 def names_argument(parser: argparse.ArgumentParser, nargs: str, *, more: str = "") -> None:
     """``NAME ...``, which stands for targets and their instances."""
-    text = f"targets, instances (web:0) or patterns (web*); all means every target{more}"
+    text = f"targets, groups, instances (web:0) or patterns (web*); all means every target{more}"
     parser.add_argument("names", nargs=nargs, metavar="NAME", help=text)
 
 

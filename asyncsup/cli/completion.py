@@ -97,8 +97,9 @@ def _of_verb(parser: argparse.ArgumentParser, rest: Sequence[str], last: str, se
     wanted = [action for action in parser._actions if not action.option_strings]
     if not wanted:
         return []
-    position = min(sum(not word.startswith("-") for word in rest), len(wanted) - 1)
-    action = wanted[position]
+    # Behind the first of several names there may be another one, or what comes after them.
+    ends = [index for index, action in enumerate(wanted) if action.nargs in {"+", "*"}] or [len(wanted) - 1]
+    action = wanted[min(sum(not word.startswith("-") for word in rest), ends[0])]
     if action.choices:
         return [str(choice) for choice in action.choices]
     return _names(session) if action.dest in {"names", "name", "target"} else []
@@ -107,12 +108,13 @@ def _of_verb(parser: argparse.ArgumentParser, rest: Sequence[str], last: str, se
 def _names(session: Session) -> list[str]:
     try:
         targets = session.ask("status")["targets"]
+        groups = session.ask("supervisor.info").get("groups", ())
     except AsyncsupError:
         return []
     several = [
         each["name"] for target in targets for each in target["instances"] if len(target["instances"]) > 1
     ]
-    return ["all", *(target["name"] for target in targets), *several]
+    return ["all", *(target["name"] for target in targets), *groups, *several]
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

@@ -36,18 +36,24 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(session: Session) -> int:
-    out, name = session.out, session.args.name
-    if name is None:
+    out, names = session.out, session.args.names
+    if not names:
         info = session.ask("supervisor.info")
         out.result(info, lambda: render.info_lines(info, ink=out.ink))
-    else:
-        value = session.ask("show", name=name)
-        out.result(value, lambda: render.show_lines(value, width=out.width, ink=out.ink))
+        return 0
+    found = [each["name"] for each in session.ask("status", names=names)["targets"]]
+    # One after the other: each has its files looked at, and an answer of its own.
+    values = [session.ask("show", name=name) for name in found]
+    shown = [render.show_lines(value, width=out.width, ink=out.ink) for value in values]
+    out.result(
+        values[0] if len(values) == 1 else {"targets": values},
+        lambda: [line for index, lines in enumerate(shown) for line in (["", *lines] if index else lines)],
+    )
     return 0
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a target; without it, the supervisor itself")
+    names_argument(parser, "*", more="; without any, the supervisor itself")
 
 
 def _wait(session: Session) -> int:
@@ -113,18 +119,19 @@ def _scale(session: Session) -> int:
     args = session.args
     text: str = args.number
     key, value = ("by", int(text)) if text[0] in "+-" else ("instances", int(text))
-    params = {"name": args.name, key: value, "wait": args.wait}
-    answer = session.client.call("scale", params, timeout=args.timeout)
-    told = f"{render.clean(answer['target'])} has {render.plural(answer['instances'], 'instance')}"
-    session.out.result(answer, lambda: [told])
-    return 0
+    params = {"names": args.names, key: value, "wait": args.wait}
+    results = session.client.call("scale", params, timeout=args.timeout)["results"]
+    # Of a single one an error is the answer, and there is nothing more to say.
+    alone = {key: results[0][key] for key in ("target", "instances")} if len(results) == 1 else None
+    session.out.result(alone or {"results": results}, lambda: list(map(render.scaled_line, results)))
+    return 0 if all(result["ok"] for result in results) else 1
 
 
 _count: Final = matching(r"[+-]?[0-9]{1,5}", "not a number of instances, such as 3, +2 or -1", str)
 
 
 def _scale_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="a target")
+    names_argument(parser, "+")
     parser.add_argument("number", metavar="N|+N|-N", type=_count, help="how many, or how many more or fewer")
     wait_options(parser, "ready")
 
