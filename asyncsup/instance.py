@@ -288,11 +288,22 @@ class Instance:
             self.wanted = True
             self._remember()
 
-    def wait_for_dependencies(self, names: str) -> None:
-        if lifecycle.accepts(self.state, Event.WAIT):
-            self._cancel_timer()
-            self._forget_lost()
-            self._apply(Event.WAIT, f"waiting for {names}")
+    def wait_for_dependencies(self, why: str) -> bool:
+        """Be started when they are there, unless there is a process already; whether that is news to anybody,
+        also of one that waits already.
+        """
+        if self.state is State.WAITING and self.detail != why:
+            log.info("%s: %s", self.name, why)
+            self.detail = why
+            self._remember()
+            self._wake_waiters()
+            return True
+        if not lifecycle.accepts(self.state, Event.WAIT):
+            return False
+        self._cancel_timer()
+        self._forget_lost()
+        self._apply(Event.WAIT, why)
+        return True
 
     def start(self, reason: str) -> None:
         """Start now, unless there is a process already. A commanded start forgets earlier failures."""

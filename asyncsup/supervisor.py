@@ -815,16 +815,26 @@ class Supervisor:
     # --- operations -----------------------------------------------------------------------------------------
 
     async def start(self, selection: Selection, *, asked_by: str, wait: bool) -> None:
-        """Start a target, and first the targets it depends on."""
+        """Start a target, and first the targets it depends on: what of them is down, or was given up.
+
+        Raises:
+            StartFailedError: with ``wait``, one ended or gave up before it was ready, or what it depends on
+                has been given up.
+        """
         self.refuse_while_stopping()
-        self.refuse_unisolated(selection.target)
-        jobs = [partial(selection.target.start, selection.instances, asked_by=asked_by, wait=wait)]
-        jobs += [
+        target = selection.target
+        self.refuse_unisolated(target)
+        first = [
             partial(other.start, other.instances, asked_by=asked_by, wait=False)
-            for other, satisfied in _closure(selection.target)
-            if not satisfied and not other.wanted
+            for other, satisfied in _closure(target)
+            if not satisfied
+            and (not other.wanted or any(i.state in {State.STOPPED, State.FAILED} for i in other.instances))
         ]
-        await together(jobs)
+        # That one has failed means something only when it has been tried again.
+        wait_now = wait and not first
+        await together([partial(target.start, selection.instances, asked_by=asked_by, wait=wait_now), *first])
+        if wait and first:
+            await target.wait_settled(target.in_slots_of(selection.instances))
 
     async def wait_for(self, selections: Sequence[Selection], what: str, timeout: float | None) -> None:
         """Wait until every instance is ``ready``, ``running`` (has a process) or ``stopped`` (has none).

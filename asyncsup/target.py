@@ -212,13 +212,46 @@ class Target:
             instance.give_up(reason)
 
     def start_waiting(self) -> None:
-        """Start the instances that wait for dependencies, once all of those are satisfied. It needs no
-        operation: a client that gave up has not taken its wish back.
+        """Start the instances that wait for dependencies, once all of those are satisfied, or have them say
+        what they wait for by now. It needs no operation: a client that gave up has not taken its wish back.
         """
-        if all(dependency.satisfied for dependency in self.dependencies):
-            for instance in self.instances:
-                if instance.state is State.WAITING:
-                    instance.start("what it depends on is ready")
+        waiting = [instance for instance in self.instances if instance.state is State.WAITING]
+        why = self._awaited() if waiting else None
+        if why is None:
+            for instance in waiting:
+                instance.start("what it depends on is ready")
+            return
+        news = [instance.wait_for_dependencies(why) for instance in waiting]
+        if any(news):
+            # Whoever waits for this target may be waiting for what does not come.
+            asyncio.get_running_loop().call_soon(self._changed)
+
+    def _awaited(self) -> str | None:
+        """What instances wait for before they can be started; None if nothing."""
+        blocked = [str(dependency) for dependency in self.dependencies if not dependency.satisfied]
+        if not blocked:
+            return None
+        failed = self.failed_dependency()
+        why = "" if failed is None else f"; {failed.config.name} has failed ({failed.detail})"
+        return f"waiting for {', '.join(blocked)}{why}"
+
+    def failed_dependency(self) -> Instance | None:
+        """The nearest one that keeps this target waiting, directly or not, and has been given up: it does not
+        come by itself.
+        """
+        seen, ahead = {self}, deque[Target]([self])
+        while ahead:
+            for dependency in ahead.popleft().dependencies:
+                other = dependency.target
+                if dependency.satisfied or other in seen:
+                    continue
+                seen.add(other)
+                for instance in other.instances:
+                    if instance.state is State.FAILED:
+                        return instance
+                if any(instance.state is State.WAITING for instance in other.instances):
+                    ahead.append(other)
+        return None
 
     def resize(self, number: int) -> None:
         """Have so many slots. Those that go must have no process any more."""
@@ -839,14 +872,14 @@ class Target:
         Args:
             whatever_it_depends_on: do not wait: they ran a moment ago as well.
         """
-        blocked = [str(dependency) for dependency in self.dependencies if not dependency.satisfied]
         for instance in chosen:
             instance.want()
         for instance in chosen:
             # A stop that was given up still has its process; the next one comes after it.
             await instance.wait_until(lambda i: i.state is not State.STOPPING)
-            if blocked and not whatever_it_depends_on:
-                instance.wait_for_dependencies(", ".join(blocked))
+            why = None if whatever_it_depends_on else self._awaited()
+            if why is not None:
+                instance.wait_for_dependencies(why)
                 continue
             async with self._spawn_gate:
                 instance.start(reason)
@@ -885,14 +918,31 @@ class Target:
         """Wait until every instance is ready or has failed to become so.
 
         Raises:
-            StartFailedError: names the first that failed, and why.
+            StartFailedError: names the first that failed, and why. One that waits for what has failed itself
+                goes on waiting: when that is started by command, it is started as well.
         """
+
+        def failed_dependency(instance: Instance) -> Instance | None:
+            return self.failed_dependency() if instance.state is State.WAITING else None
+
         for instance in chosen:
             await instance.wait_until(
-                lambda i: i.state in SETTLED or i.state is State.STOPPED or i.given_up is not None
+                lambda i: (
+                    i.state in SETTLED
+                    or i.state is State.STOPPED
+                    or i.given_up is not None
+                    or failed_dependency(i) is not None
+                )
             )
             if instance.state is State.EXITED or instance.ready:
                 continue
+            failed = failed_dependency(instance)
+            if failed is not None:
+                raise StartFailedError(
+                    f"{instance.name} waits for {failed.config.name}, which has failed: {failed.detail}",
+                    instance=instance.name,
+                    dependency=failed.name,
+                )
             raise StartFailedError(
                 f"{instance.name} did not become ready: {instance.detail}", instance=instance.name
             )
