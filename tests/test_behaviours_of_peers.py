@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, alive, children_of, wait_for
+from conftest import Asked, Serve, alive, children_of, wait_for
 from test_supervisor import IGNORES_TERM, QUICK, SLEEPER, fails, instance, reached, target
 
 from asyncsup.child import SpawnSpec, group_members, spawn
@@ -223,7 +223,7 @@ from asyncsup.errors import RemoteError, SpawnError
 def run(*command, **settings):
     settings |= {"directory": Path("/"), "env": dict(os.environ), "stdout": 1, "stderr": 2}
     child = spawn(SpawnSpec(command=command, **settings))
-    os.waitid(os.P_PID, child.pid, os.WEXITED)
+    return os.waitid(os.P_PID, child.pid, os.WEXITED).si_status
 """
 
 
@@ -262,6 +262,27 @@ def test_a_user_that_has_vanished_is_named_and_nothing_runs(
     with pytest.raises(SpawnError, match=said):
         spawn(spec)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", ["user='daemon'", "user='daemon', umask=0o027", "group='daemon'"])
+def test_who_may_not_become_somebody_else_is_told_and_nothing_runs(settings: str) -> None:
+    """The configuration is checked for it, but privileges may have been given up since."""
+    said = script(
+        "import grp, pwd\n"  # as long as the interpreter's files can be read
+        "if os.geteuid() == 0:\n"
+        "    os.setgroups([])\n"
+        "    os.setresgid(65534, 65534, 65534)\n"
+        "    os.setresuid(65534, 65534, 65534)\n"
+        "os.dup2(1, 2)\n"
+        f"print('exit status', run('echo', 'it runs', {settings}))\n"
+    )
+    assert said.startswith("setpriv: setres")
+    assert said.endswith("id failed: Operation not permitted\nexit status 127\n")
+
+
+def test_a_umask_that_is_not_configured_is_the_supervisors() -> None:
+    said = script("os.umask(0o137)\nrun('sh', '-c', 'umask')\nrun('sh', '-c', 'umask', umask=0o022)\n")
+    assert said == "0137\n0022\n"
 
 
 @pytest.mark.parametrize("group", [None, "daemon"])
@@ -351,6 +372,53 @@ def test_nothing_is_started_while_the_supervisor_is_stopping(serve: Serve) -> No
     after = serve.errors().partition(" stopping (")[2]
     assert "deaf:0: stopping -> stopped" in after
     assert "stopped -> " not in after
+
+
+@pytest.mark.parametrize("half", ["stopping", "starting"])
+def test_a_stop_during_a_restart_is_the_last_word(serve: Serve, half: str) -> None:
+    # It comes up once, hears no SIGTERM, and comes up no second time.
+    (serve.folder / "deaf.sh").write_text("trap '' TERM\necho $$ >> starts\nwhile :; do sleep 3600; done\n")
+    client = serve.start(
+        f'{QUICK}[target.web]\ncommand = "sh deaf.sh"\nstop_timeout = "1h"\nstart_timeout = "1h"\n'
+        'ready.exec = ["sh", "-c", "[ $(wc -l < starts) = 1 ]"]\n'
+    )
+    client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    first = instance(client, "web")["pid"]
+    restart = Asked(serve.endpoint, "restart", names=["web"])
+    assert reached(client, "web", "stopping")["pid"] == first
+    if half == "starting":
+        os.killpg(first, signal.SIGKILL)
+        reached(client, "web", "starting")
+        wait_for(lambda: (serve.folder / "starts").read_text().count("\n") == 2, "the second process")
+    last = instance(client, "web")["pid"]
+    assert (last == first) is (half == "stopping")
+    stop = Asked(serve.endpoint, "stop", names=["web"])
+    wait_for(lambda: target(client, "web")["busy"] == "stop", "the stop to be the one that counts")
+    reached(client, "web", "stopping")
+    os.killpg(last, signal.SIGKILL)
+    stop.result()
+    assert isinstance(restart.answer(), RemoteError), "it was not restarted, and is said to be"
+    assert instance(client, "web")["state"] == "stopped"
+    client.close()
+    assert serve.stop() == 0
+    assert serve.errors().count("web:0: stopped -> starting") == (1 if half == "stopping" else 2)
+
+
+def test_restarts_while_a_dependency_is_waited_for_double_nothing(serve: Serve) -> None:
+    program = "command = ['sh', '-c', 'echo $$$$ >> starts; exec sleep 3600']\n"
+    client = serve.start(f'{QUICK}[target.db]\n{SLEEPER}[target.web]\n{program}depends_on = ["db"]\n')
+    client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
+    client.call("stop", names=["db"])
+    asked = [Asked(serve.endpoint, "restart", names=["web"]) for _ in range(3)]
+    assert reached(client, "web", "waiting")["detail"] == "waiting for db"
+    client.call("start", names=["db"])
+    for each in asked:
+        each.result()
+    pids = [int(line) for line in (serve.folder / "starts").read_text().split()]
+    assert [pid for pid in pids if alive(pid)] == [pids[-1]] == [instance(client, "web")["pid"]]
+    assert 2 <= len(pids) <= 4, "the first one, and at most one for each restart"
+    wait_for(lambda: target(client, "web")["busy"] is None, "the last of them to be over")
+    client.close()
 
 
 def test_kill_mode_process_leaves_its_children_alone(serve: Serve, doomed: list[int]) -> None:
@@ -605,6 +673,55 @@ def test_streams_go_on_after_a_stop_and_a_start(serve: Serve) -> None:
         client.call("stop", names=["web"])
     assert len(followed.splitlines()) == 3
     assert text_of(client, "web") == followed
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ("log.stdout = '/dev/null'\n", []),
+        ("log.stdout = '/dev/null'\nlog.stderr = 'separate'\n", ["web.0.err.log"]),
+        ("log.stderr = '/dev/null'\n", ["web.0.log"]),
+    ],
+    ids=["both", "output", "errors"],
+)
+def test_output_may_go_nowhere(serve: Serve, settings: str, kept: list[str]) -> None:
+    """More than a pipe holds: the program would stand still if nobody took it."""
+    (serve.folder / "talk.sh").write_text(
+        "head -c 3000000 /dev/zero\nhead -c 3000000 /dev/zero >&2\ntouch done\nexec sleep 3600\n"
+    )
+    client = serve.start(f'{QUICK}[target.web]\ncommand = "sh talk.sh"\n{settings}')
+    wait_for((serve.folder / "done").exists, "everything to be written")
+    client.call("stop", names=["web"])
+    logs = serve.folder / ".asyncsup/logs"
+    assert [(path.name, path.stat().st_size) for path in logs.glob("*")] == [(name, 3000000) for name in kept]
+    assert Path("/dev/null").is_char_device()
+    if "web.0.log" not in kept:
+        assert text_of(client, "web") == ""
+    client.close()
+
+
+@pytest.mark.parametrize("options", [["-f"], ["-f", "--json"], ["-n", "20000"]])
+def test_a_reader_of_logs_that_goes_away_ends_them_quietly(serve: Serve, options: list[str]) -> None:
+    (serve.folder / "talk.sh").write_text(
+        "yes 'a line that is long enough' | head -n 20000\n"
+        "while :; do echo 'a line that is long enough'; sleep 0.1; done\n"
+    )
+    client = serve.start(f"{QUICK}[target.web]\ncommand = 'sh talk.sh'\n")
+    log = serve.folder / ".asyncsup/logs/web.0.log"
+    wait_for(lambda: log.exists() and log.stat().st_size > 500_000, "more than a pipe holds")
+    command = [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "logs", *options, "web"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        try:
+            assert b"a line that is long enough" in follower.stdout.readline()
+            follower.stdout.close()
+            assert follower.wait(60) == 0
+            assert follower.stderr.read() == b""
+        finally:
+            follower.kill()
+    assert instance(client, "web")["state"] == "running"
     client.close()
 
 

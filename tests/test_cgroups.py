@@ -23,7 +23,7 @@ import pytest
 from conftest import Serve, alive, children_of, end_process, wait_for
 from requirements import require_program
 
-from asyncsup.cgroups import Cgroup
+from asyncsup.cgroups import Cgroup, Usage
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError
 
@@ -454,6 +454,14 @@ def test_optional_goes_without_a_controller_but_with_a_group(bare: Path, serve: 
     usage = instance(client)["usage"]
     assert (usage["memory"], usage["processes"]) == (None, 1)
     client.close()
+
+
+def test_figures_of_a_group_that_has_vanished_or_has_no_such_controller_are_unknown(tmp_path: Path) -> None:
+    gone = Cgroup(tmp_path / "gone").usage()
+    assert gone == Usage(memory=None, cpu=None, processes=0, oom_kills=None)
+    (tmp_path / "cgroup.procs").write_text("17\n18\n0\n")
+    (tmp_path / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 0\n")
+    assert Cgroup(tmp_path).usage() == Usage(memory=None, cpu=2.5, processes=2, oom_kills=None)
 
 
 def test_off_is_off(delegated: Path, serve: Serve) -> None:

@@ -420,6 +420,24 @@ def test_a_pre_start_hook_that_fails_is_a_failed_start(serve: Serve) -> None:
     client.close()
 
 
+@pytest.mark.parametrize("hook", ["pre_start", "post_start", "pre_stop", "post_stop"])
+def test_a_hook_that_is_not_there_is_an_error_of_that_target_alone(serve: Serve, hook: str) -> None:
+    client = serve.start(
+        f"{QUICK}restart = 'never'\n[target.web]\n{SLEEPER}hooks.{hook} = 'no-such-hook'\n"
+        f"[target.other]\n{SLEEPER}"
+    )
+    if hook == "pre_start":
+        assert "no-such-hook: command not found" in reached(client, "web", "failed")["exit"]["reason"]
+    else:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        client.call("stop", names=["web"])
+        assert instance(client, "web")["state"] == "stopped"
+        said = f"web:0: hook {hook}: no-such-hook: command not found"
+        wait_for(lambda: said in serve.errors(), "the log to name it")
+    client.call("wait", {"names": ["other"], "for": "ready", "timeout": 60})
+    client.close()
+
+
 def test_a_hook_that_hangs_is_ended_at_its_time_out(serve: Serve) -> None:
     client = serve.start(
         f"{QUICK}restart = 'never'\n[target.web]\n{SLEEPER}hooks.pre_start = 'sleep 3600'\n"

@@ -99,6 +99,22 @@ def test_another_number_of_instances_leaves_the_others_alone(scene: Scene) -> No
     assert scene.pids() == before
 
 
+def test_the_supervisor_its_keeper_and_its_sockets_stay(scene: Scene) -> None:
+    def internal() -> object:
+        info = scene.client.call("supervisor.info")
+        sockets = {
+            path.name: path.stat().st_ino for path in (scene.serve.folder / ".asyncsup/run").glob("*.sock")
+        }
+        return info["pid"], info["started"], scene.serve.supervisor, sockets
+
+    before = internal()
+    result = scene.apply(f"{QUICK}[target.new]\n{SLEEPER}")
+    assert (result["added"], set(result["removed"])) == (["new"], {"db", "web"})
+    assert internal() == before
+    assert scene.serve.process is not None
+    assert scene.serve.process.poll() is None
+
+
 def test_a_mistake_changes_nothing_at_all(scene: Scene) -> None:
     before = scene.pids()
     scene.serve.write(TWO.replace("[target.web]", "[target.web]\ninstances = 3\nrestart = 'allways'"))
