@@ -434,7 +434,7 @@ class ControlServer:
             described = supervisor.describe(selection.target, usage=usage)
             chosen = {instance.name for instance in selection.instances}
             described["instances"] = [i for i in described["instances"] if i["name"] in chosen]
-            described["uncommitted"] = supervisor.overseer.uncommitted(selection.target.name)
+            described["uncommitted"] = supervisor.overseer.jobs.uncommitted(selection.target.name)
             described["undecided"] = supervisor.overseer.decisions.on(selection.target.name)
             targets.append(described)
         return {"seq": supervisor.events.seq, "targets": targets}
@@ -445,7 +445,7 @@ class ControlServer:
         call.finish()
         target = self._one(name)
         described = self.supervisor.describe(target, usage=True)
-        described["uncommitted"] = self.supervisor.overseer.uncommitted(target.name)
+        described["uncommitted"] = self.supervisor.overseer.jobs.uncommitted(target.name)
         described["undecided"] = self.supervisor.overseer.decisions.on(target.name)
         described["config"] = describe(target.config)
         described["log"] = {
@@ -730,7 +730,7 @@ class ControlServer:
     async def patch_plan(self, call: Call) -> Any:
         source, wish = self._source(call), self._wish(call)
         call.finish()
-        return await self.supervisor.overseer.plan(source, wish)
+        return await self.supervisor.overseer.planning.plan(source, wish)
 
     @method("patch.apply", "patch")
     async def patch_apply(self, call: Call) -> Any:

@@ -84,6 +84,19 @@ _REPORT: Final = _object(
     verdict=STRING, reason=_or_null(STRING), code=_or_null(STRING), txn=_or_null(NATURAL),
     patch=_or_null(STRING), gates=_array(name=STRING, ok=BOOLEAN), targets=ARRAY, steps=ARRAY,
 )  # fmt: skip
+_GATE: Final = _object(name=STRING, ok=BOOLEAN, detail=STRING, code=_or_null(STRING))
+_PLAN: Final = _object(
+    id=STRING, verdict=_any_of("apply", "already", "refused"), code=_or_null(STRING), reason=_or_null(STRING),
+    exit_status=NATURAL, signed=_or_null(_GATE), contents=_or_null(_GATE), probation=SECONDS,
+    commit=_any_of("auto", "manual"), rollback=_any_of("auto", "manual"),
+    targets=_array(
+        target=STRING, state=STRING, build=NATURAL, already=BOOLEAN, refused=_or_null(_GATE),
+        waits_for=_array(operation=STRING, asked_by=STRING, since=SECONDS), uncommitted=_or_null(NATURAL),
+        undecided=_or_null(NATURAL), gates={"type": "array", "items": _GATE}, files=ARRAY,
+        instances=_array(name=STRING, pid=NATURAL, told_by=STRING, replaced=_or_null(STRING)),
+    ),
+    steps=_array(step=STRING, target=_or_null(STRING), instance=_or_null(STRING), detail=STRING),
+)  # fmt: skip
 _DRIFT: Final = _any_of("refuse", "keep", "overwrite")
 _SHA256: Final[Schema] = {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"}
 _SOURCE: Final[Mapping[str, Schema]] = {
@@ -249,7 +262,7 @@ METHODS: Final[Sequence[Schema]] = (
     _method(
         "patch.plan",
         "What applying a package would do.",
-        OBJECT,
+        _PLAN,
         optional=[*_SOURCE, *_WISH],
         **_SOURCE,
         **_WISH,

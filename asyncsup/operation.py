@@ -30,6 +30,12 @@ class Operation(msgspec.Struct, eq=False):
         self.cancelled_because = because
         self.scope.cancel()
 
+    def describe(self) -> dict[str, Any]:
+        """What, for whom, since when (seconds)."""
+        return {
+            "operation": self.name, "asked_by": self.asked_by, "since": time.monotonic() - self.began,
+        }  # fmt: skip
+
 
 class Party(msgspec.Struct, eq=False):
     """Operations, each in the queue of another target, that begin together."""

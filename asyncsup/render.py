@@ -915,19 +915,49 @@ def plan_lines(plan: Value, *, ink: Ink = PLAIN) -> list[str]:
         lines.append(f"target {name}: {state}")
         lines += _gate_lines(target.get("gates") or (), ink)
         lines += _file_lines(target.get("files") or (), ink)
-        instances: Sequence[Value] = target.get("instances") or ()
-        if instances:
-            lines.append("  would be told")
-            for instance in instances:
-                told = str(instance.get("told_by") or "nobody").replace("sdk", "the SDK")
-                lines.append(f"    {clean(instance.get('name', '?'))}  by {clean(told)}")
+        lines += _busy_lines(target, ink)
+    lines += _order_lines(plan, ink)
     verdict = str(plan.get("verdict"))
+    waits = any(target.get("waits_for") for target in plan.get("targets") or ())
+    turn = ", when its turn comes, if all is still so" if waits else ""
     text = {
-        "apply": "APPLY: it would be applied",
+        "apply": f"APPLY: it would be applied{turn}",
         "already": "ALREADY: nothing would be done",
         "refused": "REFUSED: nothing would be touched",
     }.get(verdict, clean(verdict))
-    return [*lines, f"verdict: {ink(_VERDICT_COLOURS.get(verdict, 'red'), text)}"]
+    lines.append(f"verdict: {ink(_VERDICT_COLOURS.get(verdict, 'red'), text)}")
+    if plan.get("reason"):
+        lines.append(f"reason: {clean(plan['reason'])} [{clean(plan.get('code') or '?')}]")
+    return lines
+
+
+def _busy_lines(target: Value, ink: Ink) -> list[str]:
+    """What an apply would have to wait for before it begins with a target."""
+    operations: Sequence[Value] = target.get("waits_for") or ()
+    if not operations:
+        return []
+    lines = ["  would wait for"]
+    for operation in operations:
+        what = f"{clean(operation.get('operation', '?'))} by {clean(operation.get('asked_by', '?'))}"
+        lines.append(f"    {ink('yellow', what)}, for {duration(operation.get('since'))}")
+    if target.get("uncommitted") is not None:
+        lines[1] += f" (transaction {clean(target['uncommitted'])}, which waits for `asyncsup patch commit`)"
+    return lines
+
+
+def _order_lines(plan: Value, ink: Ink) -> list[str]:
+    """What would be done, step by step, and what becomes of it if a step fails."""
+    steps: Sequence[Value] = plan.get("steps") or ()
+    if not steps:
+        return []
+    decided = " before the switch; after it, that is for you to decide (`asyncsup patch abort`)"
+    contents: Value = plan.get("contents") or {}
+    return [
+        f"contents: {clean(contents.get('detail') or '')}",
+        "in this order",
+        *(f"  {step_line(step, ink=ink)}" for step in steps),
+        f"if something fails, everything is put back{decided if plan.get('rollback') == 'manual' else ''}",
+    ]
 
 
 def inbox_lines(value: Value, *, width: int | None = None, ink: Ink = PLAIN) -> list[str]:

@@ -157,10 +157,12 @@ class Target:
     @property
     def waiting(self) -> list[dict[str, Any]]:
         """The operations in the queue: what, for whom, since when (seconds)."""
-        now = time.monotonic()
-        return [
-            {"operation": op.name, "asked_by": op.asked_by, "since": now - op.began} for op in self._queue
-        ]
+        return [operation.describe() for operation in self._queue]
+
+    @property
+    def under_way(self) -> list[dict[str, Any]]:
+        """The operation that is carried out, and `waiting`: what a new one comes after."""
+        return [] if self._current is None else [self._current.describe(), *self.waiting]
 
     def _changed(self) -> None:
         """An instance has changed its state: whoever was waiting for this target may start."""

@@ -80,13 +80,23 @@ def refused_report() -> dict[str, Any]:
     return value
 
 
-PLAN = {
+PLAN: dict[str, Any] = {
     "id": PATCH_ID, "format": "asyncsup.patch/1", "name": "pricing-rules", "version": "2.3.0", "build": 300,
     "kind": "warm", "targets": [{
         "target": "pricer", "state": "running", "build": 200, "already": False, "refused": None,
+        "waits_for": [], "uncommitted": None, "undecided": None,
         "gates": [gate("region", "us-east-1")], "files": FILES,
-        "instances": [{"name": "pricer:0", "pid": 4711, "told_by": "sdk"}],
-    }], "verdict": "apply",
+        "instances": [{"name": "pricer:0", "pid": 4711, "told_by": "sdk", "replaced": None}],
+    }],
+    "contents": {"name": "contents", "ok": True, "detail": "2 files with the content", "code": None},
+    "steps": [
+        {"step": "stage", "target": "pricer", "instance": None, "detail": "3 files for build 300"},
+        {"step": "reload", "target": "pricer", "instance": "pricer:0", "detail": "by sdk"},
+        {"step": "probation", "target": None, "instance": None, "detail": "2 s"},
+        {"step": "commit", "target": None, "instance": None, "detail": ""},
+    ],
+    "probation": 2.0, "commit": "auto", "rollback": "auto",
+    "verdict": "apply", "code": None, "reason": None, "exit_status": 0,
 }  # fmt: skip
 
 INBOX = {

@@ -281,13 +281,28 @@ def first_of_each_row(*cases: Case) -> list[Case]:
     return list({case.row: case for case in reversed(cases)}.values())[::-1]
 
 
+def foretold(site: Site, data: bytes, **asked: Any) -> tuple[str, int, str]:
+    """What a plan says that an apply would end with: code, exit status and message."""
+    try:
+        plan = site.submit(data, "patch.plan", **asked)
+    except RemoteError as error:  # no package at all, or for nobody here: there is nothing to plan
+        return error.error_code, error.remote_exit_status, error.message
+    assert (plan["verdict"], plan["steps"]) == ("refused", [])
+    closed = [target["refused"]["code"] for target in plan["targets"] if target["refused"]]
+    assert plan["code"] in closed
+    return plan["code"], plan["exit_status"], plan["reason"]
+
+
 def refused(site: Site, case: Case, data: bytes, **asked: Any) -> None:
-    """The supervisor says what is wrong, and nothing is different afterwards."""
+    """The supervisor says what is wrong, beforehand as well, and nothing is different afterwards."""
     before = site.picture()
     if case.code:
+        told = foretold(site, data, **{**asked, **case.asked})
+        assert site.picture() == before
         with pytest.raises(RemoteError) as caught:
             site.submit(data, **{**asked, **case.asked})
         assert caught.value.error_code == case.code, caught.value.message
+        assert told == (caught.value.error_code, caught.value.remote_exit_status, caught.value.message)
         assert caught.value.remote_exit_status == (20 if case.code.startswith("gate.") else 21)
     else:
         assert site.submit(data, "patch.plan", **asked)["verdict"] == (
@@ -331,6 +346,26 @@ def test_it_is_put_aside_with_a_report_when_it_came_into_the_inbox(case: Case, s
     for path in aside.iterdir():
         path.unlink()
     assert strict.picture() == before
+
+
+def test_without_a_digest_or_with_a_wrong_one_it_is_refused_beforehand_as_well(lenient: Site) -> None:
+    data, before = UNSIGNED.valid, lenient.picture()
+    elsewhere = zip_forge.forge(zip_forge.manifest_part(*FILES, targets=["nobody"]), *FILES)
+    for package, asked, code in (
+        (data, {}, "trust.digest_missing"),
+        (data, {"sha256": "0" * 64}, "digest.sha256"),
+        # What is not to be trusted is not asked where it wants to go.
+        (elsewhere, {}, "trust.digest_missing"),
+    ):
+        told = foretold(lenient, package, **asked)
+        with pytest.raises(RemoteError) as caught:
+            lenient.submit(package, **asked)
+        assert told == (code, 21, caught.value.message)
+        assert (caught.value.error_code, caught.value.remote_exit_status) == (code, 21)
+    plan = lenient.submit(data, "patch.plan")
+    assert plan["signed"] is None
+    assert [target["gates"][0]["name"] for target in plan["targets"]] == ["trust"]
+    assert lenient.picture() == before
 
 
 # --- the good ones ------------------------------------------------------------------------------------------

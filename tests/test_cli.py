@@ -824,7 +824,7 @@ def test_plan_is_20_when_it_would_be_refused(run: Run, supervisor: FakeSuperviso
     outcome = run("patch", "plan", package)
     assert outcome.status == 0
     assert outcome.out.endswith("verdict: APPLY: it would be applied\n")
-    plan["verdict"] = "refused"
+    plan |= {"verdict": "refused", "exit_status": 20}
     assert run("patch", "plan", package, "--json") == (20, json.dumps(plan, indent=2) + "\n", "")
 
 

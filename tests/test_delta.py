@@ -454,6 +454,34 @@ def test_a_supervisor_without_zstandard_refuses_at_the_gate_and_touches_nothing(
     assert (serve.folder / "root/data.bin").read_bytes() == NEW
 
 
+def test_a_plan_tries_what_a_delta_makes_of_the_file_that_is_there(serve: Serve, tmp_path: Path) -> None:
+    root = serve.folder / "pricer"
+    root.mkdir()
+    (root / "data.bin").write_bytes(OLD)
+    text = (
+        '[supervisor]\nregion = "us-east-1"\n[patch]\ntrust = "none"\n'
+        '[target.pricer]\ncommand = "sleep 1000"\nautostart = false\nroot = "pricer"\n'
+    )
+    faults: list[tuple[bytes, dict[str, Any], str]] = [
+        (VALID, {"sha256": sha(b"another")}, "digest.sha256"),
+        (VALID[:-3], {}, "delta.invalid"),
+    ]
+    with serve.start(text) as client:
+        for raw, keys, code in faults:
+            with forged(tmp_path / "p.zip", raw, **keys) as package:
+                path = str(package.path)
+            plan = client.call("patch.plan", path=path)
+            with pytest.raises(RemoteError) as caught:
+                client.call("patch.apply", path=path)
+            assert caught.value.error_code == code
+            assert (plan["code"], plan["reason"]) == (code, caught.value.message)
+            assert (plan["verdict"], plan["contents"]["ok"], plan["exit_status"]) == ("refused", False, 21)
+        with forged(tmp_path / "p.zip", VALID) as package:
+            path = str(package.path)
+        assert client.call("patch.plan", path=path)["verdict"] == "apply"
+    assert (root / "data.bin").read_bytes() == OLD
+
+
 def test_a_manifest_with_a_delta_reads_back(tmp_path: Path) -> None:
     with forged(tmp_path / "p.zip", VALID) as package:
         manifest: Manifest = package.manifest

@@ -94,7 +94,7 @@ def test_a_plan_is_what_apply_does_and_touches_nothing(serve: Serve, tmp_path: P
             plan = client.call("patch.plan", path=str(path))
             shown = process("--endpoint", serve.endpoint, "patch", "plan", path).stdout
             assert picture(serve.folder) == before
-            assert plan["verdict"] == "apply"
+            assert (plan["verdict"], plan["code"], plan["exit_status"]) == ("apply", None, 0)
             report = client.call("patch.apply", path=str(path))
             assert report["verdict"] == "committed"
             for planned, done in zip(plan["targets"], report["targets"], strict=True):

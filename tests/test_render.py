@@ -391,9 +391,34 @@ def test_a_plan_says_what_would_happen_to_whom() -> None:
         "    deleted   libs/lib.txt  (was not there)",
         "    modified  job.json  (adopted)",
         "    inserted  rest/res.json",
-        "  would be told",
-        "    pricer:0  by the SDK",
+        "contents: 2 files with the content",
+        "in this order",
+        "  stage     pricer: 3 files for build 300",
+        "  reload    pricer:0: by sdk",
+        "  probation 2 s",
+        "  commit",
+        "if something fails, everything is put back",
         "verdict: APPLY: it would be applied",
+    ]
+
+
+def test_a_plan_says_what_it_would_wait_for_and_why_it_would_be_refused() -> None:
+    busy = {"operation": "patch", "asked_by": "alice (pid 12)", "since": 3.0}
+    target = {**PLAN["targets"][0], "waits_for": [busy], "uncommitted": 12}
+    lines = render.plan_lines({**PLAN, "targets": [target], "rollback": "manual"})
+    (place,) = (index for index, line in enumerate(lines) if line == "  would wait for")
+    assert lines[place + 1] == (
+        "    patch by alice (pid 12), for 3.0 s (transaction 12, which waits for `asyncsup patch commit`)"
+    )
+    assert lines[-2:] == [
+        "if something fails, everything is put back before the switch; after it, that is for you to decide "
+        "(`asyncsup patch abort`)",
+        "verdict: APPLY: it would be applied, when its turn comes, if all is still so",
+    ]
+    refused = {**PLAN, "steps": [], "verdict": "refused", "code": "gate.region", "reason": "not for here"}
+    assert render.plan_lines(refused)[-2:] == [
+        "verdict: REFUSED: nothing would be touched",
+        "reason: not for here [gate.region]",
     ]
 
 

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from asyncsup import render
 from asyncsup.cli.arguments import digest_options, serial, timeout_option
 from asyncsup.cli.session import QUERY_SECONDS, Session, file_error
 from asyncsup.cli.verbs import Action
-from asyncsup.errors import AsyncsupError, PatchNotFoundError, UsageError
-
-EXIT_REFUSED: Final = 20
+from asyncsup.errors import AsyncsupError, PatchNotFoundError, PatchRefusedError, UsageError
 
 # --- which packages -----------------------------------------------------------------------------------------
 
@@ -121,7 +119,9 @@ def _plan(session: Session) -> int:
     for plan in plans:
         out.lines(render.plan_lines(plan, ink=out.ink))
     _print_each(session, "plans", plans)
-    return EXIT_REFUSED if any(plan["verdict"] == "refused" for plan in plans) else 0
+    refused = [plan for plan in plans if plan["verdict"] == "refused"]
+    # Of the first, at which `apply` would end. A supervisor of an older version does not say it.
+    return int(refused[0].get("exit_status", PatchRefusedError.exit_status)) if refused else 0
 
 
 def _apply(session: Session) -> int:

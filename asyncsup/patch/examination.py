@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import anyio.from_thread
 import anyio.to_thread
 from msgspec.structs import replace
 
+from asyncsup.errors import PatchMalformedError, PatchRefusedError
 from asyncsup.patch import delta, fs
 from asyncsup.patch.clock import SeenClock
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
@@ -35,6 +37,27 @@ class Examination:
         needs: list[Need] = []
         return [await self._assess(package, target, wish, trust, needs) for target in targets]
 
+    async def rehearse(
+        self, parts: Sequence[Part], wish: Wish
+    ) -> PatchMalformedError | PatchRefusedError | None:
+        """Make every file that these targets would get, and throw it away; why that fails, or None."""
+        done: set[str] = set()
+        for part in parts:
+            assert part.package is not None
+            make = partial(
+                self._store.preview.rehearse,
+                part.target.name,
+                part.package,
+                wish.policy_for(part.target),
+                done,
+                lambda _: anyio.from_thread.check_cancelled(),
+            )
+            try:
+                await anyio.to_thread.run_sync(make)
+            except (PatchMalformedError, PatchRefusedError) as error:
+                return error
+        return None
+
     async def _assess(
         self, package: Package, target: Target, wish: Wish, trust: Gate | None, needs: list[Need]
     ) -> Part:
@@ -60,6 +83,8 @@ class Examination:
         )
         signed = trust is not None and trust.ok
         now, seen = self._clock.now()
+        if wish.trust_clock:
+            seen = None
         assessment = assess(
             manifest, package.id, facts, now=now, seen=seen, signed=signed, retry_held=wish.retry_held
         )

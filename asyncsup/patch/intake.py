@@ -138,21 +138,33 @@ class Intake:
             )
         )
         # Afterwards: whatever else is wrong with it is not mended by a checksum.
-        weak = source.crc32 is not None and package.format == "prototype"
-        if must_be_trusted and source.sha256 is None and not weak and self.trust == "digest":
+        missing = self.judge_digest(source, package) if must_be_trusted else None
+        if missing is not None:
             package.close()
-            raise PatchMalformedError(
-                f'{source.path.name}: nothing to verify it by; trust = "digest" wants its SHA-256 '
-                f"(or the CRC-32 of a prototype package), or a file {source.path.name}.sha256 beside it",
-                code="trust.digest_missing",
-            )
+            raise PatchMalformedError(missing.detail, code=missing.code)
         if must_be_trusted and source.sha256 is None and source.crc32 is None and self.trust == "none":
             log.warning('%s is applied without any verification: trust = "none"', source.path.name)
         return package
 
-    def check_signatures(self, package: Package) -> Endorsement | None:
+    def judge_digest(self, source: Source, package: Package) -> Gate | None:
+        """A closed gate where the configuration wants a checksum and there is none. (One that there is has
+        been compared when the package was opened.)"""
+        weak = source.crc32 is not None and package.format == "prototype"
+        if source.sha256 is not None or weak or self.trust != "digest":
+            return None
+        return Gate(
+            name="trust",
+            ok=False,
+            detail=f'{source.path.name}: nothing to verify it by; trust = "digest" wants its SHA-256 '
+            f"(or the CRC-32 of a prototype package), or a file {source.path.name}.sha256 beside it",
+            code="trust.digest_missing",
+        )
+
+    def check_signatures(self, package: Package, *, trust_clock: bool = False) -> Endorsement | None:
         """Who signed a package; None where the configuration does not ask. In a worker thread.
 
+        Args:
+            trust_clock: the clock is right, whatever the time has been before.
         Raises:
             PatchMalformedError: it is not signed as the configuration asks for.
             AllowedSignersError, TrustUnavailableError: that cannot be told.
@@ -168,12 +180,14 @@ class Intake:
         signers = load_signers(settings.allowed_signers)
         now, seen = self._clock.now()
         # Were the clock set back, keys that are not valid any more would come back to life.
-        return check_package(package, signers, required=settings.signatures_required, now=seen or now)
+        moment = now if trust_clock or seen is None else seen
+        return check_package(package, signers, required=settings.signatures_required, now=moment)
 
-    async def judge_signatures(self, package: Package) -> Gate | None:
+    async def judge_signatures(self, package: Package, *, trust_clock: bool = False) -> Gate | None:
         """As `check_signatures`, where a refusal is an answer as well."""
+        check = partial(self.check_signatures, package, trust_clock=trust_clock)
         try:
-            return trust_gate(await anyio.to_thread.run_sync(self.check_signatures, package))
+            return trust_gate(await anyio.to_thread.run_sync(check))
         except PatchMalformedError as error:
             return Gate(name="trust", ok=False, detail=error.message, code=error.error_code)
 

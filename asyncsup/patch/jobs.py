@@ -107,6 +107,13 @@ class Jobs:
         """Whether a package of the inbox is being applied, or waits for its turn or its commit."""
         return any(job.inbox_name == name for job in self._jobs)
 
+    def uncommitted(self, target: str) -> int | None:
+        """The number of the patch on a target that waits for `commit` or `abort`."""
+        for job in self._jobs:
+            if job.waits_for_commit and any(part.target.name == target for part in job.report.parts):
+                return job.report.txn
+        return None
+
     def refuse_new(self) -> None:
         """The supervisor ends: take no new patch. Those under way are ended by the stop of their targets."""
         self._refusing = True

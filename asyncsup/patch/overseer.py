@@ -7,6 +7,7 @@ Each of these is a part of its own; here they are put in their order::
     patchable     which targets it is for
     jobs          what is under way, and whoever waits for it
     examination   every gate, for every target; for a way back: rollback
+    planning      all of that for somebody who only wants to know
     execution     the transaction, from its beginning to what is written down of it (bookkeeping)
     decisions     patches that have failed and wait for somebody
     arrivals      packages that nobody but the inbox asks for
@@ -44,6 +45,7 @@ from asyncsup.patch.decisions import Decisions
 from asyncsup.patch.examination import Examination
 from asyncsup.patch.execution import Execution
 from asyncsup.patch.facts import PatchInfo, Undecided
+from asyncsup.patch.forecast import terms_of
 from asyncsup.patch.gates import Gate
 from asyncsup.patch.intake import Intake, Source, trust_gate
 from asyncsup.patch.jobs import Job, Jobs, Outcome
@@ -51,6 +53,7 @@ from asyncsup.patch.manifest import Kind
 from asyncsup.patch.package import Package
 from asyncsup.patch.patchable import Patchable
 from asyncsup.patch.plan import FilePlan, PlanError, Policy
+from asyncsup.patch.planning import Planning
 from asyncsup.patch.relay import change_of
 from asyncsup.patch.report import Part, Report, Verdict, describe_package, file_json, gate_json, staged_part
 from asyncsup.patch.rollback import Rollback
@@ -81,6 +84,7 @@ class PatchOverseer:
         jobs: what is under way.
         arrivals: the packages of the inbox.
         decisions: what waits for somebody to decide.
+        planning: says what `apply` would do.
     """
 
     def __init__(self, supervisor: Supervisor, tasks: anyio.abc.TaskGroup) -> None:
@@ -100,6 +104,7 @@ class PatchOverseer:
         self.jobs = Jobs(tasks, self._books.attempted)
         self.arrivals = Arrivals(supervisor.inbox, self.intake, self._patchable, self.jobs, self.apply)
         self.decisions = Decisions(self._store, self._books, self._execution)
+        self.planning = Planning(self.intake, self._patchable, self._examination, self.decisions, self.jobs)
 
     # --- questions ------------------------------------------------------------------------------------------
 
@@ -108,43 +113,6 @@ class PatchOverseer:
         with await self.intake.open(source) as package:
             trust = await self.intake.judge_signatures(package)
             return {**describe_package(package), "signed": None if trust is None else gate_json(trust)}
-
-    async def plan(self, source: Source, wish: Wish) -> dict[str, Any]:
-        """What `apply` would do, without doing it. Nothing is touched and nobody is asked."""
-        with await self.intake.open(source) as package:
-            trust = await self.intake.judge_signatures(package)
-            targets = self._patchable.of(package.manifest, wish.target)
-            parts = await self._examination.examine(package, targets, wish, trust)
-            refused = any(part.assessment.refused for part in parts)
-            already = all(part.assessment.already for part in parts)
-            return {
-                **describe_package(package),
-                "signed": None if trust is None else gate_json(trust),
-                "verdict": "refused" if refused else "already" if already else "apply",
-                "targets": [
-                    {
-                        "target": part.target.name,
-                        "state": part.target.state,
-                        "build": part.build_before,
-                        "already": part.assessment.already,
-                        "refused": gate_json(part.assessment.refused) if part.assessment.refused else None,
-                        "gates": [gate_json(gate) for gate in part.assessment.gates],
-                        "files": [file_json(plan) for plan in part.files],
-                        "instances": [
-                            {
-                                "name": instance.name,
-                                "pid": instance.pid,
-                                "told_by": "restart"
-                                if package.manifest.kind is Kind.COLD
-                                else instance.told_by,
-                            }
-                            for instance in part.target.instances
-                            if instance.pid is not None
-                        ],
-                    }
-                    for part in parts
-                ],
-            }
 
     async def history(self, target: str | None, limit: int) -> list[dict[str, Any]]:
         found = await anyio.to_thread.run_sync(partial(self._store.history.latest, target, limit=limit))
@@ -174,13 +142,6 @@ class PatchOverseer:
         if any(job.waits_for_commit and job.report.txn == entry["txn"] for job in self.jobs):
             entry["verdict"] = "uncommitted"
         return entry
-
-    def uncommitted(self, target: str) -> int | None:
-        """The number of the patch on a target that waits for `commit` or `abort`."""
-        for job in self.jobs:
-            if job.waits_for_commit and any(part.target.name == target for part in job.report.parts):
-                return job.report.txn
-        return None
 
     def marks(self, target: str) -> dict[str, Any] | None:
         """What no patch of a target may go below; None before the first one."""
@@ -499,15 +460,14 @@ class PatchOverseer:
                 changed=part.changed,
                 stage=partial(self._stage, part, wish.policy_for(part.target)),
             )
-        settings = [part.target.config.patch for part in parts]
-        longest = max(setting.probation for setting in settings)
+        terms = terms_of(manifest, [part.target for part in parts])
         change = Change(
             action="apply",
             kind=manifest.kind,
             patch=package.id,
-            probation=longest if manifest.probation is None else manifest.probation,
-            manual_commit=any(setting.commit == "manual" for setting in settings),
-            manual_rollback=any(setting.rollback == "manual" for setting in settings),
+            probation=terms.probation,
+            manual_commit=terms.manual_commit,
+            manual_rollback=terms.manual_rollback,
             total_bytes=sum(change.size or 0 for change in manifest.files) * len(parts),
             participants=[part.participant for part in parts if part.participant is not None],
             confirm=partial(self._confirm, job, package),

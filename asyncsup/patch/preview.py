@@ -8,6 +8,7 @@ from asyncsup.patch.facts import RollbackPlan, Survey
 from asyncsup.patch.manifest import Manifest
 from asyncsup.patch.plan import FilePlan, Policy
 from asyncsup.patch.statedir import StateDirectory
+from asyncsup.patch.target_files import PatchSource, Progress
 from asyncsup.patch.way_back import Layer
 
 
@@ -48,6 +49,21 @@ class Preview:
                 files=(*(item.plan for item in planned), *odd),
                 needs=tuple(files.needs([item for item in planned if item.plan.error is None])),
             )
+
+    def rehearse(
+        self, target: str, package: PatchSource, policy: Policy, done: set[str], progress: Progress
+    ) -> None:
+        """Make what staging the patch would, and throw it away.
+
+        Args:
+            done: files whose content has been made already, for another target; added to.
+            progress: called with the number of bytes made since the last call.
+        Raises:
+            PatchMalformedError, PatchRefusedError: as `Store.stage`, about the content of files.
+        """
+        files = self._access.files(target)
+        with self._access.reporting(target):
+            files.rehearse(package, files.plan(package.manifest.files, policy), done, progress)
 
     def drifted(self, target: str) -> list[FilePlan]:
         """Files of a target that are not as patches have left them, and why.

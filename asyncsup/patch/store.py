@@ -231,13 +231,8 @@ class Store:
     def _refuse_while_open(self, target: str) -> None:
         for other in self._database.open_transactions(target):
             if other.state == UNDECIDED:
-                message = (
-                    f"{target} waits for somebody to decide about transaction {other.txn}, which has failed: "
-                    f"`asyncsup patch abort {other.txn}` takes it back, `asyncsup patch commit {other.txn}` "
-                    "keeps it"
-                )
-            else:
-                message = f"{target} is being changed by transaction {other.txn} ({other.action})"
+                raise waits_for_a_decision(target, other.txn)
+            message = f"{target} is being changed by transaction {other.txn} ({other.action})"
             raise TargetBusyError(message, target=target, txn=other.txn)
 
     def write_down_attempt(
@@ -801,3 +796,13 @@ class Store:
 def _destination(part: PartRow) -> int:
     assert part.destination is not None
     return part.destination
+
+
+def waits_for_a_decision(target: str, txn: int) -> TargetBusyError:
+    """Why a target with an undecided transaction takes no other one."""
+    return TargetBusyError(
+        f"{target} waits for somebody to decide about transaction {txn}, which has failed: `asyncsup patch "
+        f"abort {txn}` takes it back, `asyncsup patch commit {txn}` keeps it",
+        target=target,
+        txn=txn,
+    )

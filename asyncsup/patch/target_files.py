@@ -351,6 +351,29 @@ class TargetFiles(ABC):
                 )
         return rows
 
+    def rehearse(
+        self, package: PatchSource, planned: Sequence[Planned], done: set[str], progress: Progress
+    ) -> None:
+        """Make the content of every file that would be written, and throw it away.
+
+        Args:
+            done: paths of files that need not be made any more; added to. What a delta makes depends on what
+                the target has, so that is always made.
+        """
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for item in planned:
+                change = item.change
+                if item.kept or change.op is Op.DELETED or change.path in done:
+                    continue
+                if change.delta is None:
+                    package.extract(change, nowhere, progress)
+                    done.add(change.path)
+                else:
+                    self._rebuild(package, item, nowhere, progress)
+        finally:
+            os.close(nowhere)
+
     def _rebuild(self, package: PatchSource, item: Planned, fd: int, progress: Progress | None) -> None:
         with self.folder_of(item) as folder:
             base = os.open(split(item.change.path)[1], fs.READ, dir_fd=folder)
