@@ -1111,6 +1111,33 @@ def test_old_generations_are_pruned_and_a_target_is_released(field: Field) -> No
     assert not (field.folder / "web").is_symlink()
 
 
+def test_abort_ends_a_patch_that_is_still_being_verified_by_the_name_of_its_file(field: Field) -> None:
+    """It has neither a number nor an id by then."""
+    field.fail_at("")
+    field.start("web")
+    before = field.picture("web")
+    package = field.package("web")
+    field.fail_at("overseer.verify:hang")
+
+    def aborted(name: str) -> Any:
+        try:
+            return field.client.call("patch.abort", id=name)
+        except RemoteError as error:
+            assert error.error_code == "patch.not_found"
+            return error if package.name in error.message else None
+
+    with field.applying(package) as outcome:
+        # Whoever does not know its name is told.
+        wait_for(lambda: aborted("0000"), "the patch to be under way")
+        report = aborted(package.name)
+    assert (report["verdict"], report["code"]) == ("target_refused", "request.cancelled")
+    assert "aborted by" in report["reason"]
+    assert outcome[0].error_code == "request.cancelled"
+    assert field.picture("web") == before
+    field.fail_at("")
+    assert field.apply(package)["verdict"] == "committed"
+
+
 def test_the_command_line_commits_aborts_prunes_and_releases(field: Field) -> None:
     field.start("web", patch='commit = "manual"\nkeep = 9\n')
 

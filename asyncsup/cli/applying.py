@@ -251,7 +251,11 @@ def _settle(verb: str, session: Session) -> int:
 
 
 def _settle_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", help="a transaction's number, or the beginning of a patch's id")
+    parser.add_argument(
+        "id",
+        metavar="ID",
+        help="a transaction's number, the beginning of a patch's id, or the file name of one under way",
+    )
 
 
 PLAN = Action(_plan, _packages_arguments)

@@ -66,8 +66,17 @@ class Job(msgspec.Struct, eq=False):
         self.scope.cancel()
 
     def is_called(self, reference: str) -> bool:
-        """Whether a transaction's number, or the beginning of a patch's id, means this job."""
-        return is_called(reference, self.report.txn, self.report.patch)
+        """Whether it is meant: by its transaction's number, the beginning of its patch's id, or (all that is
+        known while that is still being computed) the name of the package's file."""
+        return reference == self.report.file or is_called(reference, self.report.txn, self.report.patch)
+
+    @property
+    def shown_as(self) -> str:
+        """What somebody can call it by."""
+        report = self.report
+        if report.txn is not None:
+            return str(report.txn)
+        return report.file or (report.patch or "")[:12] or f"one for {report.asked_by}, still to be verified"
 
     @property
     def waits_for_commit(self) -> bool:
@@ -180,7 +189,7 @@ class Jobs:
                 f"{len(found)} patches under way are called {reference}: {which}", code="patch.several"
             )
         if not found:
-            under_way = ", ".join(str(job.report.txn) for job in self._jobs if job.report.txn is not None)
+            under_way = ", ".join(sorted(job.shown_as for job in self._jobs))
             raise PatchNotFoundError(
                 f"there is no patch {reference} to {verb}; under way: {under_way or 'none'}", id=reference
             )
