@@ -706,7 +706,7 @@ def test_a_file_system_that_cannot_swap_names_or_link(
         raise OSError(errno.EINVAL, "no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(fs, "exchange", lacking)
+        patched.setattr(fs, "_renameat2", lacking)
         assert w.codes() == ["filesystem.exchange"]
     with monkeypatch.context() as patched:
         patched.setattr(fs, "link", lambda *_: False)

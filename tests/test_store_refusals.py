@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -443,6 +444,32 @@ def test_content_that_is_not_what_the_manifest_says_leaves_nothing(
     assert seen(b.root) == FILES
     assert leftovers(b.root) == []
     assert names_in(b.base / "state/staging") == []
+
+
+@both_layouts
+def test_a_file_system_that_cannot_swap_names_is_a_refusal_and_nothing_is_left(
+    layout: Layout, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b, rename = bench(layout), fs._renameat2
+    patch = b.patch(300, modified={"app.json": b"two"}, new={"n.json": b"n"})
+
+    def lacking(first: str, second: str, first_dir: int, second_dir: int, flags: int) -> None:
+        if flags == fs._RENAME_EXCHANGE:
+            raise OSError(errno.EINVAL, "Invalid argument", first, None, second)
+        rename(first, second, first_dir, second_dir, flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "_renameat2", lacking)
+        error = refused_at_staging(b, patch)
+        assert (error.error_code, error.exit_status) == ("gate.filesystem", 20)
+        assert str(b.root) in error.message
+        assert names_in(b.base / "state/staging") == []
+        if layout is Layout.OVERLAY:
+            # A file that is new takes nobody's place.
+            apply(b.store, b.patch(301, new={"n.json": b"n"}))
+            assert seen(b.root) == {**FILES, "n.json": b"n"}
+    apply(b.store, b.patch(302, modified={"app.json": b"two"}))
+    assert seen(b.root)["app.json"] == b"two"
 
 
 @both_layouts

@@ -46,6 +46,14 @@ class Access:
             raise PatchRefusedError(
                 f"{target}: {error}, and only real folders are followed", code="gate.path", target=target
             ) from error
+        except fs.CannotExchangeError as error:
+            root = self.files(target.partition(",")[0]).row.root
+            raise PatchRefusedError(
+                f"{target}: the file system of {root} cannot swap two names in one step (RENAME_EXCHANGE), and "
+                "without that a file that is in use cannot be taken over; have the root on another one",
+                code="gate.filesystem",
+                target=target,
+            ) from error
         except OSError as error:
             if error.errno in fs.NO_SPACE:
                 raise self._no_room(target, size) from error

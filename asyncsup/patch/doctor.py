@@ -681,9 +681,7 @@ def lacking_operation(folder: Path) -> tuple[str, str] | None:
             return ("readonly", f"cannot be written to: {error.strerror}")
         try:
             fs.exchange(names[0], names[1], first_dir=fd, second_dir=fd)
-        except OSError as error:
-            if error.errno not in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
-                raise
+        except fs.CannotExchangeError:
             return ("exchange", "cannot swap two names in one step (RENAME_EXCHANGE)")
         if not fs.link(names[0], fd, names[2], fd):
             return ("links", "has no hard links: every generation is a copy of all files")

@@ -63,13 +63,23 @@ class BlockedPathError(Exception):
         self.what = what
 
 
+class CannotExchangeError(OSError):
+    """The file system, or the kernel, cannot swap two names in one step."""
+
+
 def exchange(first: str, second: str, *, first_dir: int, second_dir: int) -> None:
     """Swap two names of any type in one step: at no instant is either of them missing.
 
     Raises:
-        OSError: EINVAL or ENOSYS where the file system or kernel cannot do it, EXDEV across file systems.
+        CannotExchangeError: that cannot be done here.
+        OSError: EXDEV across file systems, and what a rename raises.
     """
-    _renameat2(first, second, first_dir, second_dir, _RENAME_EXCHANGE)
+    try:
+        _renameat2(first, second, first_dir, second_dir, _RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise CannotExchangeError(error.errno, error.strerror, error.filename) from error
+        raise
 
 
 def rename_new(name: str, new: str, directory: int) -> None:
