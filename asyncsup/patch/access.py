@@ -49,8 +49,8 @@ class Access:
         except fs.CannotExchangeError as error:
             root = self.files(target.partition(",")[0]).row.root
             raise PatchRefusedError(
-                f"{target}: the file system of {root} cannot swap two names in one step (RENAME_EXCHANGE), and "
-                "without that a file that is in use cannot be taken over; have the root on another one",
+                f"{target}: the file system of {root} cannot swap two names in one step (RENAME_EXCHANGE), "
+                "without which a file that is in use cannot be taken over; have the root on another one",
                 code="gate.filesystem",
                 target=target,
             ) from error
