@@ -25,6 +25,8 @@ def carry_out(argv: Sequence[str]) -> int:
         session = Session(args, out)
         try:
             status = verb.run(session)
+        except AsyncsupError as error:
+            raise session.explain(error) from None
         finally:
             session.close()
     except AsyncsupError as error:

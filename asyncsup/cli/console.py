@@ -206,7 +206,7 @@ class Console:
         except SupervisorUnreachableError as error:
             self._lost(error)
         except AsyncsupError as error:
-            self.exit_status = self._out.error(error)
+            self.exit_status = self._out.error(self._session.explain(error))
 
     def _carry_out(self, line: str, ask: Ask) -> int:
         command, arguments = understand(line)
@@ -383,11 +383,12 @@ class _Completer:
             self._asked_at = time.monotonic()
             try:
                 status, listing = self._session.ask("status"), self._session.ask("patch.list")
+                groups = self._session.ask("supervisor.info").get("groups", ())
             except AsyncsupError:
                 self._names = {}  # no supervisor, no names; the command itself will say so
             else:
                 self._names = {
-                    "targets": [str(target["name"]) for target in status["targets"]],
+                    "targets": [*(str(target["name"]) for target in status["targets"]), *groups],
                     "inbox": [str(entry["file"]) for entry in listing["inbox"]],
                 }
         return self._names.get(kind, [])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import asyncsup
 from asyncsup.errors import AsyncsupError
 from asyncsup.terminal import Output
 
@@ -19,6 +21,9 @@ GRACE_SECONDS: Final = 5.0
 """How much longer than ``--timeout`` we wait: the supervisor, which keeps to it, has more to say about it."""
 
 EXIT_INTERRUPTED: Final = 130
+
+_NOT_UNDERSTOOD: Final = re.compile(r"unknown (method|parameter) |\w+: missing; ")
+"""How it begins what it says of a request that it does not know so."""
 
 
 class Session:
@@ -53,6 +58,17 @@ class Session:
                 return ask(endpoint, method, {**(params or {}), **more}, timeout=QUERY_SECONDS)
         return self.client.call(method, params, timeout=QUERY_SECONDS, **more)
 
+    def explain(self, error: AsyncsupError) -> AsyncsupError:
+        """The same error, with the versions in it where a supervisor of another one did not understand us."""
+        if error.error_code.startswith("request.") and _NOT_UNDERSTOOD.match(error.message):
+            try:
+                theirs = str(self.ask("supervisor.info")["version"])
+            except AsyncsupError:
+                return error  # what it is not known about is not to blame
+            if theirs != asyncsup.__version__:
+                error.message += f"; {_said_of(theirs, asyncsup.__version__)}"
+        return error
+
     def sibling(self, args: argparse.Namespace, out: Output) -> Session:
         """Another invocation on the same connection; only this one closes it."""
         other = Session(args, out)
@@ -62,6 +78,16 @@ class Session:
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+
+
+def _said_of(theirs: str, ours: str) -> str:
+    """What is to be done about two versions: numbers, with dots between them."""
+
+    def order(version: str) -> list[int]:
+        return [int(number) for number in re.findall("[0-9]+", version)]
+
+    said = f"the supervisor is version {theirs}, this is {ours}"
+    return f"{said}: `asyncsup reexec` would bring it up to date" if order(theirs) < order(ours) else said
 
 
 def output_for(args: argparse.Namespace) -> Output:
