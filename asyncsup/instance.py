@@ -40,7 +40,7 @@ from asyncsup.config import TargetConfig
 from asyncsup.errors import HandoverFailedError, SpawnError, TargetNotRunningError
 from asyncsup.events import timestamp
 from asyncsup.fd_store import FdStore
-from asyncsup.launch import expand, managed_sockets, run_as
+from asyncsup.launch import WATCHDOG_PID, expand, managed_sockets, run_as
 from asyncsup.lifecycle import Event, State
 from asyncsup.logreader import Cursor
 from asyncsup.logs import OutputStream
@@ -239,6 +239,7 @@ class Instance:
             "region": self.hello.region if self.hello is not None else None,
             "detail": self.detail,
             "cgroup": None if self._cgroup is None else str(self._cgroup.path),
+            "lost_bytes": sum(stream.lost_bytes for stream in self.streams.values()),
             "role": self.role,
         }
 
@@ -939,6 +940,17 @@ class Instance:
             fifos=runtime.fifos,
             files=runtime.log_files,
             keeper=runtime.keeper,
+            on_loss=self._output_lost,
+        )
+
+    def _output_lost(self, stream: OutputStream, error: OSError) -> None:
+        self._runtime.events.emit(
+            "instance.output_lost",
+            target=self.config.name,
+            instance=stream.instance,
+            stream=stream.stream,
+            path=str(stream.file.path),
+            reason=error.strerror,
         )
 
     def _spawn_with_output(self) -> tuple[Child, OutputStream, Cursor | None, int | None]:
@@ -973,7 +985,10 @@ class Instance:
                 passed,
                 facts=self._facts,
                 cgroup=self._cgroup,
-                pid_variables=[listen_fds.LISTEN_PID] if names else [],
+                pid_variables=[
+                    *([listen_fds.LISTEN_PID] if names else []),
+                    *([WATCHDOG_PID] if self.config.tells_watchdog else []),
+                ],
             )
             on_failure.pop_all()
         return child, output, begin, descriptor

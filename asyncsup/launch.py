@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from asyncsup import listen_fds, owners
 from asyncsup.cgroups import Cgroup
@@ -18,6 +19,9 @@ from asyncsup.environment import build_environment
 from asyncsup.patch import bytecode
 from asyncsup.runtime import RootFacts, Runtime
 from target_sdk import protocol
+
+WATCHDOG_PID: Final = "WATCHDOG_PID"
+"""Whose watchdog it is, as sd_watchdog_enabled(3) reads it: not that of the program's children."""
 
 
 def expand(text: str, config: TargetConfig, index: int) -> str:

@@ -14,8 +14,10 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -39,6 +41,8 @@ LINE_MARGIN: Final = 64 << 10
 """Below this room in a file it is looked where a line ends before bytes are moved."""
 LONGEST_LINE: Final = 256 << 10
 """A longer line is written in pieces, so that a program without newlines cannot fill the memory."""
+LOST_ANEW_SECONDS: Final = 60.0
+"""After so long without a loss the next one is said again."""
 
 _TIME_CHARS: Final = len("2026-11-28T10:00:00.123Z ")
 
@@ -54,6 +58,7 @@ class OutputStream:
         instance: name before lines, or in them.
         stream: ``stdout`` or ``stderr``.
         file: shared when two streams go to one path.
+        on_loss: called when output begins to be dropped.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class OutputStream:
         stream: str,
         format_: Format,
         held: int | None = None,
+        on_loss: Callable[[OutputStream, OSError], None] = lambda stream, error: None,
     ) -> None:
         self.file = file
         self.instance = instance
@@ -73,6 +79,8 @@ class OutputStream:
         """When something came last: whoever has the smaller number was first."""
         self.lost_bytes = 0
         """Output dropped because the file could not be written (disk full)."""
+        self._on_loss = on_loss
+        self._lost_at = -math.inf
         self._format = format_
         self._fifo = fifo
         self._loop = asyncio.get_running_loop()
@@ -379,8 +387,11 @@ class OutputStream:
     def _count_loss(self, error: OSError, size: int) -> None:
         """The file cannot be written (disk full, no permission): the program must go on, so its output is
         dropped, counted and said."""
-        if self.lost_bytes == 0:
+        now = self._loop.time()
+        if now - self._lost_at > LOST_ANEW_SECONDS:
             log.error("%s: output is lost: %s: %s", self.instance, self.file.path, error.strerror)
+            self._on_loss(self, error)
+        self._lost_at = now
         self.lost_bytes += size
 
     def _discard(self) -> int:

@@ -57,7 +57,7 @@ def _method(
 _INSTANCE: Final = _object(
     name=STRING, state=STRING, pid=_or_null(NATURAL), ready=BOOLEAN, uptime=_or_null(SECONDS),
     restarts=NATURAL, status_text=_or_null(STRING), sdk=BOOLEAN, build=_or_null(NATURAL),
-    region=_or_null(STRING), cgroup=_or_null(STRING),
+    region=_or_null(STRING), cgroup=_or_null(STRING), lost_bytes=NATURAL,
 )  # fmt: skip
 _TARGET: Final = _object(
     name=STRING, state=STRING, ready=BOOLEAN, wanted=_any_of("up", "down"), build=_or_null(NATURAL),

@@ -431,7 +431,14 @@ def _instance_detail(instance: Value) -> str:
     ended = instance.get("exit")
     if not parts and ended and instance.get("pid") is None:
         parts.append(_exit_text(ended))
+    if lost := _lost_text(instance):
+        parts.append(lost)
     return "; ".join(parts)
+
+
+def _lost_text(instance: Value) -> str:
+    lost = int(instance.get("lost_bytes") or 0)
+    return f"{size(lost)} of its output lost" if lost else ""
 
 
 def _exit_text(ended: Value) -> str:
@@ -543,6 +550,7 @@ def show_lines(
                 ("status", clean(instance.get("status_text") or "")),
                 ("detail", clean(instance.get("detail") or "")),
                 ("failure", clean(instance.get("failure") or "")),
+                ("output", ink("red", _lost_text(instance))),
                 ("last exit", f"{_exit_text(ended)} at {moment(ended.get('at'), date=True, tz=tz)}")
                 if ended
                 else ("last exit", ""),

@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -72,10 +72,19 @@ class SlotOutput:
         slot: its name, such as ``web:0``.
         settings: where a file has no path of its own, it is in `logs`.
         fifos: the folder of the FIFOs.
+        on_loss: see `OutputStream`.
     """
 
     def __init__(
-        self, slot: str, settings: LogConfig, *, logs: Path, fifos: Path, files: LogFiles, keeper: KeeperLink
+        self,
+        slot: str,
+        settings: LogConfig,
+        *,
+        logs: Path,
+        fifos: Path,
+        files: LogFiles,
+        keeper: KeeperLink,
+        on_loss: Callable[[OutputStream, OSError], None],
     ) -> None:
         self._slot = slot
         self._settings = settings
@@ -84,6 +93,7 @@ class SlotOutput:
         self._fifos: dict[str, Path] = {}
         self._files = files
         self._keeper = keeper
+        self._on_loss = on_loss
         self._streams: dict[str, OutputStream] = {}
 
     @property
@@ -129,6 +139,7 @@ class SlotOutput:
                 stream=stream,
                 format_=self._settings.format,
                 held=held,
+                on_loss=self._on_loss,
             )
             if held is None:
                 on_failure.callback(opened.close)

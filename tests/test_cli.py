@@ -32,6 +32,7 @@ from control_values import (
 )
 from fake_supervisor import PENDING, WAIT_SECONDS, Call, FakeSupervisor, RefusalError
 
+import asyncsup
 from asyncsup import cli
 from asyncsup.cli import following, targets
 from asyncsup.cli.arguments import new_parser, seconds
@@ -350,6 +351,46 @@ def test_show_is_about_a_target_or_about_the_supervisor(run: Run, supervisor: Fa
     ]
     assert "us-east-1" in run("show").out
     assert run("show", "--json").json["pid"] == 4711
+
+
+def test_output_that_is_lost_is_shown_where_there_is_any(run: Run, supervisor: FakeSupervisor) -> None:
+    losing = target("pricer")
+    losing["instances"][0]["lost_bytes"] = 4_200_000
+    supervisor.handlers["status"] = lambda _: status(losing, target("web"))
+    supervisor.handlers["show"] = lambda _: losing
+    shown = run("status").out
+    assert "4.0 MiB of its output lost" in shown
+    assert shown.count("lost") == 1
+    assert re.search(r"^  output +4.0 MiB of its output lost$", run("show", "pricer").out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "theirs", "said"),
+    [
+        (("unknown method 'x'; known are y", "request.unknown_method"), "0.0.9",
+         "; the supervisor is version 0.0.9, this is {ours}: `asyncsup reexec` would bring it up to date"),
+        (("unknown parameter 'names'; known are name", "request.invalid"), "0.0.10",
+         "; the supervisor is version 0.0.10, this is {ours}: `asyncsup reexec` would bring it up to date"),
+        (("name: missing; it must be a string", "request.invalid"), "1000.0",
+         "; the supervisor is version 1000.0, this is {ours}"),
+        (("unknown method 'x'; known are y", "request.unknown_method"), asyncsup.__version__, ""),
+        (("names: must be an array of strings", "request.invalid"), "0.0.9", ""),
+        (("unknown parameter is no reason", "target.busy"), "0.0.9", ""),
+    ],
+)  # fmt: skip
+def test_versions_are_named_where_they_are_why_it_was_not_understood(
+    run: Run, supervisor: FakeSupervisor, refusal: tuple[str, str], theirs: str, said: str
+) -> None:
+    (text, code), said = refusal, said.format(ours=asyncsup.__version__)
+
+    def refuse(_: Call) -> Any:
+        raise RefusalError(text, code=code, exit_status=2)
+
+    supervisor.handlers["signal"] = refuse
+    supervisor.info["version"] = theirs
+    outcome = run("signal", "HUP", "web")
+    assert (outcome.status, outcome.err) == (2, f"asyncsup: {text}{said}\n")
+    assert run("signal", "HUP", "web", "--json").json["error"]["message"] == text + said
 
 
 def test_signal_says_who_got_it(run: Run, supervisor: FakeSupervisor) -> None:

@@ -61,6 +61,14 @@ def test_another_user_gets_their_own_home_and_groups(serve: Serve) -> None:
     assert facts["groups"] == sorted(os.getgrouplist("games", record.pw_gid))
 
 
+@root_only
+def test_a_group_alone_keeps_the_user_and_leaves_no_other_group(serve: Serve) -> None:
+    record = pwd.getpwnam("games")
+    facts = told(serve, f'group = "{record.pw_gid}"\n')
+    assert (facts["uid"], facts["gid"]) == (0, record.pw_gid)
+    assert facts["groups"] in ([], [record.pw_gid])
+
+
 def test_what_the_configuration_says_of_them_counts(serve: Serve) -> None:
     facts = told(serve, 'env = { HOME = "/elsewhere" }\n', HOME="/root", PATH="/usr/bin:/bin")
     env = facts["env"]

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -174,6 +175,42 @@ def test_raw_output_never_enters_the_supervisor(serve: Serve) -> None:
         elif int(result) > 4096 or call == "tee":
             moved["other"] += int(result)
     assert moved == {"splice": lines * 41, "other": 0}
+
+
+@pytest.mark.parametrize("format_", ["raw", "prefix"])
+def test_output_a_full_disk_has_no_room_for_is_counted_and_said_once(serve: Serve, format_: str) -> None:
+    lines, room = 300_000, 4 << 20
+    client = serve.start(
+        f"[target.web]\n{command(WRITER, lines)}restart = 'never'\nmin_uptime = 0\nautostart = false\n"
+        f"log = {{ max_size = '1GB', format = '{format_}' }}\n"
+    )
+    assert client.call("status")["targets"][0]["instances"][0]["lost_bytes"] == 0
+    log = serve.folder / ".asyncsup/logs/web.0.log"
+    # So a file can grow to this size and no further.
+    before = resource.prlimit(serve.supervisor, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        client.call("start", names=["web"], wait=False)
+        wait_for(lambda: ended(client, "web"), "the program to have written everything", PATIENCE_SECONDS)
+        (found,) = client.call("status")["targets"][0]["instances"]
+    finally:
+        resource.prlimit(serve.supervisor, resource.RLIMIT_FSIZE, before)
+    assert log.stat().st_size <= room
+    written = log.read_bytes().replace(b"web:0 | ", b"")
+    assert found["lost_bytes"] == lines * 41 - len(written) > 0
+    events = client.call("events.since", seq=0)["events"]
+    (said,) = [event for event in events if event["type"] == "instance.output_lost"]
+    assert (said["instance"], said["stream"], said["path"]) == ("web:0", "stdout", str(log))
+    assert serve.errors().count("output is lost") == 1
+    shown = subprocess.run(
+        [sys.executable, "-m", "asyncsup", "-c", str(serve.config), "status"], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert "of its output lost" in shown.stdout
+    # With room again, what is written then is there.
+    client.call("start", names=["web"], wait=False)
+    wait_for(lambda: ended(client, "web"), "the program to have written everything", PATIENCE_SECONDS)
+    assert len(log.read_bytes().replace(b"web:0 | ", b"")) == len(written) + lines * 41
+    client.close()
 
 
 def test_files_that_somebody_else_rotates_lose_nothing(serve: Serve) -> None:

@@ -411,7 +411,9 @@ def test_the_watchdog_waits_for_readiness_and_is_kept_by_the_next_supervisor(mak
         'watchdog_timeout = "1h"\nlimits.core = 0\nrestart = "never"\n',
         at_start="say('WATCHDOG_USEC=100000'); barrier(); time.sleep(0.5)",
     )
-    puppet.pull("say('WATCHDOG_USEC=0\\nREADY=1')")
+    told = "[os.environ['WATCHDOG_USEC'], os.environ['WATCHDOG_PID'] == str(os.getpid())]"
+    puppet.pull(f"say('WATCHDOG_USEC=0\\nREADY=1\\nSTATUS=' + repr({told}))")
+    assert puppet.now["status_text"] == "['3600000000', True]"
     before = puppet.reached("running")
     puppet.say("WATCHDOG_USEC=3600000000")
     puppet.say("WATCHDOG_USEC=200000000")

@@ -416,6 +416,11 @@ class TargetConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Whether its instances are given a NOTIFY_SOCKET."""
         return self.protocol == "notify" or self.ready.notify
 
+    @property
+    def tells_watchdog(self) -> bool:
+        """Whether its instances are told to say WATCHDOG=1, and how often."""
+        return self.speaks_notify and self.watchdog_timeout is not None
+
 
 class GroupConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`[group.NAME]`: one name for several targets, wherever a command takes names."""
