@@ -152,6 +152,9 @@ class Load:
         self._connections = connections
         self._timeout = timeout
         self._samples: list[Sample] = []
+        self._under_way = 0
+        self.most_open = 0
+        """The most connections that were open at one time."""
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
@@ -197,6 +200,7 @@ class Load:
 
     async def _measure(self, due: float, number: int) -> None:
         attempt = Attempt()
+        self._under_way += 1
         try:
             async with asyncio.timeout(self._timeout):
                 await self._request(attempt, number)
@@ -211,6 +215,8 @@ class Load:
             outcome = attempt.outcome_of(None)
         except asyncio.LimitOverrunError:
             outcome = Outcome.WRONG
+        finally:
+            self._under_way -= 1
         if outcome is not Outcome.OK and attempt.connection is not None:
             attempt.connection.close()
         self._samples.append(Sample(due, time.monotonic(), outcome, attempt.resent))
@@ -242,6 +248,7 @@ class Load:
                 attempt.connection = self._pool.popleft()
                 attempt.reused = True
                 return attempt.connection
+        self.most_open = max(self.most_open, len(self._pool) + self._under_way)
         attempt.connection = Connection(self._place)
         await attempt.connection.open(websocket=self._mode == "websocket", attempt=attempt)
         return attempt.connection
