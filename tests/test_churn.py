@@ -100,7 +100,7 @@ def size(client: ControlClient, supervisor: int, keeper: int) -> Size:
 
 
 @pytest.mark.timeout(3600)
-def test_nothing_piles_up(serve: Serve) -> None:
+def test_nothing_piles_up(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     with serve.start(SETTINGS) as client:
         pid = client.call("supervisor.info")["pid"]
         assert serve.process is not None
@@ -128,6 +128,8 @@ def test_nothing_piles_up(serve: Serve) -> None:
         client.call("start", names)
         wait_for(lambda: starts(client) - done >= STARTS, "all the others", timeout=1800, every=0.2)
         after = resting()
+        with capsys.disabled():
+            print(f"\nafter {done} starts: {before}\nand {STARTS} more: {after}")
         assert after[:5] == before[:5]
         assert after.memory <= before.memory + MEMORY_MARGIN_KIB
         assert after.keeper_memory <= before.keeper_memory + KEEPER_MARGIN_KIB
