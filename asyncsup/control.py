@@ -796,9 +796,16 @@ class ControlServer:
 
     @method("patch.drift", "view")
     async def patch_drift(self, call: Call) -> Any:
-        target = call.optional_string("target")
+        target, names = call.optional_string("target"), call.strings("names")
         call.finish()
-        return {"targets": await self.supervisor.overseer.drift(target)}
+        if not names:
+            return {"targets": await self.supervisor.overseer.drift(target)}
+        if target is not None:
+            raise RequestError("names: give one of `target`, and `names`, any number of them")
+        chosen = [found.target.name for found in self._named(names)]
+        if len(chosen) == 1:
+            return {"targets": await self.supervisor.overseer.drift(chosen[0])}
+        return {"targets": await self.supervisor.overseer.drift(None, among=frozenset(chosen))}
 
     @method("patch.list", "view")
     async def patch_list(self, call: Call) -> Any:

@@ -301,8 +301,9 @@ METHODS: Final[Sequence[Schema]] = (
         "patch.drift",
         "Files that are not as patches have left them.",
         _object(targets=_array(target=STRING, policy=_DRIFT, files=ARRAY)),
-        optional=["target"],
+        optional=["target", "names"],
         target=STRING,
+        names=STRINGS,
     ),
     _method("patch.list", "What lies in the inbox.", _object(inbox=ARRAY)),
     _method(

@@ -503,6 +503,12 @@ def test_each_target_has_its_policy_for_drift_and_everybody_says_what_it_did(fie
     for name in "ab":
         field.said(name, "build=300 a.txt=by hand b.txt=new-b sub/c.txt=new-c")
     assert "target a: 1 file drifted\n  a.txt  is not the file" in asyncsup("patch", "drift", "a", status=1)
+    both = asyncsup("patch", "drift", "a", "b", status=1)
+    assert both.count("1 file drifted") == 2
+    assert both == asyncsup("patch", "drift", "[ab]", status=1) == asyncsup("patch", "drift", status=1)
+    assert "no target or instance" in asyncsup("patch", "drift", "a", "c", "--json", status=4)
+    with pytest.raises(RemoteError, match="give one of"):
+        field.client.call("patch.drift", target="a", names=["b"])
     assert "drifted files\n  a.txt  is not the file" in asyncsup("show", "a")
     txn = field.client.call("patch.history", target="a")["transactions"][0]["txn"]
     assert "kept      a.txt" in asyncsup("patch", "show", str(txn))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from asyncsup import render
-from asyncsup.cli.arguments import natural
+from asyncsup.cli.arguments import names_argument, natural
 from asyncsup.cli.session import Session
 from asyncsup.cli.verbs import Action
 
@@ -47,13 +47,14 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _drift(session: Session) -> int:
-    value, out = session.ask("patch.drift", target=session.args.target), session.out
+    names, out = session.args.names, session.out
+    value = session.ask("patch.drift", **({"names": names} if names else {}))
     out.result(value, lambda: render.drift_lines(value, ink=out.ink))
     return 1 if any(target["files"] for target in value["targets"]) else 0
 
 
 def _drift_arguments(parser: argparse.ArgumentParser) -> None:
-    _target_argument(parser, "only of this target")
+    names_argument(parser, "*", more=", as does none at all")
 
 
 def _prune(session: Session) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -148,9 +148,12 @@ class PatchOverseer:
         marks = self._store.marks(target)
         return None if marks is None else {"highest": marks.highest, "floor": marks.floor}
 
-    async def drift(self, target: str | None) -> list[dict[str, Any]]:
-        """Files of one target, or of all, that are not as patches have left them."""
-        known = self._those(target)
+    async def drift(
+        self, target: str | None, *, among: Collection[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Files of one target, or of all that have a root (``among`` these names), that are not as patches
+        have left them."""
+        known = [each for each in self._those(target) if among is None or each.name in among]
         return [
             {"target": each.name, "policy": each.config.patch.drift, "files": await self.drift_of(each)}
             for each in known
