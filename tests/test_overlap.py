@@ -341,7 +341,8 @@ class Post(Town):
     def __init__(self, serve: Serve, mode: str) -> None:
         super().__init__(serve, "udp", program="datagrams.py")
         if mode != "ok":
-            self.readiness = 'ready.log = "^up"'
+            # Datagrams are waited for as connections are, which is seen in the same way.
+            self.readiness = "ready.accepts = true"
             self.source = self.source.replace('MODE = "ok"', f'MODE = "{mode}"')
             (self.root / "service.py").write_text(self.source)
 
