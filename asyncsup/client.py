@@ -289,6 +289,8 @@ class ControlClient:
         timeout: float | None = None,
         events: EventStream | None = None,
         on_event: Callable[[Event], None] | None = None,
+        slow_after: float = 1.0,
+        on_slow: Callable[[], bool] | None = None,
         **more: Any,
     ) -> Any:
         """Call ``method`` and return its result.
@@ -301,6 +303,8 @@ class ControlClient:
         Args:
             timeout: how long to wait for the answer (seconds); None: for as long as the supervisor is there.
             events, on_event: hand over the events of this stream while waiting.
+            slow_after, on_slow: call this whenever there is no answer for so long (seconds), until it returns
+                True. It may ask the supervisor what takes so long.
 
         Raises:
             RemoteError: the supervisor answered with an error; `exit_status_of` and ``error_code`` say which.
@@ -308,6 +312,7 @@ class ControlClient:
             TimeoutExpiredError: there was no answer in time.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        slow_at = None if on_slow is None else time.monotonic() + slow_after
         self._next_id += 1
         request_id = self._next_id
         frame = encode_request(request_id, method, {**(params or {}), **more})
@@ -316,7 +321,14 @@ class ControlClient:
             # Inside: Ctrl-C may come when the request has left and we do not know it yet.
             self._send(frame)
             while (answer := self._answers.pop(request_id, None)) is None:
-                self._wait(_remaining(deadline, timeout, method), events, on_event, method)
+                remaining = _remaining(deadline, timeout, method)
+                if slow_at is not None and on_slow is not None:
+                    slow_in = slow_at - time.monotonic()
+                    if slow_in <= 0:
+                        slow_at = None if on_slow() else time.monotonic() + slow_after
+                        continue  # the answer may have come with another
+                    remaining = slow_in if remaining is None else min(remaining, slow_in)
+                self._wait(remaining, events, on_event, method)
         except SupervisorUnreachableError:
             raise
         except BaseException:

@@ -601,12 +601,27 @@ class ControlServer:
             result["took"] = time.monotonic() - began
             results[name] = result
 
-        with anyio.move_on_after(timeout) as scope:
-            await together(partial(one, selection) for selection in selections)
-        if scope.cancelled_caught:
+        situations: list[str] = []
+
+        def give_up(scope: anyio.CancelScope) -> None:
             late = [s.target for s in selections if s.target.name not in results]
-            states = ", ".join(f"{target.name} is {target.state}" for target in late)
-            raise TimeoutExpiredError(f"not done after {timeout:g} s: {states}")
+            # Before what has been asked of them is taken back.
+            situations.extend(f"{target.name} is {target.situation}" for target in late)
+            scope.cancel()
+
+        with anyio.CancelScope() as scope:
+            timer = (
+                None
+                if timeout is None
+                else asyncio.get_running_loop().call_later(timeout, partial(give_up, scope))
+            )
+            try:
+                await together(partial(one, selection) for selection in selections)
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        if scope.cancelled_caught:
+            raise TimeoutExpiredError(f"not done after {timeout:g} s: {', '.join(situations)}")
         if len(selections) == 1 and errors:
             raise next(iter(errors.values()))
         return {"results": [results[selection.target.name] for selection in selections]}

@@ -211,6 +211,14 @@ class Instance:
         return f"instance {self.seat_name}"
 
     @property
+    def situation(self) -> str:
+        """Its state, and why it is in one that is not what anybody wants."""
+        if self.state is State.WAITING:
+            return self.detail
+        is_explained = self.state in {State.BACKOFF, State.EXITED, State.FAILED, State.LOST}
+        return f"{self.state.value} ({self.detail})" if is_explained else self.state.value
+
+    @property
     def told_by(self) -> ToldBy:
         """How this instance learns of changed resources."""
         if self.hello is not None:

@@ -59,9 +59,11 @@ _INSTANCE: Final = _object(
     restarts=NATURAL, status_text=_or_null(STRING), sdk=BOOLEAN, build=_or_null(NATURAL),
     region=_or_null(STRING), cgroup=_or_null(STRING), lost_bytes=NATURAL,
 )  # fmt: skip
+_QUEUED: Final = _object(operation=STRING, asked_by=STRING, since=SECONDS)
 _TARGET: Final = _object(
     name=STRING, state=STRING, ready=BOOLEAN, wanted=_any_of("up", "down"), build=_or_null(NATURAL),
-    region=STRING, generation=_or_null(NATURAL), patch=_or_null(STRING), busy=_or_null(OBJECT), waiting=ARRAY,
+    region=STRING, generation=_or_null(NATURAL), patch=_or_null(STRING), busy=_or_null(STRING),
+    current=_or_null(_QUEUED), waiting={"type": "array", "items": _QUEUED},
     uncommitted=_or_null(NATURAL), undecided=_or_null(NATURAL),
     instances={"type": "array", "items": _INSTANCE}, others={"type": "array", "items": _INSTANCE},
 )  # fmt: skip

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Operation(msgspec.Struct, eq=False):
-    """Something that somebody wants to have done to a target."""
+    """Something that somebody wants to have done to a target.
+
+    Attributes:
+        since: when it was asked for, and from its beginning on when that was (monotonic).
+    """
 
     name: str
     asked_by: str
@@ -24,7 +28,10 @@ class Operation(msgspec.Struct, eq=False):
     party: Party
     scope: anyio.CancelScope = msgspec.field(default_factory=anyio.CancelScope)
     cancelled_because: str = "its client gave up"
-    began: float = msgspec.field(default_factory=time.monotonic)
+    since: float = msgspec.field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"{self.name} for {self.asked_by}, since {time.monotonic() - self.since:.1f} s"
 
     def cancel(self, because: str) -> None:
         self.cancelled_because = because
@@ -33,7 +40,7 @@ class Operation(msgspec.Struct, eq=False):
     def describe(self) -> dict[str, Any]:
         """What, for whom, since when (seconds)."""
         return {
-            "operation": self.name, "asked_by": self.asked_by, "since": time.monotonic() - self.began,
+            "operation": self.name, "asked_by": self.asked_by, "since": time.monotonic() - self.since,
         }  # fmt: skip
 
 

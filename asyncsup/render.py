@@ -32,6 +32,9 @@ _STATE_COLOURS: Final = {
     "waiting": "yellow", "backoff": "yellow", "failed": "red", "lost": "red",
     "stopped": "grey", "exited": "grey",
 }  # fmt: skip
+_UNSETTLED: Final = frozenset({"waiting", "starting", "stopping", "backoff", "reloading"})
+"""States that do not last."""
+MOST_AWAITED: Final = 3
 _OP_WORDS: Final = {"deleted": "deleted", "modified": "modified", "new": "inserted", "keep": "kept"}
 _OP_ORDER: Final = ("deleted", "modified", "new", "keep")
 _VERDICT_COLOURS: Final = {
@@ -355,7 +358,7 @@ def _target_row(target: Value, instances: Sequence[Value]) -> list[Cell]:
     one = instances[0] if len(instances) == 1 else None
     details = []
     if target.get("busy"):
-        details.append(f"busy: {clean(target['busy'])}")
+        details.append(f"busy: {_busy(target)}")
     if target.get("waiting"):
         details.append(f"queued: {_queue(target['waiting'])}")
     details.append(_patch_waits(target))
@@ -385,6 +388,50 @@ def _patch_waits(target: Value) -> str:
     if target.get("uncommitted") is not None:
         return f"patch {clean(target['uncommitted'])} waits for its commit"
     return ""
+
+
+def _busy(target: Value) -> str:
+    """The operation under way: ``patch for root (uid 0, pid 4711), since 3.2 s``."""
+    current = target.get("current")
+    if not isinstance(current, Mapping):
+        return clean(target.get("busy") or "")
+    return f"{_queue([current])}, since {_since(current)}"
+
+
+def _since(operation: Value) -> str:
+    since = operation.get("since")
+    return duration(since) if isinstance(since, int | float) else _MISSING
+
+
+def waiting_line(value: Value) -> str:
+    """Of an answer of `status`: what those who want something of these targets wait for; empty if nothing."""
+    awaited = [text for target in value.get("targets") or () if (text := _awaited(target))]
+    more = [f"{len(awaited) - MOST_AWAITED} more"] if len(awaited) > MOST_AWAITED else []
+    return ", ".join([*awaited[:MOST_AWAITED], *more])
+
+
+def _awaited(target: Value) -> str:
+    name = clean(target.get("name", ""))
+    if target.get("busy") and target.get("waiting"):
+        return f"{name} is busy: {_busy(target)}"
+    state = target.get("state")
+    if state not in _UNSETTLED:
+        return ""
+    worst: Value = next((i for i in target.get("instances") or () if i.get("state") == state), {})
+    detail = clean(worst.get("detail") or "")
+    if state == "waiting":
+        return f"{name} is {detail or state}"
+    return f"{name} is {clean(state)}{f' ({detail})' if detail else ''}"
+
+
+def left_line(value: Value) -> str:
+    """Of an answer of `status`: the instances that still have a process; empty if none has."""
+    return ", ".join(
+        f"{clean(instance.get('name', ''))} ({clean(instance.get('state', 'unknown'))})"
+        for target in value.get("targets") or ()
+        for instance in (*(target.get("instances") or ()), *(target.get("others") or ()))
+        if instance.get("pid") is not None
+    )
 
 
 def _queue(waiting: Sequence[Any]) -> str:
@@ -528,7 +575,7 @@ def show_lines(
             ("state", ink(_state_colour(value), clean(value.get("state", "unknown")))),
             ("ready", "yes" if value.get("ready") else "no"),
             ("wanted", clean(value.get("wanted") or "")),
-            ("busy", clean(value.get("busy") or "")),
+            ("busy", _busy(value)),
             ("queued", _queue(value.get("waiting") or ())),
             ("region", clean(value.get("region") or "")),
             ("build", _number(value.get("build")) + _marks_text(value.get("marks"))),

@@ -768,6 +768,7 @@ class Supervisor:
             "patch": facts.patch,
             "wanted": "up" if target.wanted else "down",
             "busy": target.busy,
+            "current": target.current,
             "waiting": target.waiting,
             "instances": [_describe(instance, usage=usage) for instance in target.instances],
             "others": [_describe(instance, usage=usage) for instance in target.others],
@@ -859,7 +860,7 @@ class Supervisor:
                 await wait(target, index)
         if scope.cancelled_caught:
             present = [target.instances[index] for target, index in chosen if index < len(target.instances)]
-            missing = [f"{i.name} is {i.state.value}" for i in present if not reached(i)]
+            missing = [f"{i.name} is {i.situation}" for i in present if not reached(i)]
             raise TimeoutExpiredError(f"not {what} after {timeout:g} s: {', '.join(missing)}")
 
     def stream(self, instance: Instance, name: str) -> OutputStream:

@@ -152,17 +152,32 @@ class Target:
 
     @property
     def busy(self) -> str | None:
+        """The name of the operation under way."""
         return self._current.name if self._current is not None else None
 
     @property
+    def current(self) -> dict[str, Any] | None:
+        """The operation under way: what, for whom, since when (seconds)."""
+        return self._current.describe() if self._current is not None else None
+
+    @property
     def waiting(self) -> list[dict[str, Any]]:
-        """The operations in the queue: what, for whom, since when (seconds)."""
+        """The operations in the queue, likewise."""
         return [operation.describe() for operation in self._queue]
 
     @property
     def under_way(self) -> list[dict[str, Any]]:
         """The operation that is carried out, and `waiting`: what a new one comes after."""
         return [] if self._current is None else [self._current.describe(), *self.waiting]
+
+    @property
+    def situation(self) -> str:
+        """What whoever waits for something to be done has to know: what is being done before it, or else in
+        which state the worst of the instances is, and why."""
+        if self._current is not None and self._queue:
+            return f"busy: {self._current}"
+        state = self.state
+        return next((i.situation for i in self.instances if i.state == state), state)
 
     def _changed(self) -> None:
         """An instance has changed its state: whoever was waiting for this target may start."""
@@ -420,6 +435,7 @@ class Target:
         if operation.future.done():
             return
         self._current = operation
+        operation.since = time.monotonic()
         try:
             with operation.scope:
                 result = await operation.work()
@@ -454,11 +470,7 @@ class Target:
         """Raises TargetBusyError when something is going on, or waits to."""
         if self._current is not None or self._queue:
             other = self._current or self._queue[0]
-            raise TargetBusyError(
-                f"{self.name} is busy: {other.name} for {other.asked_by}, since "
-                f"{time.monotonic() - other.began:.1f} s",
-                operation=other.name,
-            )
+            raise TargetBusyError(f"{self.name} is busy: {other}", operation=other.name)
 
     def refuse_while_ending(self) -> None:
         """Whoever started a process from here on would leave it behind: nobody comes to stop it any more.

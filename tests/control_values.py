@@ -18,7 +18,8 @@ def instance(name: str, **changes: Any) -> dict[str, Any]:
 def target(name: str, *instances: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {
         "name": name, "state": "running", "ready": True, "build": 200, "region": "us-east-1",
-        "generation": 16, "patch": None, "wanted": "up", "busy": None, "waiting": [],
+        "generation": 16, "patch": None, "wanted": "up", "busy": None, "current": None,
+        "waiting": [],
         "instances": list(instances) or [instance(f"{name}:0")], **changes,
     }  # fmt: skip
 

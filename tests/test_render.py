@@ -148,13 +148,44 @@ def test_the_detail_says_what_the_target_is_busy_with_and_why_an_instance_is_dow
     )
     value = status(
         target("a", down, state="failed", ready=False),
-        target("b", busy="patch", waiting=[{"operation": "stop", "asked_by": "root", "since": 1}]),
+        target(
+            "b",
+            busy="patch",
+            current={"operation": "patch", "asked_by": "ann", "since": 3.21},
+            waiting=[{"operation": "stop", "asked_by": "root", "since": 1}],
+        ),
         target("c", instance("c:0", state="failed", pid=None, exit={"signal": "SIGKILL", "status": None})),
     )
     shown = text(render.status_lines(value))
     assert "exit status 1: gave up" in shown
-    assert "busy: patch; queued: stop for root" in shown
+    assert "busy: patch for ann, since 3.2 s; queued: stop for root" in shown
     assert "killed by SIGKILL" in shown
+
+
+def test_what_is_waited_for_is_said_in_one_line() -> None:
+    queued = {"operation": "stop", "asked_by": "root", "since": 1}
+    current = {"operation": "patch", "asked_by": "ann", "since": 3.21}
+    value = status(
+        target("a", busy="patch", current=current, waiting=[queued]),
+        target("b", instance("b:0", state="waiting", detail="waiting for db"), state="waiting"),
+        target("c", instance("c:0", state="stopping", detail="stop by ann"), state="stopping"),
+        target("d"),
+        target("e", state="failed"),
+    )
+    awaited = "a is busy: patch for ann, since 3.2 s, b is waiting for db, c is stopping (stop by ann)"
+    assert render.waiting_line(value) == awaited
+    value["targets"] += [target(name, state="starting") for name in ("f", "g")]
+    assert render.waiting_line(value) == f"{awaited}, 2 more"
+    assert render.waiting_line(status(target("d"), target("e", state="failed"))) == ""
+
+
+def test_who_is_left_while_a_supervisor_ends() -> None:
+    value = status(
+        target("a", instance("a:0", state="stopping"), instance("a:1", state="stopped", pid=None)),
+        target("b", others=[instance("b:0", state="stopping")]),
+    )
+    assert render.left_line(value) == "a:0 (stopping), b:0 (running), b:0 (stopping)"
+    assert render.left_line(status(target("a", instance("a:0", state="stopped", pid=None)))) == ""
 
 
 def test_the_last_exit_is_said_once_and_a_start_without_a_process_has_no_status() -> None:

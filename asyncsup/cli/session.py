@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncsup
-from asyncsup.errors import AsyncsupError
+from asyncsup.errors import AsyncsupError, RemoteError, TimeoutExpiredError
 from asyncsup.terminal import Output
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 QUERY_SECONDS: Final = 10.0
 """How long a supervisor that is there may take to answer a question."""
+
+SLOW_SECONDS: Final = 1.0
+"""After this long without an answer people want to know why."""
 
 GRACE_SECONDS: Final = 5.0
 """How much longer than ``--timeout`` we wait: the supervisor, which keeps to it, has more to say about it."""
@@ -68,6 +71,36 @@ class Session:
             if theirs != asyncsup.__version__:
                 error.message += f"; {_said_of(theirs, asyncsup.__version__)}"
         return error
+
+    def call(
+        self, method: str, params: Mapping[str, Any], names: Sequence[str], *, timeout: float | None
+    ) -> Any:
+        """Ask for what may take a while, and say so once it does: for what, or for whom, one waits.
+
+        Args:
+            names: of the targets that it is done to.
+            timeout: see `ControlClient.call`.
+        """
+        return self.client.call(
+            method,
+            params,
+            timeout=timeout,
+            slow_after=SLOW_SECONDS,
+            on_slow=(lambda: self._say_what_takes_so_long(names)) if self.out.is_live else None,
+        )
+
+    def _say_what_takes_so_long(self, names: Sequence[str]) -> bool:
+        """Whether there was something to say."""
+        from asyncsup import render  # noqa: PLC0415 - most answers come at once
+
+        try:
+            value = self.client.call("status", names=list(names), timeout=QUERY_SECONDS)
+        except (RemoteError, TimeoutExpiredError):
+            return False  # it is not what was asked for
+        line = render.waiting_line(value)
+        if line:
+            self.out.note(f"waiting: {line}; Ctrl-C gives up")
+        return bool(line)
 
     def sibling(self, args: argparse.Namespace, out: Output) -> Session:
         """Another invocation on the same connection; only this one closes it."""

@@ -15,7 +15,10 @@ from asyncsup.cli.arguments import timeout_option, wait_options
 from asyncsup.cli.session import GRACE_SECONDS, QUERY_SECONDS, Session
 from asyncsup.cli.verbs import Action
 from asyncsup.client import ControlClient
-from asyncsup.errors import SupervisorUnreachableError, TimeoutExpiredError
+from asyncsup.errors import RemoteError, SupervisorUnreachableError, TimeoutExpiredError
+
+SLOW_SECONDS: Final = 2.0
+"""How often it is looked who is still there while a supervisor ends."""
 
 LOOK_SECONDS: Final = 0.02
 """How often it is looked whether another supervisor is there."""
@@ -46,13 +49,36 @@ def _shutdown(session: Session) -> int:
 
 def _wait_gone(session: Session, process: int, timeout: float | None) -> bool:
     """The connection goes first, and right after it the process: what is held by it is free only then."""
-    if not session.client.wait_closed(timeout):
-        return False
+    deadline = None if timeout is None else time.monotonic() + timeout
+    said = ""
+    while True:
+        left = SLOW_SECONDS if deadline is None else min(SLOW_SECONDS, deadline - time.monotonic())
+        if session.client.wait_closed(max(0.0, left)):
+            break
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        said = _say_who_is_left(session, said)
     if process >= 0:
         poller = select.poll()
         poller.register(process, select.POLLIN)
         poller.poll(GRACE_SECONDS * 1000)
     return True
+
+
+def _say_who_is_left(session: Session, said: str) -> str:
+    """Once more only if it is not what was `said` the last time; returns what has been said by then."""
+    if not session.out.is_live:
+        return said
+    try:
+        # Not over the connection whose end is waited for.
+        with ControlClient(session.client.endpoint) as client:
+            left = render.left_line(client.call("status", timeout=QUERY_SECONDS))
+    except (SupervisorUnreachableError, RemoteError, TimeoutExpiredError):
+        return said  # it ends, or has other things to do
+    if left and left != said:
+        session.out.note(f"still there: {left}")
+        return left
+    return said
 
 
 def _shutdown_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 def _wait(session: Session) -> int:
     args = session.args
     params = {"names": args.names, "for": args.condition, "timeout": args.timeout}
-    value = session.client.call("wait", params, timeout=_patience(args.timeout))
+    value = session.call("wait", params, args.names, timeout=_patience(args.timeout))
     session.out.result(value, lambda: [f"{args.condition} after {render.duration(value['took'])}"])
     return 0
 
@@ -83,7 +83,7 @@ def _operate(verb: str, session: Session, **more: Any) -> int:
     """`start`, `stop`, `restart`, `reload`: the same for each of several targets."""
     args, out = session.args, session.out
     params = {"names": args.names, "wait": args.wait, "timeout": args.timeout, **more}
-    value = session.client.call(verb, params, timeout=_patience(args.timeout))
+    value = session.call(verb, params, args.names, timeout=_patience(args.timeout))
     out.result(value, lambda: render.results_lines(value, verb, ink=out.ink))
     return 0 if all(result.get("ok") for result in value["results"]) else 1
 
@@ -120,7 +120,7 @@ def _scale(session: Session) -> int:
     text: str = args.number
     key, value = ("by", int(text)) if text[0] in "+-" else ("instances", int(text))
     params = {"names": args.names, key: value, "wait": args.wait}
-    results = session.client.call("scale", params, timeout=args.timeout)["results"]
+    results = session.call("scale", params, args.names, timeout=args.timeout)["results"]
     # Of a single one an error is the answer, and there is nothing more to say.
     alone = {key: results[0][key] for key in ("target", "instances")} if len(results) == 1 else None
     session.out.result(alone or {"results": results}, lambda: list(map(render.scaled_line, results)))
