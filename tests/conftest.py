@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from chance import EVERYTHING
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from told import pytest_terminal_summary, tell
 from warm_serve import Warm
 
 from asyncsup.client import ControlClient
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from test_patching import Field
     from test_shutdown import Scene
 
+__all__ = ["pytest_terminal_summary", "tell"]  # for pytest, which looks for them here
+
 MARK = "TESTS_OF_ASYNCSUP"
 RUN_ID = uuid.uuid4().hex
 os.environ[MARK] = RUN_ID
@@ -45,11 +49,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples each time: whoever lands something unrelated must not be the one to find a rare case.
-# `ASYNCSUP_TESTS=all` looks for others.
 hypothesis_settings.register_profile(
     "asyncsup",
-    derandomize=os.environ.get("ASYNCSUP_TESTS") != "all",
+    derandomize=not EVERYTHING,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from told import Tell
 
 REPOSITORY: Final = Path(__file__).parent.parent
 TEXT: Final = (REPOSITORY / "docs/design/0012-behaviours-of-peers.md").read_text()
@@ -43,7 +44,6 @@ def test_a_row_names_tests_or_says_why_there_are_none(number: str, peers: str, h
     assert named or re.match(r"(does not apply|not yet): \S", here), number
 
 
-def test_what_is_not_there_yet_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_yet_is_counted(tell: Tell) -> None:
     left = [number for number, _, _, here in ROWS if "not yet: " in here]
-    with capsys.disabled():
-        print(f" not yet: {len(left)} of {len(ROWS)} ({', '.join(left)})", end=" ")
+    tell(f"{len(left)} of {len(ROWS)} ({', '.join(left)})")

@@ -7,17 +7,17 @@ makes it 20,000.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from chance import EVERYTHING
 from conftest import Serve, children_of, wait_for
 
 from asyncsup.client import ControlClient
 
-STARTS = 20_000 if os.environ.get("ASYNCSUP_TESTS") == "all" else 2_000
+STARTS = 20_000 if EVERYTHING else 2_000
 WARM_UP = 6_000
 """Starts until the supervisor keeps as many events of the past as it ever does."""
 MEMORY_MARGIN_KIB = 512

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pytest
+from chance import EVERYTHING
 from step_kit import (
     ALL_VARIANTS,
     APPLY,
@@ -51,6 +52,7 @@ from step_kit import (
     scene_in,
 )
 from store_kit import MEMORY, write_tree
+from told import Tell
 from warm_serve import warm
 
 from asyncsup.client import ControlClient
@@ -59,7 +61,6 @@ from asyncsup.patch import store
 
 pytestmark = pytest.mark.timeout(3600)
 
-EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 VARIANTS: Final = ALL_VARIANTS if EVERYTHING else PAIRWISE
 FAULTS: Final = ("kill", "error", "hang")
 ESPECIALLY: Final = (APPLY, OVERWRITING, KEEPING)
@@ -101,11 +102,6 @@ def for_each(items: Sequence[T], run: Callable[[T, str], Any]) -> list[Any]:
     if failures:
         raise ExceptionGroup(f"{len(failures)} of {len(items)} failed", failures)
     return results
-
-
-def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
-    with capsys.disabled():
-        print(f"\n  {text}", end="")
 
 
 # --- which cases --------------------------------------------------------------------------------------------
@@ -260,11 +256,11 @@ def run_series(series: Sequence[Series], base: Path, play_case: Callable[[Case, 
 
 
 def test_a_supervisor_killed_at_any_point_leaves_old_or_new(
-    dries: Sequence[Dry], base: Path, capsys: pytest.CaptureFixture[str]
+    dries: Sequence[Dry], base: Path, tell: Tell
 ) -> None:
     series = select(dries, "kill")
     run_series(series, base, kill)
-    say(capsys, f"killed at {count(series)}")
+    tell(f"killed at {count(series)}")
 
 
 # --- error --------------------------------------------------------------------------------------------------
@@ -315,11 +311,11 @@ def expect_a_clear_error(error: RemoteError, case: Case) -> None:
 
 
 def test_an_error_at_any_point_ends_what_is_done_and_nothing_else(
-    dries: Sequence[Dry], base: Path, capsys: pytest.CaptureFixture[str]
+    dries: Sequence[Dry], base: Path, tell: Tell
 ) -> None:
     series = select(dries, "error")
     run_series(series, base, fail)
-    say(capsys, f"failed at {count(series)}")
+    tell(f"failed at {count(series)}")
 
 
 # --- hang, and abort ----------------------------------------------------------------------------------------
@@ -375,11 +371,11 @@ def abort(case: Case, scene: Scene, goal: Goal) -> Any:
 
 
 def test_a_hanging_step_can_be_aborted_and_keeps_nobody_waiting(
-    dries: Sequence[Dry], base: Path, capsys: pytest.CaptureFixture[str]
+    dries: Sequence[Dry], base: Path, tell: Tell
 ) -> None:
     series = select(dries, "hang")
     run_series(series, base, hang)
-    say(capsys, f"hung at {count(series)}")
+    tell(f"hung at {count(series)}")
 
 
 @pytest.mark.parametrize("layout", ["overlay", "tree"])
@@ -640,9 +636,7 @@ def failed_at_every_point(scene: Scene, points: Sequence[str], breaking: Breakin
     return len(points) - len(left)
 
 
-def test_recovery_may_itself_be_killed_hang_and_fail_at_any_point(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recovery_may_itself_be_killed_hang_and_fail_at_any_point(base: Path, tell: Tell) -> None:
     items = [
         (breaking, variant)
         for number, breaking in enumerate(RECOVERIES)
@@ -655,15 +649,13 @@ def test_recovery_may_itself_be_killed_hang_and_fail_at_any_point(
 
     counts: Counter[str] = sum(for_each(items, run), Counter())
     faults = ", ".join(f"{number} times {fault}" for fault, number in counts.items())
-    say(capsys, f"during recovery from {len(items)} states: {faults}")
+    tell(f"during recovery from {len(items)} states: {faults}")
 
 
 # --- whether that is all ------------------------------------------------------------------------------------
 
 
-def test_every_failpoint_is_passed_by_a_play(
-    dries: Sequence[Dry], base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_failpoint_is_passed_by_a_play(dries: Sequence[Dry], base: Path, tell: Tell) -> None:
     named = named_in_sources()
     assert {"transaction.stage", "undo.switching", "store.switch.renamed", "store.commit.recorded"} <= named
     assert len(named) > 80
@@ -687,4 +679,4 @@ def test_every_failpoint_is_passed_by_a_play(
         unpassed.discard("store.convert.copied")
     assert unpassed == set()
     assert passed - named == set(), "points whose names this test does not find in the sources"
-    say(capsys, f"{len(named)} points")
+    tell(f"{len(named)} points")

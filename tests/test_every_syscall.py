@@ -2,14 +2,12 @@
 what it may fail with, once or from then on. Every target is wholly old or wholly new, all targets alike,
 at once and after recovery; what fails is told with a code, and nothing is in the way of the next patch.
 
-strace says which calls there are. By default a sample of them is looked at, the same each time;
+strace says which calls there are. By default a sample of them is looked at (`chance.py`);
 ``ASYNCSUP_TESTS=all`` takes all of them.
 """
 
 from __future__ import annotations
 
-import os
-import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from typing import Final
 
 import pytest
 import step_kit
+from chance import EVERYTHING, dice
 from conftest import alive
 from power_kit import check_recovered
 from power_plays import BOTH_LAYOUTS, PLAYS, Play, play_recovery
@@ -37,6 +36,7 @@ from syscall_kit import (
     points_in,
     survive,
 )
+from told import Tell
 from traced import attached, require_strace
 from warm_serve import warm
 from workers import in_workers
@@ -46,7 +46,6 @@ from asyncsup.patch.facts import Layout
 
 pytestmark = pytest.mark.timeout(3600)
 
-EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 
 LAYOUTS: Final[Mapping[str, Mapping[str, Layout]]] = {
     "overlay": {"over": Layout.OVERLAY},
@@ -103,19 +102,18 @@ def sample(points: Sequence[Point], wanted: int, name: str) -> list[Point]:
     shares: Counter[str] = Counter()
     while shares.total() < wanted:
         shares[min((call for call in called if shares[call] < called[call]), key=shares.__getitem__)] += 1
-    dice = random.Random(name)
+    random = dice(name)
     chosen = []
     for call, share in shares.items():
         of_it = [point for point in points if point.call == call]
-        phase = dice.random()
+        phase = random.random()
         chosen += [of_it[int((number + phase) * len(of_it) / share)] for number in range(share)]
     return sorted(chosen, key=lambda point: point.number)
 
 
-def say(capsys: pytest.CaptureFixture[str], counts: Iterable[Counter[str]]) -> Counter[str]:
+def say(tell: Tell, counts: Iterable[Counter[str]]) -> Counter[str]:
     total = sum(counts, Counter[str]())
-    with capsys.disabled():
-        print(f"\n  {', '.join(f'{number} {what}' for what, number in total.items())} ", end="")
+    tell(", ".join(f"{number} {what}" for what, number in sorted(total.items())))
     return total
 
 
@@ -192,19 +190,19 @@ def fail(item: Item) -> Counter[str]:
     return counts + Counter({"calls": len(points)})
 
 
-def test_a_process_killed_at_any_call_leaves_old_or_new(capsys: pytest.CaptureFixture[str]) -> None:
-    total = say(capsys, in_workers(kill, items([play for play in PLAYS if EVERYTHING or not play.bulk], 10)))
+def test_a_process_killed_at_any_call_leaves_old_or_new(tell: Tell) -> None:
+    total = say(tell, in_workers(kill, items([play for play in PLAYS if EVERYTHING or not play.bulk], 10)))
     assert total["killed"] > 80
 
 
-def test_recovery_may_be_killed_and_fail_at_any_call(capsys: pytest.CaptureFixture[str]) -> None:
-    total = say(capsys, in_workers(kill_and_fail_in_recovery, items(PLAYS[:6], 2)))
+def test_recovery_may_be_killed_and_fail_at_any_call(tell: Tell) -> None:
+    total = say(tell, in_workers(kill_and_fail_in_recovery, items(PLAYS[:6], 2)))
     assert total["recoveries killed"] > 8
     assert total["recoveries failed"] > 16
 
 
-def test_a_call_that_fails_is_told_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    total = say(capsys, in_workers(fail, items(ATTEMPTS, 22)))
+def test_a_call_that_fails_is_told_and_changes_nothing(tell: Tell) -> None:
+    total = say(tell, in_workers(fail, items(ATTEMPTS, 22)))
     assert total.total() - total["calls"] > 80
 
 
@@ -277,7 +275,7 @@ def expect_old_or_new(scene: step_kit.Scene, goal: step_kit.Goal, passed: Sequen
     scene.expect_files("after recovery")
 
 
-def test_a_supervisor_killed_or_failed_at_a_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_supervisor_killed_or_failed_at_a_call_goes_on(tell: Tell) -> None:
     def run(variant: step_kit.Variant) -> Counter[str]:
         counts: Counter[str] = Counter()
         with step_kit.scene_in(base, str(variant), variant) as scene:
@@ -298,6 +296,6 @@ def test_a_supervisor_killed_or_failed_at_a_call_goes_on(capsys: pytest.CaptureF
         return counts
 
     with memory_folder() as base, warm(), ThreadPoolExecutor(2) as pool:
-        total = say(capsys, pool.map(run, [v for v in step_kit.PAIRWISE if v.kind == "warm"]))
+        total = say(tell, pool.map(run, [v for v in step_kit.PAIRWISE if v.kind == "warm"]))
     assert total["killed"] > 2
     assert total["failed"] > 2

@@ -1,7 +1,7 @@
 """Fuzzing, bounded: no mutant of a good input does anything unforeseen, and what is accepted reads alike.
 
-Every run makes the same mutants. ``ASYNCSUP_TESTS=all`` makes more of them, and others each time;
-``ASYNCSUP_FUZZ_SEED`` makes those of a run that found something again. `fuzz_with_coverage.py` looks for
+Every run makes the same mutants (`chance.py`). ``ASYNCSUP_TESTS=all`` makes more of them, and others each
+time; ``ASYNCSUP_SEED`` makes those of a run that found something again. `fuzz_with_coverage.py` looks for
 mutants that reach new code, for as long as it is let.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import secrets
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Final
 import pytest
 import ssh_kit
 import zip_forge
+from chance import EVERYTHING, SEED, VARIABLE
 from fuzz_json import FULL, judge_manifest, judge_prototype, mutate_json
 from fuzz_kit import FindingError, Tally, foreseen, numbered
 from fuzz_ssh import (
@@ -42,13 +42,12 @@ from fuzz_zip import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_archive import refuse
+from told import Tell
 from zip_forge import Part
 
 from asyncsup.errors import UsageError
 from asyncsup.patch.checksum import read_checksum
 
-EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
-SEED: Final = os.environ.get("ASYNCSUP_FUZZ_SEED") or (secrets.token_hex(4) if EVERYTHING else "asyncsup")
 MORE: Final = 60 if EVERYTHING else 1
 MEMORY_BYTES: Final = 256 << 20
 """More than this nothing needs that is made of a few kilobytes."""
@@ -69,18 +68,17 @@ def fuzz(
     judge: Callable[[bytes], str],
     make: Callable[[Random], bytes],
     *,
-    capfd: pytest.CaptureFixture[str],
+    tell: Tell,
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index, random in enumerate(numbered(f"{SEED} {what}", count * MORE)):
         try:
             tally.judge(judge, make(random))
         except FindingError as finding:
-            finding.add_note(f"ASYNCSUP_FUZZ_SEED={SEED}, {what} number {index}")
+            finding.add_note(f"{VARIABLE}={SEED}, {what} number {index}")
             raise
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    with capfd.disabled():
-        print(f"\n{what}: {tally}")
+    tell(str(tally))
     assert grown < MEMORY_BYTES
     # A mutator that breaks everything proves nothing, and so does one that breaks nothing.
     assert 0.01 < tally.verdicts["accepted"] / tally.verdicts.total() < 0.9
@@ -98,40 +96,40 @@ def test_every_seed_is_good_to_begin_with(memory: Path) -> None:
     assert tally.compared["unzip"] == tally.compared["zipfile"] == len(good_packages())
 
 
-def test_no_change_of_an_entry_deceives(memory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_change_of_an_entry_deceives(memory: Path, tell: Tell) -> None:
     tally = Tally()
     models: Sequence[Callable[[], list[Part]]] = (native_parts, native_parts, delta_parts, prototype_parts)
     make = lambda random: mutate_model(random, random.choice(models)())  # noqa: E731
-    fuzz("entries", 1200, tally, PackageJudge(memory, tally), make, capfd=capfd)
+    fuzz("entries", 1200, tally, PackageJudge(memory, tally), make, tell=tell)
     assert tally.compared["unzip"] > 100
 
 
-def test_no_change_of_the_bytes_deceives(memory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_change_of_the_bytes_deceives(memory: Path, tell: Tell) -> None:
     tally, good = Tally(), good_packages()
     make = lambda random: mutate_bytes(random, random.choice(good))  # noqa: E731
-    fuzz("bytes", 3000, tally, PackageJudge(memory, tally), make, capfd=capfd)
+    fuzz("bytes", 3000, tally, PackageJudge(memory, tally), make, tell=tell)
     assert tally.compared["unzip"] > 100
 
 
-def test_no_manifest_is_two_things(capfd: pytest.CaptureFixture[str]) -> None:
-    fuzz("manifests", 4000, Tally(), judge_manifest, lambda random: mutate_json(random, FULL), capfd=capfd)
+def test_no_manifest_is_two_things(tell: Tell) -> None:
+    fuzz("manifests", 4000, Tally(), judge_manifest, lambda random: mutate_json(random, FULL), tell=tell)
 
 
-def test_no_prototype_manifest_is_two_things(capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_prototype_manifest_is_two_things(tell: Tell) -> None:
     good = zip_forge.prototype_manifest()
-    fuzz("prototype", 3000, Tally(), judge_prototype, lambda random: mutate_json(random, good), capfd=capfd)
+    fuzz("prototype", 3000, Tally(), judge_prototype, lambda random: mutate_json(random, good), tell=tell)
 
 
-def test_no_signature_deceives(capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_signature_deceives(tell: Tell) -> None:
     kinds = sorted(ssh_kit.KINDS)
     signatures = [ssh_kit.key(kind=kind).sign(MESSAGE) for kind in kinds]
     lines = "".join(f"{kind} {ssh_kit.key(kind=kind).line}\n" for kind in kinds)
     tally = Tally()
     make = lambda random: mutate_signature(random, random.choice(signatures), signatures)  # noqa: E731
-    fuzz("signatures", 2000, tally, SignatureJudge(lines, tally), make, capfd=capfd)
+    fuzz("signatures", 2000, tally, SignatureJudge(lines, tally), make, tell=tell)
 
 
-def test_no_file_of_signers_is_two_things(capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_file_of_signers_is_two_things(tell: Tell) -> None:
     alice, bob = ssh_kit.key(), ssh_kit.key("bob")
     lines = (
         f'alice namespaces="asyncsup-patch",valid-after="20260101Z" {alice.line} a comment\n'
@@ -139,7 +137,7 @@ def test_no_file_of_signers_is_two_things(capfd: pytest.CaptureFixture[str]) -> 
     )
     tally = Tally()
     make = lambda random: mutate_lines(random, lines).encode("utf-8", "replace")  # noqa: E731
-    fuzz("signers", 500, tally, SignersJudge(alice.sign(MESSAGE), tally), make, capfd=capfd)
+    fuzz("signers", 500, tally, SignersJudge(alice.sign(MESSAGE), tally), make, tell=tell)
     assert tally.compared["ssh-keygen"] > 30
 
 
@@ -152,7 +150,7 @@ CHECKSUM_PIECES: Final = (
 )  # fmt: skip
 
 
-def test_no_checksum_file_is_two_things(memory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_checksum_file_is_two_things(memory: Path, tell: Tell) -> None:
     """What is found stands there, at the beginning of a line, and is the only one for this name."""
     listed = memory / "p.zip.sha256"
 
@@ -171,7 +169,7 @@ def test_no_checksum_file_is_two_things(memory: Path, capfd: pytest.CaptureFixtu
     def make(random: Random) -> bytes:
         return b"".join(random.choice(CHECKSUM_PIECES) for _ in range(random.randint(1, 8)))
 
-    fuzz("checksums", 4000, Tally(), judge, make, capfd=capfd)
+    fuzz("checksums", 4000, Tally(), judge, make, tell=tell)
 
 
 # --- no structure at all ------------------------------------------------------------------------------------

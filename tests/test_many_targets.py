@@ -6,8 +6,8 @@ import json
 import sys
 import time
 
-import pytest
 from conftest import Serve
+from told import Tell
 
 from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
@@ -30,9 +30,7 @@ with target:
 """
 
 
-def test_a_hundred_targets_start_and_acknowledge_one_warm_patch(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hundred_targets_start_and_acknowledge_one_warm_patch(serve: Serve, tell: Tell) -> None:
     names = [f"t{number:03d}" for number in range(TARGETS)]
     (serve.folder / "program.py").write_text(PROGRAM)
     lines = [
@@ -68,9 +66,8 @@ def test_a_hundred_targets_start_and_acknowledge_one_warm_patch(
         assert (serve.folder / name / "data.txt").read_text() == "new"
     steps = {step["step"]: step["took"] for step in report["steps"] if step["took"] is not None}
     slowest = max(i["reload_took"] for i in told)
-    with capsys.disabled():
-        print(
-            f"\n{TARGETS} targets: ready after {started - began:.1f} s; patched in {report['took']:.2f} s, "
-            f"switch {steps['switch'] * 1e3:.1f} ms, last acknowledgement after {slowest * 1e3:.0f} ms"
-        )
+    tell(
+        f"{TARGETS} targets: ready after {started - began:.1f} s; patched in {report['took']:.2f} s, "
+        f"switch {steps['switch'] * 1e3:.1f} ms, last acknowledgement after {slowest * 1e3:.0f} ms"
+    )
     client.close()

@@ -9,26 +9,25 @@ must be as good as it says. ``ASYNCSUP_TESTS=all`` looks further before it belie
 from __future__ import annotations
 
 import functools
-import os
-import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import pytest
+from chance import EVERYTHING, dice
 from power_kit import LeftOut, Recording, Search, record
 from power_model import LINK, Names, Sync
 from power_plays import PLAYS, Scene
 from store_kit import memory_folder
 from sync_sites import recorded_syncs, sync_sites, syncs_of
+from told import Tell
 from traced import require_strace
 
 from asyncsup.patch.look import TEMPORARY_PREFIX
 
 pytestmark = pytest.mark.timeout(900)
 
-EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 
 SEARCHES: Final = (Search(15, 0), Search(15, 3), Search(60, 10), Search(None, 40))
 """One after the other, each in all recordings in which the sync is, the short ones first."""
@@ -185,19 +184,19 @@ def looked_for(
     what: str, syncs: Mapping[str, Sequence[int]], recordings: Mapping[str, Recording]
 ) -> str | None:
     """What goes wrong without these syncs; None if nothing that was looked at does."""
-    dice = random.Random(what)
+    random = dice(what)
     left_out = functools.cache(lambda name: LeftOut(recordings[name], syncs[name]))
     soonest = [name for name in syncs if name == SHOWN_BY.get(what)]
     for names in (soonest, list(syncs)):
         for search in SEARCHES_FOR_EXEMPT if what in EXEMPT else SEARCHES:
             for name in names:
-                broken = left_out(name).what_goes_wrong(dice, search)
+                broken = left_out(name).what_goes_wrong(random, search)
                 if broken is not None:
                     return str(broken)
     return None
 
 
-def test_no_sync_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_sync_can_be_left_out(tell: Tell) -> None:
     assert len(SITES) > 60
     assert {*EXEMPT, *NOT_REACHED, *SHOWN_BY} <= set(map(str, SITES)), "a word about what is not there"
     amiss: list[str] = []
@@ -220,8 +219,7 @@ def test_no_sync_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
                 amiss.append(f"{what}: nothing is wrong without it")
             elif wrong is not None and what in EXEMPT:
                 amiss.append(f"{what}: it is needed after all: {wrong}")
-    with capsys.disabled():
-        print(f"\nsyncs left out, one at a time: {count} ", end="")
+    tell(", ".join(f"{number} {what}" for what, number in count.items()))
     assert not amiss, "\n".join(amiss)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Serve, wait_for
 from store_kit import package, write_tree
+from told import Tell
 
 from asyncsup.client import ControlClient
 
@@ -32,7 +33,7 @@ def said(client: ControlClient) -> dict[str, dict[str, int]]:
 
 @pytest.mark.timeout(300)
 def test_who_reads_after_its_reload_finds_the_new_build_and_who_pins_finds_one_build_at_any_time(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
+    serve: Serve, tell: Tell
 ) -> None:
     command = json.dumps([sys.executable, str(PROGRAM)])
     text = ['[patch]\ntrust = "none"\nprobation = "0s"\nack_timeout = "60s"\n']
@@ -59,9 +60,8 @@ def test_who_reads_after_its_reload_finds_the_new_build_and_who_pins_finds_one_b
         counts = said(client)
         after = [i["pid"] for target in client.call("status")["targets"] for i in target["instances"]]
     assert after == pids
-    with capsys.disabled():
-        for name, found in counts.items():
-            print(f"\n{name}: {found}", end="")
+    for name, found in sorted(counts.items()):
+        tell(f"{PATCHES} patches: {name}, {found}")
     assert len(counts) == sum(INSTANCES.values())
     for found in counts.values():
         assert found["pinned_mixes"] == 0

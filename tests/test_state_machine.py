@@ -5,7 +5,8 @@ After each step every file of every target must be what the model (`files_model.
 be the one it was, unless the step was about to replace it; every process must have been told, and of the
 right build; what is stopped stays stopped; and the history must tell what happened.
 
-By default the same plays are given each time. ``ASYNCSUP_TESTS=all`` looks for new ones, for longer.
+By default the same plays are given each time (`chance.py`). ``ASYNCSUP_TESTS=all`` looks for new ones,
+for longer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from chance import EVERYTHING, SEED
 from conftest import Asked, Serve, targets_in, wait_for
 from files_model import (
     Edit,
@@ -39,7 +41,7 @@ from files_model import (
     cells,
     package_arguments,
 )
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -50,14 +52,13 @@ from hypothesis.stateful import (
 )
 from store_kit import MEMORY, look, package, write_tree
 from test_store_machine import POINTS
+from told import Tell
 
 from asyncsup import failpoints
 from asyncsup.errors import AsyncsupError, RemoteError
 from asyncsup.patch.build import build_prototype_patch
 from asyncsup.patch.doctor import diagnose
 from asyncsup.patch.manifest import Kind, Op
-
-EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 
 PROGRAMS: Final = Path(__file__).parent / "programs"
 ORIGINAL: Final[Tree] = {
@@ -319,11 +320,12 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     # --- the supervisor -------------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, *, crashed: bool = False) -> None:
+        """Start it; after a crash it knows what was stopped."""
         self.client = self.serve.start()
         for name, target in self.targets.items():
             target.pids = []
-            target.up = target.up or "unless-stopped" not in KITS[name].more
+            target.up = target.up or not (crashed or "unless-stopped" in KITS[name].more)
             self.renewed(name)
 
     def orphans(self) -> list[int]:
@@ -363,7 +365,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             self.files_are_whole()
             self.end_orphans()
             self.interrupted()
-        self.start()
+        self.start(crashed=not gently)
         COUNTS["restarts of the supervisor" if gently else "crashes of the supervisor"] += 1
 
     # --- patches --------------------------------------------------------------------------------------------
@@ -903,7 +905,7 @@ class SupervisorMachine(RuleBasedStateMachine):
                 self.targets[name].files.cut_off({p: (self.root(name) / p).is_symlink() for p in edits})
         if died:
             self.end_orphans()
-            self.start()
+            self.start(crashed=True)
             for name in names:
                 self.client.call("patch.prune", target=name, keep=KEEP)
             return
@@ -993,13 +995,12 @@ class SupervisorMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(3600 if EVERYTHING else 900)
-def test_the_supervisor_does_what_the_model_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_supervisor_does_what_the_model_does(tell: Tell) -> None:
     run_state_machine_as_test(
-        SupervisorMachine,
+        seed(SEED)(SupervisorMachine),
         settings=settings(
             max_examples=300 if EVERYTHING else 3,
             stateful_step_count=60 if EVERYTHING else 30,
-            derandomize=not EVERYTHING,
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -1007,5 +1008,4 @@ def test_the_supervisor_does_what_the_model_does(capsys: pytest.CaptureFixture[s
             phases=[Phase.generate],
         ),
     )
-    with capsys.disabled():
-        print("\n" + ", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())), end="")
+    tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))

@@ -5,8 +5,8 @@ step, and programs write in between. A crash leaves everything as it lies; a kil
 child that makes the next call. Hypothesis finds the orders; the model (`files_model.py`) says what the files
 must be after each step.
 
-By default the same plays are given each time. ``ASYNCSUP_TESTS=all`` looks for new ones, for longer, and
-makes one that fails as short as it can.
+By default the same plays are given each time (`chance.py`). ``ASYNCSUP_TESTS=all`` looks for new ones, for
+longer, and makes one that fails as short as it can.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from chance import EVERYTHING, SEED
 from files_model import (
     Edit,
     FilesModel,
@@ -40,7 +41,7 @@ from files_model import (
     cells,
     package_arguments,
 )
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -51,6 +52,7 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 from store_kit import MEMORY, info, look, open_store, package, write_tree
+from told import Tell
 
 from asyncsup import failpoints
 from asyncsup.errors import AsyncsupError, StateError
@@ -59,8 +61,6 @@ from asyncsup.patch.manifest import Kind, Op
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import Policy
 from asyncsup.patch.store import Store
-
-EVERYTHING: Final = os.environ.get("ASYNCSUP_TESTS") == "all"
 
 ORIGINAL: Final[Tree] = {
     "a": b"original a",
@@ -592,13 +592,12 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(3600 if EVERYTHING else 600)
-def test_the_store_does_what_the_model_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_store_does_what_the_model_does(tell: Tell) -> None:
     run_state_machine_as_test(
-        StoreMachine,
+        seed(SEED)(StoreMachine),
         settings=settings(
             max_examples=5000 if EVERYTHING else 40,
             stateful_step_count=60,
-            derandomize=not EVERYTHING,
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -607,5 +606,4 @@ def test_the_store_does_what_the_model_does(capsys: pytest.CaptureFixture[str]) 
             phases=[Phase.generate, Phase.shrink] if EVERYTHING else [Phase.generate],
         ),
     )
-    with capsys.disabled():
-        print("\n" + ", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())), end="")
+    tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))

@@ -26,6 +26,7 @@ from store_kit import (
     target,
     write_tree,
 )
+from told import Tell
 
 from asyncsup import failpoints
 from asyncsup.errors import PatchRefusedError
@@ -104,7 +105,7 @@ PATCHES = 250
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_pinned_reader_never_sees_a_mix_and_an_unpinned_one_does(
-    layout: Layout, base: Path, capsys: pytest.CaptureFixture[str]
+    layout: Layout, base: Path, tell: Tell
 ) -> None:
     """One reader by the SDK's snapshot and one by plain paths, both at the same time."""
     where = target(base, layout)
@@ -125,9 +126,8 @@ def test_a_pinned_reader_never_sees_a_mix_and_an_unpinned_one_does(
         for build in range(2, PATCHES + 2):
             patch_to(build)
     store.close()
-    with capsys.disabled():
-        for how, (passes, mixes) in (("pinned", pinned), ("unpinned", unpinned)):
-            print(f"\n{layout.value}, {PATCHES} patches: {how}, {mixes} mixes in {passes} passes", end="")
+    for how, (passes, mixes) in (("pinned", pinned), ("unpinned", unpinned)):
+        tell(f"{PATCHES} patches: {how}, {mixes} mixes in {passes} passes")
     assert pinned[0] > PATCHES
     assert pinned[1] == 0
     assert unpinned[1] > 0, "the control: without mixes here, nothing above is proved"

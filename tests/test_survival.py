@@ -20,6 +20,7 @@ import pytest
 from conftest import Serve, alive, children_of, end_process, processes_of_this_run, wait_for
 from test_patching import Field
 from test_supervisor import QUICK, SLEEPER, instance, reached, target
+from told import Tell
 
 from asyncsup.child import pidfd_inode, read_facts
 from asyncsup.client import ControlClient
@@ -698,7 +699,7 @@ def test_strays_are_reaped_and_forgotten(serve: Serve) -> None:
     client.close()
 
 
-def test_the_keeper_is_small(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_keeper_is_small(serve: Serve, tell: Tell) -> None:
     client = up(serve, f"[target.web]\n{SLEEPER}")
     assert serve.process is not None
     loaded = Path(f"/proc/{serve.process.pid}/maps").read_text()
@@ -706,8 +707,7 @@ def test_the_keeper_is_small(serve: Serve, capsys: pytest.CaptureFixture[str]) -
         assert library not in loaded
     rollup = Path(f"/proc/{serve.process.pid}/smaps_rollup").read_text()
     pss = int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[0])
-    with capsys.disabled():
-        print(f"\nkeeper: {pss / 1024:.1f} MiB PSS")
+    tell(f"{pss / 1024:.1f} MiB PSS")
     assert pss < 12 * 1024
     client.close()
 
@@ -765,7 +765,7 @@ def test_a_supervisor_that_does_not_come_up_any_more_is_given_up() -> None:
 # --- how long it takes --------------------------------------------------------------------------------------
 
 
-def test_three_hundred_instances_are_taken_back(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_hundred_instances_are_taken_back(serve: Serve, tell: Tell) -> None:
     client = serve.start(f"[target.many]\n{SLEEPER}instances = 300\nmin_uptime = 0\n")
     client.call("wait", {"names": ["many"], "for": "ready", "timeout": 100})
     before = pids(client)
@@ -777,8 +777,7 @@ def test_three_hundred_instances_are_taken_back(serve: Serve, capsys: pytest.Cap
     assert pids(client) == before
     assert client.call("supervisor.info")["adopted"] == 300
     found = re.findall(r"300 of 300 instances taken back in (\d+) ms", serve.errors())
-    with capsys.disabled():
-        print(f"\n300 instances taken back in {found[-1]} ms; answers {took:.2f} s after the kill")
+    tell(f"taken back in {found[-1]} ms; answers {took:.2f} s after the kill")
     client.close()
 
 

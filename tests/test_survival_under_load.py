@@ -13,7 +13,6 @@ import contextlib
 import gzip
 import json
 import os
-import random
 import re
 import signal
 import sys
@@ -23,15 +22,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from chance import EVERYTHING, dice
 from conftest import Serve, end_process, processes_of_this_run, wait_for
 from test_patching import PROGRAM
+from told import Tell
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import AsyncsupError
 from asyncsup.patch.build import build_patch
 from asyncsup.patch.manifest import Kind
 
-KILLS = 200 if os.environ.get("ASYNCSUP_TESTS") == "all" else 16
+KILLS = 200 if EVERYTHING else 16
 LONGEST_LIFE_SECONDS = 1.5
 PATIENCE_SECONDS = 200.0
 """Until all the output is written that has piled up, on a machine with other things to do."""
@@ -191,10 +192,10 @@ def test_killed_at_random_moments_it_loses_nothing_and_doubles_nothing(
     kill: Callable[[Serve], None],
     times: int,
     floods: Floods,
-    capsys: pytest.CaptureFixture[str],
+    tell: Tell,
 ) -> None:
     stage = Stage(serve, floods)
-    dice = random.Random(os.environ.get("ASYNCSUP_SEED") or 1)
+    random = dice("kills")
     serve.start().close()
     patching = Patching(stage)
     patching.start()
@@ -211,7 +212,7 @@ def test_killed_at_random_moments_it_loses_nothing_and_doubles_nothing(
                     patched = everybody_runs(client)
             if number % 2:
                 patching.progress()
-        time.sleep(dice.uniform(0, LONGEST_LIFE_SECONDS))
+        time.sleep(random.uniform(0, LONGEST_LIFE_SECONDS))
         kill(serve)
     took = time.monotonic() - began
     client = serve.connect()
@@ -235,11 +236,10 @@ def test_killed_at_random_moments_it_loses_nothing_and_doubles_nothing(
     )
     lines, lives = check_lines(stage)
     assert "Traceback" not in serve.errors()
-    with capsys.disabled():
-        print(
-            f"\n{times} kills in {took:.0f} s: {lives} processes, {lines} lines, {patching.applied} patches; "
-            f"at least {taken_back} times a process was taken back"
-        )
+    tell(
+        f"{times} kills in {took:.0f} s: {lives} processes, {lines} lines, {patching.applied} patches; "
+        f"at least {taken_back} times a process was taken back"
+    )
 
 
 def everybody_runs(client: ControlClient) -> int:
