@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -446,6 +447,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self, patch: Patch, names: Sequence[str], fault: Fault | None, victim: str, *, retry: bool = False
     ) -> None:
         """Apply a patch to free targets, and see what comes of it."""
+        COUNTS["submitted"] += 1
         params: dict[str, Any] = {"path": str(patch.path), "retry_held": retry}
         if not patch.targets:
             params["target"] = names[0]
@@ -654,6 +656,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         flight: Flight = self.pick(self.flights, number)
         report = self.client.call("patch.abort", id=str(flight.txn))
         assert report["verdict"] == ("rolled_back" if flight.waiting is None else "refused"), report
+        COUNTS[f"aborted: {report['verdict']}"] += 1
         self.undone(flight)
         self.next_in_line()
 
@@ -757,7 +760,8 @@ class SupervisorMachine(RuleBasedStateMachine):
     @rule(number=which, keep=st.integers(0, 2))
     def prune(self, number: int, keep: int) -> None:
         name = self.pick(NAMES, number)
-        self.client.call("patch.prune", target=name, keep=keep)
+        pruned = self.client.call("patch.prune", target=name, keep=keep)["pruned"]
+        COUNTS["generations pruned"] += sum(map(len, pruned.values()))
         move = next((flight.moves[name] for flight in self.flights if name in flight.moves), None)
         self.targets[name].files.prune(keep, move)
 
@@ -885,7 +889,8 @@ class SupervisorMachine(RuleBasedStateMachine):
             passed = file.read().decode(errors="replace").split()
         died = does == "kill" and point in passed
         switched, committed = ("store.switch.renamed" in passed), ("store.commit.recorded" in passed)
-        COUNTS[f"{does} inside: {'committed' if committed else 'undone'}"] += 1
+        if point in passed:
+            COUNTS[f"{does} inside: {'committed' if committed else 'undone'}"] += 1
         moves = self.stage(patch, names) if switched else {}
         for name, move in moves.items():
             self.targets[name].files.switch(move)
@@ -994,8 +999,83 @@ class SupervisorMachine(RuleBasedStateMachine):
         assert sorted(told) == sorted(self.committed)
 
 
+# --- what must not be left to chance ------------------------------------------------------------------------
+
+
+def fault(step: str, how: str) -> Fault:
+    return next(each for each in FAULTS if (each.step, each.how) == (step, how))
+
+
+SDK, TREE = NAMES.index("sdk"), NAMES.index("tree")
+PATCH: Final = partial(
+    SupervisorMachine.patch,
+    first=SDK, count=1, wanted=[("a.txt", "modify")], kind=Kind.WARM, odd="", fault=None, victim=0,
+)  # fmt: skip
+BOTH: Final = partial(PATCH, count=2)
+HAND: Final = partial(PATCH, first=NAMES.index("hand"))
+KILLED_INSIDE: Final = partial(
+    SupervisorMachine.patch_and_fail_inside,
+    first=SDK, count=2, wanted=[("b.txt", "modify")], kind=Kind.WARM, does="kill",
+)  # fmt: skip
+
+WRITTEN: Final[Sequence[Callable[[SupervisorMachine], None]]] = (
+    BOTH,
+    PATCH,
+    partial(SupervisorMachine.roll_back, number=SDK, together=False),
+    partial(BOTH, fault=fault("prepare", "refuse")),
+    partial(BOTH, fault=fault("reload", "fail")),
+    partial(PATCH, fault=fault("prepare", "never")),
+    # Files are looked at before anybody is asked: those of the second target are not as they were.
+    partial(SupervisorMachine.program_acts, number=TREE, path="a.txt", how="write"),
+    BOTH,
+    partial(PATCH, wanted=[("b.txt", "modify")]),
+    partial(SupervisorMachine.prune, number=SDK, keep=0),
+    partial(BOTH, wanted=[("b.txt", "modify")], fault=fault("prepare", "wait")),
+    partial(SupervisorMachine.abort, number=0),
+    HAND,
+    partial(SupervisorMachine.abort, number=0),
+    HAND,
+    partial(SupervisorMachine.restart_supervisor, gently=False),
+    partial(KILLED_INSIDE, point="store.switch.recorded"),
+    partial(KILLED_INSIDE, point="store.commit.recorded"),
+    partial(SupervisorMachine.restart_supervisor, gently=True),
+    PATCH,
+)
+MUST_HAPPEN: Final = (
+    *("submitted", "crashes of the supervisor", "kill inside: undone", "kill inside: committed"),
+    *("restarts of the supervisor", "failed: prepare refuse", "failed: reload fail", "failed: prepare never"),
+    *("refused: gate.drift", "rollback over 1", "generations pruned"),
+    *("aborted: refused", "aborted: rolled_back"),
+)
+"""Submit, crash, restart, nack, time-out, drift, rollback, prune, abort."""
+
+
+def tell_counts(tell: Tell) -> None:
+    tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))
+
+
+def test_whatever_is_to_happen_does(tell: Tell) -> None:
+    COUNTS.clear()
+    machine = SupervisorMachine()
+    try:
+        for number, step in enumerate(WRITTEN):
+            try:
+                step(machine)
+                machine.files_are_what_they_should_be()
+                machine.processes_are_what_they_should_be()
+                machine.history_agrees()
+            except Exception as error:
+                error.add_note(f"in step {number}: {step}")
+                raise
+    finally:
+        machine.teardown()
+    tell_counts(tell)
+    assert [what for what in MUST_HAPPEN if not COUNTS[what]] == []
+
+
 @pytest.mark.timeout(3600 if EVERYTHING else 900)
 def test_the_supervisor_does_what_the_model_does(tell: Tell) -> None:
+    COUNTS.clear()
     run_state_machine_as_test(
         seed(SEED)(SupervisorMachine),
         settings=settings(
@@ -1008,4 +1088,4 @@ def test_the_supervisor_does_what_the_model_does(tell: Tell) -> None:
             phases=[Phase.generate],
         ),
     )
-    tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))
+    tell_counts(tell)

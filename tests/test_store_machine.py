@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -248,6 +249,7 @@ class StoreMachine(RuleBasedStateMachine):
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert status in {0, 2, -signal.SIGKILL}, output.read_text()
+        COUNTS["killed at a point"] += status == -signal.SIGKILL
         return output.read_text().split()
 
     @contextmanager
@@ -408,6 +410,7 @@ class StoreMachine(RuleBasedStateMachine):
             with self._failing_at(point):
                 self._act(self.store, each)
         except (AsyncsupError, OSError):
+            COUNTS["failed at a point"] += 1
             if each.switched and point == "store.finish.recorded":
                 self._committed(each)  # Nothing that fails after the confirmation undoes it.
             else:
@@ -512,7 +515,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=which, keep=st.integers(0, 3))
     def prune(self, number: int, keep: int) -> None:
         name = self._pick(list(self.targets), number)
-        self.store.prune(name, keep)
+        COUNTS["generations pruned"] += len(self.store.prune(name, keep))
         self.models[name].prune(keep, self._move(name))
 
     def _release(self, name: str) -> None:
@@ -591,8 +594,65 @@ class StoreMachine(RuleBasedStateMachine):
         assert sorted(told) == sorted(self.ended)
 
 
+# --- what must not be left to chance ------------------------------------------------------------------------
+
+PATCH: Final = partial(
+    StoreMachine.patch,
+    first=0, count=2, wanted=[("a", "modify")], kind=Kind.WARM, fits=True, policy="refuse", steps=9,
+)  # fmt: skip
+CRASH: Final = partial(StoreMachine.crash, number=0, does="next call")
+
+WRITTEN: Final[Sequence[Callable[[StoreMachine], None]]] = (
+    PATCH,
+    PATCH,
+    partial(StoreMachine.roll_back, first=0, count=2, policy="refuse", steps=9),
+    partial(StoreMachine.program_acts, number=0, path="a", how="write"),
+    partial(PATCH, fits=False),
+    partial(PATCH, fits=False, policy="overwrite"),
+    partial(PATCH, steps=1),
+    partial(CRASH, point="store.stage.recorded"),
+    partial(PATCH, steps=3),
+    partial(CRASH, point="store.commit.recorded"),
+    partial(PATCH, steps=2),
+    partial(StoreMachine.fail, number=0, point="store.switch.renamed"),
+    PATCH,
+    partial(StoreMachine.prune, number=0, keep=1),
+    partial(StoreMachine.crash, number=0, point="store.release.begun", does="release"),
+    PATCH,
+)
+MUST_HAPPEN: Final = (
+    *("apply committed when switched", "rollback committed when switched", "refused: gate.drift"),
+    *("killed at a point", "failed at a point", "apply rolled_back when staged", "generations pruned"),
+)
+
+
+def tell_counts(tell: Tell) -> None:
+    tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))
+
+
+def test_whatever_is_to_happen_does(tell: Tell) -> None:
+    COUNTS.clear()
+    machine = StoreMachine()
+    try:
+        for number, step in enumerate(WRITTEN):
+            try:
+                step(machine)
+                machine.files_are_what_they_should_be()
+                machine.the_store_says_so()
+                machine.what_is_pinned_stays()
+                machine.history_agrees()
+            except Exception as error:
+                error.add_note(f"in step {number}: {step}")
+                raise
+    finally:
+        machine.teardown()
+    tell_counts(tell)
+    assert [what for what in MUST_HAPPEN if not COUNTS[what]] == []
+
+
 @pytest.mark.timeout(3600 if EVERYTHING else 600)
 def test_the_store_does_what_the_model_does(tell: Tell) -> None:
+    COUNTS.clear()
     run_state_machine_as_test(
         seed(SEED)(StoreMachine),
         settings=settings(
@@ -606,4 +666,4 @@ def test_the_store_does_what_the_model_does(tell: Tell) -> None:
             phases=[Phase.generate, Phase.shrink] if EVERYTHING else [Phase.generate],
         ),
     )
-    tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))
+    tell_counts(tell)
