@@ -2,11 +2,12 @@
 
 A row of the note is a row here: ``zip-01`` to ``zip-54`` are archives, ``M1`` to ``M26`` manifests and gates,
 ``T1`` to ``T9`` signatures, ``L1`` to ``L7`` the prototype's packages. `CASES` are the packages; `ELSEWHERE`
-says of rows that no package can show which test does, and of rows that have no meaning here why.
+says of what no package can show which tests do, `MEANINGLESS` of rows that have no meaning here why.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import stat
@@ -20,6 +21,8 @@ import zip_forge
 from ssh_kit import key
 from test_manifest import BAD_PATHS
 from zip_forge import FILES, JOB, NOTE, Part, extra, folder, forge, manifest_part, streamed
+
+from asyncsup.patch import delta
 
 SIGNERS: Final = ("alice", "bob")
 """Whoever has to sign: both of them."""
@@ -123,6 +126,7 @@ class Case:
         code: what it is refused with; empty where it is accepted.
         note: where the verdict is another one than the note's, on purpose: why.
         asked: parameters of `patch.apply` beside the package.
+        plan: what the plan for one that is accepted says.
     """
 
     row: str
@@ -131,6 +135,7 @@ class Case:
     code: str = ""
     note: str = ""
     asked: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -669,7 +674,13 @@ MANIFESTS: Final = (
 # --- gates --------------------------------------------------------------------------------------------------
 
 REGION, BUILD, FLOOR = "us-east-1", 200, 150
-ROOT: Final = {"there.txt": b"written by the program", "same.txt": b"as delivered", "real/x.txt": b"x"}
+BASE: Final = NOISE[:4096]
+ROOT: Final = {
+    "there.txt": b"written by the program",
+    "same.txt": b"as delivered",
+    "real/x.txt": b"x",
+    "data.bin": BASE,
+}
 """What lies in the root of the target `pricer`, beside `linked`, a link to `real`."""
 
 
@@ -717,6 +728,7 @@ GATES: Final = (
             ),
             Part(name="files/same.txt", data=ROOT["same.txt"]),
         ),
+        plan={"verdict": "already"},
     ),
     _gate("M18", "same build, other content", "gate.build_conflict", build=BUILD),
     _gate(
@@ -740,6 +752,35 @@ GATES: Final = (
     ),
     _gate("M25", "warm, where only cold is taken", "gate.kind", targets=["cold-only"]),
 )
+
+# --- deltas -------------------------------------------------------------------------------------------------
+
+OTHER: Final = NOISE[4096:8192]
+CHANGED: Final = BASE[:2000] + b"changed" + BASE[2000:]
+MOVED, OTHER_MOVED = (b"changed" + content[2000:] + content[:2000] for content in (BASE, OTHER))
+
+
+def _delta(what: str, raw: bytes, code: str, *, base: bytes = BASE, makes: bytes = CHANGED) -> Case:
+    """A package with a delta to `base` that is to make `makes`, whatever it is."""
+    part = Part(name="deltas/data.bin", data=raw, method=0)
+    digest, before, after = (hashlib.sha256(data).hexdigest() for data in (raw, base, makes))
+    listed = {
+        "path": "data.bin", "op": "modified", "size": len(makes), "sha256": after, "base_sha256": before,
+        "delta": {"format": "zstd-patch", "base_sha256": before, "sha256": digest, "size": len(raw)},
+    }  # fmt: skip
+    manifest = _with_change(listed)
+    return Case(row="M26", what=what, make=lambda p: p.of(manifest, *FILES, part), code=code)
+
+
+DELTAS: Final = (
+    _delta("delta", delta.make(BASE, CHANGED), ""),
+    _delta("to another file", delta.make(OTHER, CHANGED), "gate.base", base=OTHER),
+    _delta("to another file than it says", delta.make(OTHER, OTHER_MOVED), "digest.sha256"),
+    _delta("that makes another file", delta.make(BASE, CHANGED), "digest.sha256", makes=MOVED),
+    _delta("cut off", delta.make(BASE, CHANGED)[:-3], "delta.invalid"),
+    _delta("that is none", b"not a delta", "delta.invalid"),
+)
+"""Whether it is right shows only where its base is, so they are no cases for the package alone."""
 
 # --- signatures ---------------------------------------------------------------------------------------------
 
@@ -801,7 +842,15 @@ SIGNATURES: Final = (
 # --- the prototype's packages -------------------------------------------------------------------------------
 
 
-def _legacy(row: str, what: str, code: str, *, asked: dict[str, Any] | None = None, **keys: Any) -> Case:
+def _legacy(
+    row: str,
+    what: str,
+    code: str,
+    *,
+    asked: dict[str, Any] | None = None,
+    plan: dict[str, Any] | None = None,
+    **keys: Any,
+) -> Case:
     layout = {key: keys.pop(key) for key in ("also", "without") if key in keys}
     return Case(
         row=row,
@@ -809,6 +858,7 @@ def _legacy(row: str, what: str, code: str, *, asked: dict[str, Any] | None = No
         make=lambda _: zip_forge.prototype(zip_forge.prototype_manifest(**keys), **layout),
         code=code,
         asked=asked or {},
+        plan=plan or {},
     )
 
 
@@ -828,31 +878,55 @@ LEGACY: Final = (
     _legacy("L4", "source not listed", "manifest.extra_file", also=(Part(name="patch/new/more.json"),)),
     _legacy("L5", "two entries, one destination", "manifest.duplicate", newfiles=_item() + _item()),
     _legacy("L5", "deleted and new", "manifest.duplicate", delfiles=_item()),
-    _legacy("L6", "deletes what is not there", ""),
-    _legacy("L7", "says nothing of justres", "", justres=None),
+    _legacy("L6", "deletes what is not there", "", plan={"kind": "warm"}),
+    _legacy("L7", "says nothing of justres", "", plan={"kind": "cold"}, justres=None),
 )
 
-CASES: Final = (*ARCHIVES, *MANIFESTS, *GATES, *SIGNATURES, *LEGACY)
+CASES: Final = (*ARCHIVES, *MANIFESTS, *GATES, *DELTAS, *SIGNATURES, *LEGACY)
 
-ELSEWHERE: Final[dict[str, tuple[str, str]]] = {
+ELSEWHERE: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "M10": (
+        "swapped in while it is staged",
+        ("test_store_refusals.test_a_folder_swapped_for_a_link_during_staging_leads_nowhere",),
+    ),
     "M14": (
         "the file has to be delivered first",
-        "test_store_refusals.test_a_leaf_the_program_has_replaced_is_detached",
+        ("test_store_refusals.test_a_leaf_the_program_has_replaced_is_detached",),
     ),
     "M21": (
         "no gate asks a target; one that does not answer `prepare` has refused",
-        "test_patching.test_a_target_that_does_not_give_its_go_ahead_keeps_everything",
+        ("test_patching.test_a_target_that_does_not_give_its_go_ahead_keeps_everything",),
+    ),
+    "M22": (
+        "the clock has to be behind the last time seen",
+        ("test_audit_live.test_nothing_that_has_expired_comes_back_to_life_while_the_clock_is_behind",),
     ),
     "M23": (
         "the patch has to be rolled back first",
-        "test_patching.test_a_patch_on_hold_is_tried_again_only_when_told_to",
+        ("test_patching.test_a_patch_on_hold_is_tried_again_only_when_told_to",),
     ),
-    "M24": ("the disk has to be full", "test_space.test_too_few_inodes_are_noticed_before_staging"),
-    "M26": ("to be shown with the deltas", ""),
-    "T4": ("there is one role; a key for something else has other `namespaces`", ""),
-    "T5": ("no root document: `allowed_signers` is the operator's own file on each host", ""),
-    "T6": ("the same; a key has `valid-before`, and a rollback asks for no signature", ""),
-    "T8": ("no roll-out documents: `build` and `build_floor` of the patch itself, and its `expires`", ""),
-    "T9": ("the same: a package stands for itself", ""),
+    "M24": (
+        "the disk has to be full",
+        (
+            "test_store.test_a_disk_too_small_for_the_patch_is_noticed_before_and_while_staging",
+            "test_space.test_too_few_inodes_are_noticed_before_staging",
+        ),
+    ),
+    "M26": (
+        "without a supervisor, and with every policy on drift",
+        (
+            "test_delta.test_a_delta_to_another_file_is_refused_before_anything_is_staged",
+            "test_delta.test_each_fault_of_a_delta_has_its_verdict",
+        ),
+    ),
 }
-"""Rows that are no package: why, and the test that shows it."""
+"""Rows, or a part of them, that are no package: why, and the tests that show it."""
+
+MEANINGLESS: Final[dict[str, str]] = {
+    "T4": "there is one role; a key for something else has other `namespaces`",
+    "T5": "no root document: `allowed_signers` is the operator's own file on each host",
+    "T6": "the same; a key has `valid-before`, and a rollback asks for no signature",
+    "T8": "no roll-out documents: `build` and `build_floor` of the patch itself, and its `expires`",
+    "T9": "the same: a package stands for itself",
+}
+"""Rows about what does not exist here, and what is there instead."""
