@@ -94,6 +94,10 @@ class Fault:
         return f"{self.what}{', and from then on,' if self.lasting else ''} at {self.point.text}"
 
     @property
+    def kind(self) -> str:
+        return f"{self.what}, lasting" if self.lasting else self.what
+
+    @property
     def options(self) -> list[str]:
         if self.what == "KILL":
             injected = [f"{self.point.call}:signal=KILL:when={self.point.when}"]
