@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import zmq
 
 from asyncsup.errors import StateError
+from asyncsup.handshakes import HandshakeWatch
 from asyncsup.readable import is_readable
 from target_sdk.protocol import MAX_FRAMES, MAX_MESSAGE_BYTES
 
@@ -70,10 +71,12 @@ class Curve(NamedTuple):
     Attributes:
         secret: of the supervisor, in Z85.
         domain: what the ZAP handler is told (https://rfc.zeromq.org/spec/27/).
+        on_failure: see `HandshakeWatch`.
     """
 
     secret: bytes
     domain: bytes
+    on_failure: Callable[[str], None]
 
     def apply(self, socket: zmq.Socket[bytes]) -> None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -100,10 +103,18 @@ def private_directory(path: Path, *, searchable: bool = False) -> None:
         path.chmod(mode)
 
 
-def _bind(socket: zmq.Socket[bytes], endpoint: str, mode: int, curve: Curve | None) -> None:
+def _bind(
+    context: zmq.Context[zmq.Socket[bytes]],
+    socket: zmq.Socket[bytes],
+    endpoint: str,
+    mode: int,
+    curve: Curve | None,
+) -> HandshakeWatch | None:
     socket.linger = 0
+    watch = None
     if curve is not None:
         curve.apply(socket)
+        watch = HandshakeWatch(context, socket, curve.on_failure)
     if endpoint.startswith("tcp://["):
         socket.setsockopt(zmq.IPV6, 1)
     socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -111,10 +122,13 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str, mode: int, curve: Curve | No
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
+        if watch is not None:
+            watch.close()
         socket.close()
         raise StateError(f"cannot bind {endpoint}: {error.strerror}") from None
     finally:
         os.umask(before)
+    return watch
 
 
 def _remove(endpoint: str) -> None:
@@ -156,7 +170,7 @@ class Router:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        _bind(self._socket, endpoint, mode, curve)
+        self._watch = _bind(context, self._socket, endpoint, mode, curve)
         self._fd: int = self._socket.FD
         self._loop.add_reader(self._fd, self._drain)
         self._kick()
@@ -179,6 +193,8 @@ class Router:
     def close(self, *, linger: float = 0.0) -> None:
         """Close the socket; what is queued has ``linger`` seconds to leave."""
         self._loop.remove_reader(self._fd)
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(int(linger * 1000))
         _remove(self._endpoint)
 
@@ -231,11 +247,13 @@ class Publisher:
         self._endpoint = endpoint
         self._socket = context.socket(zmq.PUB)
         self._socket.set(zmq.SNDHWM, 100_000)
-        _bind(self._socket, endpoint, mode, curve)
+        self._watch = _bind(context, self._socket, endpoint, mode, curve)
 
     def send(self, topic: bytes, frame: bytes) -> None:
         self._socket.send_multipart([topic, frame], zmq.NOBLOCK)
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close()
         _remove(self._endpoint)

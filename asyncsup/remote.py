@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -29,6 +30,8 @@ ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 ZAP_FRAMES: Final = 9
 """Identity, delimiter, version, request id, domain, address, identity, mechanism, key."""
 
+FAILURE_SECONDS: Final = 60.0
+"""So often a failed handshake is said at most."""
 REBIND_SECONDS: Final = 0.05
 """libzmq closes a socket in a thread of its own; until it has, its port is taken."""
 
@@ -63,7 +66,8 @@ class RemoteAccess:
         self._keys = keys
         self._counters = counters
         self._loop = asyncio.get_running_loop()
-        self._curve = Curve(keys.own_pair().secret, DOMAIN)
+        self._curve = Curve(keys.own_pair().secret, DOMAIN, self._on_failure)
+        self._said_failure = -math.inf
         self._subscribers_keys = frozenset(keys.allowed().keys)
         self._rebinding: asyncio.TimerHandle | None = None
         for problem in keys.allowed().problems:
@@ -116,6 +120,19 @@ class RemoteAccess:
             # With the key: the name may be given another one, which this connection does not have.
             status, text, user = b"200", b"", f"{found.name} {found.public}".encode()
         self._zap.send(peer, b"", version, request, status, text, user, b"")
+
+    def _on_failure(self, reason: str) -> None:
+        """A handshake that did not come as far as a key to be asked about."""
+        self._counters["control.failed_handshakes"] += 1
+        now = self._loop.time()
+        if now - self._said_failure > FAILURE_SECONDS:
+            self._said_failure = now
+            log.warning(
+                "refused a connection to %s: %s (whose it is libzmq does not say; more of them within a "
+                "minute are counted only)",
+                self._endpoint,
+                reason,
+            )
 
     # --- events ---------------------------------------------------------------------------------------------
 

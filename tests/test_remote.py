@@ -170,6 +170,41 @@ def test_another_supervisors_key_is_no_key_of_this_one(site: Site) -> None:
         client.call("status", timeout=2)
     with site.client("anna") as client:
         client.call("status", timeout=60)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.linger = 0
+    dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
+    dealer.curve_serverkey = other
+    dealer.connect(site.endpoint)  # again and again
+    wait_for(lambda: failed_handshakes(local) >= 1, "the handshake to be counted")
+    assert f"refused a connection to {site.endpoint}: it has another public key" in site.serve.errors()
+    dealer.close()
+    context.term()
+    local.close()
+
+
+def failed_handshakes(client: ControlClient) -> int:
+    return int(client.call("supervisor.info")["counters"].get("control.failed_handshakes", 0))
+
+
+def test_connections_without_a_key_are_counted_and_said_once(site: Site) -> None:
+    local = site.start()
+    # The greeting of ZMTP 3.0 for a connection without security, by somebody who stays to hear the answer.
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    for port in [site.port] * 300 + [site.port + 1] * 10:
+        with (
+            contextlib.suppress(ConnectionResetError),
+            socket.create_connection(("127.0.0.1", port), timeout=60) as plain,
+        ):
+            plain.sendall(greeting)
+            while plain.recv(100):
+                pass
+    wait_for(lambda: failed_handshakes(local) == 310, "all handshakes to be counted")
+    # Once a minute: how long this takes is the machine's business.
+    assert 1 <= site.serve.errors().count("it has no key at all") < 100
+    site.allow("anna", "view")
+    with site.client("anna") as client:
+        client.call("status", timeout=60)
     local.close()
 
 
