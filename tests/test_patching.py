@@ -458,6 +458,29 @@ def test_the_gates_refuse_and_nothing_is_touched(field: Field) -> None:
     assert field.picture("web", "other") == before
 
 
+def test_a_warm_patch_of_the_program_itself_is_refused(field: Field) -> None:
+    """Its process would go on with the old one."""
+    field.start("web", "reexec", each={"reexec": "patch = { warm_program = true }"})
+    before = field.picture("web")
+
+    def package(name: str, kind: Kind = Kind.WARM, build: int = 300) -> Path:
+        changed = {"a.txt": "new-a", "program.py": PROGRAM.read_text() + "# changed\n"}
+        return field.package(name, kind=kind, build=build, files=changed)
+
+    warm = package("web")
+    plan = field.client.call("patch.plan", path=str(warm))
+    error = field.refused(warm)
+    assert (error.error_code, error.remote_exit_status) == ("gate.kind", 20)
+    assert (plan["code"], plan["reason"]) == ("gate.kind", error.message)
+    assert "program.py is what the processes of web run" in error.message
+    assert field.picture("web") == before
+    assert field.apply(package("web", Kind.COLD))["verdict"] == "committed"
+    # What is there already needs no permission.
+    again = package("web", build=400)
+    assert field.refused(again).error_code == "gate.kind"
+    assert field.apply(package("reexec"))["verdict"] == "committed"
+
+
 def test_drift_is_refused_and_named(field: Field) -> None:
     field.start("web")
     (field.folder / "web" / "a.txt").write_text("changed by hand")

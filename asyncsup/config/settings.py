@@ -195,6 +195,8 @@ class TargetPatchConfig(PatchConduct, frozen=True, kw_only=True):
 
     allow: Annotated[Kinds, values.ALLOW] = msgspec.field(default_factory=_all_kinds)
     """Kinds of patches the target takes; none at all for `[]`."""
+    warm_program: Annotated[bool, values.BOOLEAN] = False
+    """A warm patch may change the very file that `command` runs: being told makes the program run it anew."""
     canary: Annotated[int, integer(0, 10_000)] = 0
     """Of a cold patch: so many instances first, with a probation of their own, and then the others."""
     max_parallel: Annotated[int | None, integer(1, 10_000)] = None

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from asyncsup.errors import PatchMalformedError, PatchRefusedError
 from asyncsup.patch import delta, fs
 from asyncsup.patch.clock import SeenClock
+from asyncsup.patch.entry import program_files
 from asyncsup.patch.gates import Assessment, Gate, TargetFacts, assess, files_gate, space_gate
 from asyncsup.patch.package import Package
 from asyncsup.patch.plan import FilePlan
@@ -77,6 +78,7 @@ class Examination:
             content_matches=matches,
             allow=target.config.patch.allow,
             held=self._store.held(package.id),
+            program=_program(target),
             highest=marks.highest if marks is not None else None,
             build_floor=marks.floor if marks is not None else None,
             reads_deltas=delta.available(),
@@ -114,3 +116,10 @@ class Examination:
             files=files,
             build_before=state.build,
         )
+
+
+def _program(target: Target) -> frozenset[str]:
+    """The files of a target that are not to change while its processes run on."""
+    config = target.config
+    # Of a oneshot the next run is what counts, and one that runs is not to be broken off for it.
+    return frozenset() if config.patch.warm_program or config.oneshot else program_files(config)

@@ -27,6 +27,7 @@ class TargetFacts(msgspec.Struct, frozen=True, kw_only=True):
         patch: id of the patch its current generation came from; None before the first.
         content_matches: the target's files are already what the patch would make them.
         allow: the kinds of patch its configuration takes.
+        program: the files of its root that only a cold patch may change, as its processes run them.
         held: why this very patch is on hold, None when it is not.
         highest: the highest build a patch has brought the target to, whatever it has now; None before the
             first one.
@@ -41,6 +42,7 @@ class TargetFacts(msgspec.Struct, frozen=True, kw_only=True):
     content_matches: bool
     allow: frozenset[Kind]
     held: str | None
+    program: frozenset[str] = frozenset()
     highest: int | None = None
     build_floor: int | None = None
     reads_deltas: bool = True
@@ -235,6 +237,15 @@ def expiry_gate(manifest: Manifest, now: datetime, seen: datetime | None) -> Gat
 
 def _kind(manifest: Manifest, facts: TargetFacts) -> Gate:
     if manifest.kind in facts.allow:
+        program = [change.path for change in manifest.files if change.path in facts.program]
+        if manifest.kind is Kind.WARM and program:
+            return _closed(
+                "kind",
+                f"{program[0]} is what the processes of {facts.name} run, and a warm patch leaves them as "
+                "they are; build the patch as a cold one (a program that runs its file anew when it is told "
+                "can have `warm_program = true`)",
+                "gate.kind",
+            )
         return _open("kind", f"{manifest.kind.value} patches are allowed")
     allowed = " and ".join(sorted(kind.value for kind in facts.allow))
     taken = f"only {allowed} patches" if allowed else "no patches"
