@@ -247,7 +247,7 @@ class Instance:
             "region": self.hello.region if self.hello is not None else None,
             "detail": self.detail,
             "cgroup": None if self._cgroup is None else str(self._cgroup.path),
-            "lost_bytes": sum(stream.lost_bytes for stream in self.streams.values()),
+            "lost_bytes": sum(stream.lost_bytes for stream in self.open_streams.values()),
             "role": self.role,
         }
 
