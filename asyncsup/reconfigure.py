@@ -152,7 +152,7 @@ class Reconfigurer:
             )
 
         async def start_target(target: Target) -> None:
-            await target.start(target.instances, asked_by=asked_by, wait=False)
+            await target.start(target.startable, asked_by=asked_by, wait=False)
             begun[target.name] = target.instances
 
         await together(

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -263,7 +263,9 @@ class Supervisor:
             on_wanted=self._remember_wanted,
         )
         self._scale_as_remembered(target)
-        target.held_down = target.config.schedule is not None and not self.store.wanted(name)
+        target.held_down = self._stays_down(target)
+        if target.config.remembers_wishes:
+            target.stopped_alone = self.store.stopped_alone(name)
         return target
 
     def _pids(self) -> list[int]:
@@ -517,7 +519,7 @@ class Supervisor:
     async def _autostart(self) -> None:
         async def start(target: Target) -> None:
             try:
-                await target.start(target.instances, asked_by="autostart", wait=False)
+                await target.start(target.startable, asked_by="autostart", wait=False)
             except AsyncsupError as error:
                 log.warning("%s", error.message)
 
@@ -541,7 +543,8 @@ class Supervisor:
         if target is None or target.config.schedule is None:
             return  # by a configuration that is being taken up; the schedules hear of that last
         running = any(instance.pid is not None for instance in target.instances)
-        skip = "stopped by command" if target.held_down else "busy" if target.busy else None
+        is_stopped = target.held_down or (target.instances and not target.startable)
+        skip = "stopped by command" if is_stopped else "busy" if target.busy else None
         if skip is None and target.config.oneshot and running:
             skip = "its last run has not ended"
         self.events.emit("target.due", target=name, skipped=skip)
@@ -550,7 +553,7 @@ class Supervisor:
             return
         act = target.start if target.config.oneshot else partial(target.restart, rolling=target.config.rolls)
         self._tasks.start_soon(
-            self._act_on_schedule, partial(act, target.instances, asked_by="schedule", wait=True)
+            self._act_on_schedule, partial(act, target.startable, asked_by="schedule", wait=True)
         )
 
     async def _act_on_schedule(self, act: Callable[[], Awaitable[None]]) -> None:
@@ -613,19 +616,20 @@ class Supervisor:
         await target.scale(wanted, asked_by=asked_by, wait=wait, remember=remember)
         self.events.emit("target.scaled", target=target.name, instances=wanted)
 
-    def _remember_wanted(self, name: str, wanted: bool) -> None:
+    def _remember_wanted(self, name: str, wanted: bool, stopped_alone: Set[int]) -> None:
         """For whoever comes after a crash, and where that is configured for every later `serve`.
 
         Raises:
             StateError: for the latter there is no room. Then a start has left no trace; of a stop, the former
                 knows.
         """
-        is_new = self.config.targets[name].remembers_wishes and self.store.wanted(name) != wanted
+        known = self.store.wanted(name), self.store.stopped_alone(name)
+        is_new = self.config.targets[name].remembers_wishes and known != (wanted, stopped_alone)
         if is_new and wanted:
-            self.store.set_wanted(name, wanted)
+            self.store.set_wanted(name, wanted, stopped_alone)
         self.journal.put(f"target {name}", {"wanted": wanted})
         if is_new and not wanted:
-            self.store.set_wanted(name, wanted)
+            self.store.set_wanted(name, wanted, stopped_alone)
 
     def end_if_essential_is_down(self, target: Target) -> None:
         """A patch has let go of a target: what its transaction had to see to is ours again."""

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, Final
 
@@ -97,8 +97,8 @@ class Target:
     Args:
         spawn_gate: lets one spawn through in each turn of the event loop, over all targets: it takes the
             loop's time, and while a thousand instances start others are served in between.
-        on_wanted: told of each wish of an operator for this target (up or down), to write it down; it may
-            raise `StateError`.
+        on_wanted: told of each wish of an operator for this target (up or down, and which of its instances
+            are to be down all the same), to write it down; it may raise `StateError`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Target:
         runtime: Runtime,
         *,
         spawn_gate: asyncio.Lock,
-        on_wanted: Callable[[str, bool], None],
+        on_wanted: Callable[[str, bool, Set[int]], None],
     ) -> None:
         self.config = config
         self.name = config.name
@@ -115,6 +115,8 @@ class Target:
         """Whether an operator (or autostart, or its schedule) wants it up."""
         self.held_down = False
         """Whether an operator has stopped it: its schedule does not start it then."""
+        self.stopped_alone: frozenset[int] = frozenset()
+        """Which instances, by index, an operator has stopped while others were to stay up."""
         self.dependencies: Sequence[Dependency] = ()
         self.dependents: Sequence[Target] = ()
         self.instances: list[Instance] = []
@@ -179,6 +181,11 @@ class Target:
         state = self.state
         return next((i.situation for i in self.instances if i.state == state), state)
 
+    @property
+    def startable(self) -> list[Instance]:
+        """Whoever is started when nobody says which."""
+        return [instance for instance in self.instances if instance.index not in self.stopped_alone]
+
     def _changed(self) -> None:
         """An instance has changed its state: whoever was waiting for this target may start."""
         for target in self.dependents:
@@ -194,7 +201,7 @@ class Target:
             self.config.autostart == "on-demand"
             and not self.held_down
             and not self._ends
-            and bool(self.instances)
+            and bool(self.startable)
             and all(instance.state in RESTING for instance in self.instances)
         )
         if not rests:
@@ -209,13 +216,13 @@ class Target:
 
     def _demanded(self) -> None:
         try:
-            self._want(True)
+            self._want(True, self.startable)
         except StateError as error:
             log.error("%s is started all the same: %s", self.name, error.message)  # noqa: TRY400 - foreseen
-            self._want(True, remember=False)
+            self._want(True, self.startable, remember=False)
 
         async def work() -> None:
-            await self.spawn_instances(self.instances, "a connection")
+            await self.spawn_instances(self.startable, "a connection")
 
         def done(future: asyncio.Future[Any]) -> None:
             _retrieve(future)
@@ -271,7 +278,15 @@ class Target:
         return None
 
     def resize(self, number: int) -> None:
-        """Have so many slots. Those that go must have no process any more."""
+        """Have so many slots. Those that go must have no process any more, and what was said of them is
+        forgotten."""
+        left = frozenset(index for index in self.stopped_alone if index < number)
+        if left != self.stopped_alone:
+            self.stopped_alone = left
+            try:
+                self._on_wanted(self.name, self.wanted, left)
+            except StateError as error:
+                log.warning("%s: that an instance was stopped is not forgotten: %s", self.name, error.message)
         while len(self.instances) > number:
             gone = self.instances.pop()
             gone.close()
@@ -403,6 +418,9 @@ class Target:
                 operation.future.set_result(None)  # a `stop`, of what is down
         self._life.cancel()
         self._ends = self._retired = True
+        self.stopped_alone = (
+            frozenset()
+        )  # of this object alone: it counts when the target is configured again
         self.await_demand()
         self.resize(0)
         self._runtime.journal.drop(f"target {self.name}")
@@ -527,7 +545,7 @@ class Target:
             ShuttingDownError, TargetNotFoundError: see `refuse_while_ending`; nothing is remembered.
         """
         self.refuse_while_ending()
-        self._want(True)
+        self._want(True, chosen)
 
         async def work() -> None:
             here = self.in_slots_of(chosen)
@@ -553,11 +571,10 @@ class Target:
         """
         self._refuse_if_retired()
         unwritten: StateError | None = None
-        if len(chosen) == len(self.instances):
-            try:
-                self._want(False, remember=remember)
-            except StateError as error:
-                unwritten = error  # what is to be stopped may be what fills the disk
+        try:
+            self._want(False, chosen, remember=remember)
+        except StateError as error:
+            unwritten = error  # what is to be stopped may be what fills the disk
         self._preempt(f"{asked_by} asked to stop {self.name}")
         reason = f"stop by {asked_by}"
         await self._perform(
@@ -566,8 +583,9 @@ class Target:
             lambda: self.stop_instances(self.in_slots_of(chosen), reason, for_good=True),
         )
         if unwritten is not None:
+            what = self.name if not self.wanted else ", ".join(instance.name for instance in chosen)
             raise StateError(
-                f"{self.name} is stopped, but that cannot be written down ({unwritten.message}); stop it "
+                f"{what} is stopped, but that cannot be written down ({unwritten.message}); stop it "
                 "again when there is room, or a later `asyncsup serve` starts it",
                 code=unwritten.error_code,
             )
@@ -607,7 +625,7 @@ class Target:
             ShuttingDownError, TargetNotFoundError: see `refuse_while_ending`; nothing is remembered.
         """
         self.refuse_while_ending()
-        self._want(True)
+        self._want(True, chosen)
         order = order or StopOrder([self])
         reason = f"restart by {asked_by}"
 
@@ -983,8 +1001,8 @@ class Target:
         """Whether what was stopped on the way is to be started again; who ends stops it once more if so."""
         return self.wanted and not self._ends
 
-    def _want(self, wanted: bool, *, remember: bool = True) -> None:
-        """Take an operator's wish.
+    def _want(self, wanted: bool, chosen: Iterable[Instance], *, remember: bool = True) -> None:
+        """Take an operator's wish for some of the instances, or for all.
 
         Args:
             remember: also for later supervisors.
@@ -993,14 +1011,22 @@ class Target:
             StateError: it cannot be written down. That it is to be down counts all the same; that it is to be
                 up does not.
         """
-        before = self.wanted, self.held_down
-        self.wanted, self.held_down = wanted, not wanted
+        before = self.wanted, self.held_down, self.stopped_alone
+        everybody = frozenset(instance.index for instance in self.instances)
+        named = frozenset(instance.index for instance in chosen)
+        if wanted:
+            self.stopped_alone = (everybody if self.held_down else self.stopped_alone) - named
+            self.wanted, self.held_down = True, False
+        elif named >= everybody:
+            self.wanted, self.held_down, self.stopped_alone = False, True, frozenset()
+        elif self.wanted:
+            self.stopped_alone |= named
         try:
             if remember:
-                self._on_wanted(self.name, wanted)
+                self._on_wanted(self.name, self.wanted, self.stopped_alone)
         except StateError:
             if wanted:
-                self.wanted, self.held_down = before
+                self.wanted, self.held_down, self.stopped_alone = before
             else:
                 self.await_demand()
             raise

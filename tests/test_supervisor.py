@@ -396,6 +396,58 @@ def test_a_manual_stop_outlives_the_supervisor_when_asked_to(serve: Serve) -> No
     client.close()
 
 
+THREE = f'{QUICK}[target.web]\n{SLEEPER}instances = 3\nrestart = "unless-stopped"\n'
+
+
+def states_of_the_next(serve: Serve, *up: str) -> list[str]:
+    """End the supervisor in order, start another, and wait for these instances; the states of all."""
+    assert serve.stop() == 0
+    with serve.start() as client:
+        client.call("wait", {"names": list(up), "for": "ready", "timeout": 60})
+        return [each["state"] for each in target(client, "web")["instances"]]
+
+
+def test_a_manual_stop_of_one_instance_outlives_the_supervisor_too(serve: Serve) -> None:
+    with serve.start(THREE) as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        client.call("stop", names=["web:1"])
+    assert states_of_the_next(serve, "web:0", "web:2") == ["running", "stopped", "running"]
+    with serve.connect() as client:
+        assert target(client, "web")["wanted"] == "up"
+        client.call("start", names=["web:1"])
+    assert states_of_the_next(serve, "web") == ["running"] * 3
+
+
+def test_one_instance_that_is_started_alone_is_alone_for_the_next_too(serve: Serve) -> None:
+    with serve.start(THREE) as client:
+        client.call("stop", names=["web"])
+        client.call("start", names=["web:2"])
+    assert states_of_the_next(serve, "web:2") == ["stopped", "stopped", "running"]
+    with serve.connect() as client:
+        client.call("restart", names=["web"])
+    assert states_of_the_next(serve, "web") == ["running"] * 3
+
+
+def test_one_instance_that_is_stopped_while_the_disk_is_full_is_named(serve: Serve) -> None:
+    with serve.start(THREE) as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        with no_room(serve.supervisor):
+            error = fails(client, "stop", names=["web:1"])
+        assert error.message.startswith("web:1 is stopped, but that cannot be written down (")
+        client.call("stop", names=["web:1"])
+    assert states_of_the_next(serve, "web:0", "web:2") == ["running", "stopped", "running"]
+
+
+def test_a_scale_forgets_that_an_instance_was_stopped(serve: Serve) -> None:
+    with serve.start(THREE) as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        client.call("stop", names=["web:0", "web:2"])
+        client.call("scale", name="web", instances=2)
+        client.call("scale", name="web", instances=3)
+        assert instance(client, "web:2")["ready"]
+    assert states_of_the_next(serve, "web:1", "web:2") == ["stopped", "running", "running"]
+
+
 def test_what_is_stopped_while_the_disk_is_full_is_stopped_and_not_forgotten(serve: Serve) -> None:
     """It may be what fills it."""
     text = f'{QUICK}[target.web]\n{SLEEPER}restart = "unless-stopped"\n'

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -41,7 +41,10 @@ CREATE TABLE targets (
     confirmed INTEGER NOT NULL,        -- the generation last known to be good
     releasing INTEGER NOT NULL DEFAULT 0
 );
-CREATE TABLE wanted (target TEXT PRIMARY KEY, up INTEGER NOT NULL);
+CREATE TABLE wanted (
+    target TEXT PRIMARY KEY,           -- or NAME:INDEX, one instance that is to be down
+    up INTEGER NOT NULL
+);
 CREATE TABLE scaled (target TEXT PRIMARY KEY, configured INTEGER NOT NULL, instances INTEGER NOT NULL);
 CREATE TABLE generations (
     target TEXT NOT NULL,
@@ -561,9 +564,17 @@ class Database:
         row = self._one("SELECT up FROM wanted WHERE target = ?", target)
         return row is None or bool(row["up"])
 
-    def set_wanted(self, target: str, up: bool) -> None:
+    def stopped_alone(self, target: str) -> frozenset[int]:
+        rows = self._all("SELECT target FROM wanted WHERE target > ? AND target < ?", *_instances_of(target))
+        return frozenset(int(row["target"].rpartition(":")[2]) for row in rows)
+
+    def set_wanted(self, target: str, up: bool, stopped_alone: Collection[int]) -> None:
         with self.write() as sql:
             sql.execute("INSERT OR REPLACE INTO wanted VALUES (?, ?)", (target, up))
+            sql.execute("DELETE FROM wanted WHERE target > ? AND target < ?", _instances_of(target))
+            sql.executemany(
+                "INSERT INTO wanted VALUES (?, 0)", [(f"{target}:{index}",) for index in stopped_alone]
+            )
 
     def scaled(self, target: str) -> Scaled | None:
         row = self._one("SELECT configured, instances FROM scaled WHERE target = ?", target)
@@ -934,6 +945,11 @@ def _state_error(path: Path, error: sqlite3.Error) -> StateError:
     if code == sqlite3.SQLITE_FULL:
         return StateError(f"{path}: {os.strerror(errno.ENOSPC)}", code="state.full")
     return StateError(f"{path}: {error}", code="state.database")
+
+
+def _instances_of(target: str) -> tuple[str, str]:
+    """What the names of its instances lie between; a target's name has no colon in it."""
+    return f"{target}:", f"{target};"
 
 
 def _target(row: sqlite3.Row) -> TargetRow:

@@ -168,9 +168,13 @@ class Store:
         """Whether an operator last wanted the target up; True when nobody has said."""
         return self._database.wanted(target)
 
-    def set_wanted(self, target: str, up: bool) -> None:
-        """Remember it beyond this supervisor's life."""
-        self._database.set_wanted(target, up)
+    def stopped_alone(self, target: str) -> frozenset[int]:
+        """Which of its instances, by index, an operator wanted down although the target is to be up."""
+        return self._database.stopped_alone(target)
+
+    def set_wanted(self, target: str, up: bool, stopped_alone: Collection[int] = ()) -> None:
+        """Remember both beyond this supervisor's life."""
+        self._database.set_wanted(target, up, stopped_alone)
 
     def scaled(self, target: str) -> Scaled | None:
         """How many instances an operator last wanted; None when nobody has said."""
