@@ -164,7 +164,7 @@ class Instance:
         self._says_when = False
         """It is known to say MONOTONIC_USEC when it reloads."""
         self._handshake: ReloadHandshake | None = None
-        self._reload_confirmed: asyncio.Future[None] | None = None
+        self._reload_confirmed: asyncio.Future[str | None] | None = None
         self._answer_deadline: asyncio.Timeout | None = None
         """Until when it may take to reload, or to drain."""
         self._asking: asyncio.Timeout | None = None
@@ -1248,6 +1248,9 @@ class Instance:
         assert self._child is not None
         self._end_watch()
         self._runtime.channel.dismiss(self.token)
+        if self._reload_confirmed is not None and not self._reload_confirmed.done():
+            # The next one's READY=1 will speak of its start.
+            self._reload_confirmed.set_result(f"it has ended: {ended}")
         child = self._child
         if self.config.kill_mode != "group":
             self._gone(ended)
@@ -1592,18 +1595,18 @@ class Instance:
             except TargetNotRunningError as error:
                 return error.message
             return None
-        confirmed = self._reload_confirmed = asyncio.get_running_loop().create_future()
+        confirmed: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._reload_confirmed = confirmed
         self._handshake = ReloadHandshake(
             time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000, says_when=self._says_when
         )
         try:
             self.signal(self.config.reload_signal)
             async with self._may_put_off(asyncio.timeout(deadline)):
-                await confirmed
+                return await confirmed
         except TargetNotRunningError as error:
             return error.message
         except TimeoutError as error:
             return f"no READY=1 {error} of {self.config.reload_signal.name}"
         finally:
             self._handshake = self._reload_confirmed = None
-        return None

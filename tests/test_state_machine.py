@@ -1025,6 +1025,8 @@ WRITTEN: Final[Sequence[Callable[[SupervisorMachine], None]]] = (
     partial(BOTH, fault=fault("prepare", "refuse")),
     partial(BOTH, fault=fault("reload", "fail")),
     partial(PATCH, fault=fault("prepare", "never")),
+    # The next process is ready as soon as it says so, whatever became of the reload of the one before.
+    partial(PATCH, first=NAMES.index("pair"), fault=fault("reload", "die")),
     # Files are looked at before anybody is asked: those of the second target are not as they were.
     partial(SupervisorMachine.program_acts, number=TREE, path="a.txt", how="write"),
     BOTH,
@@ -1044,6 +1046,7 @@ WRITTEN: Final[Sequence[Callable[[SupervisorMachine], None]]] = (
 MUST_HAPPEN: Final = (
     *("submitted", "crashes of the supervisor", "kill inside: undone", "kill inside: committed"),
     *("restarts of the supervisor", "failed: prepare refuse", "failed: reload fail", "failed: prepare never"),
+    "failed: reload die",
     *("refused: gate.drift", "rollback over 1", "generations pruned"),
     *("aborted: refused", "aborted: rolled_back"),
 )
