@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from asyncsup.client import ControlClient, Event, EventStream
-from asyncsup.errors import SupervisorUnreachableError, TimeoutExpiredError
-from asyncsup.render import duration, step_line
+from asyncsup.errors import RemoteError, SupervisorUnreachableError, TimeoutExpiredError
+from asyncsup.render import duration, step_line, waiting_line
 from asyncsup.terminal import Output
 
+OPERATIONS: Final = {"patch.apply": "patch", "patch.rollback": "rollback"}
+"""What each is called in the queues of its targets."""
+QUERY_SECONDS: Final = 10.0
+"""How long a supervisor may take to say whom one waits for."""
 UNDO_SECONDS: Final = 120.0
 """How long to watch a cancelled transaction being undone; a supervisor bounds its own steps well below."""
 
@@ -36,8 +40,19 @@ def call_live(
     """
     with client.subscribe() as events:
         view = _View(out)
+
+        def on_slow() -> bool:
+            return _say_whom_it_waits_for(client, out, OPERATIONS[method]) or view.has_begun
+
         try:
-            return client.call(method, params, timeout=timeout, events=events, on_event=view.show)
+            return client.call(
+                method,
+                params,
+                timeout=timeout,
+                events=events,
+                on_event=view.show,
+                on_slow=on_slow if out.is_live else None,
+            )
         except (KeyboardInterrupt, TimeoutExpiredError) as error:
             why = (
                 "interrupted" if isinstance(error, KeyboardInterrupt) else f"not done in {duration(timeout)}"
@@ -46,6 +61,17 @@ def call_live(
             raise
         finally:
             view.finish(events)
+
+
+def _say_whom_it_waits_for(client: ControlClient, out: Output, operation: str) -> bool:
+    """Whether such an operation is in the queue of a target that has something else to do."""
+    try:
+        line = waiting_line(client.call("status", timeout=QUERY_SECONDS), queued=operation)
+    except (RemoteError, TimeoutExpiredError):
+        return False  # it is not what was asked for
+    if line:
+        out.note(f"waiting: {line}; Ctrl-C gives up")
+    return bool(line)
 
 
 class _View:
@@ -59,6 +85,10 @@ class _View:
         self._out = out
         self._txn: object = None
         self._verdict: str | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self._txn is not None
 
     def show(self, event: Event) -> None:
         txn = event.data.get("txn")

@@ -403,9 +403,18 @@ def _since(operation: Value) -> str:
     return duration(since) if isinstance(since, int | float) else _MISSING
 
 
-def waiting_line(value: Value) -> str:
-    """Of an answer of `status`: what those who want something of these targets wait for; empty if nothing."""
-    awaited = [text for target in value.get("targets") or () if (text := _awaited(target))]
+def waiting_line(value: Value, *, queued: str | None = None) -> str:
+    """Of an answer of `status`: what those who want something of these targets wait for; empty if nothing.
+
+    Args:
+        queued: look only at targets in whose queue there is such an operation.
+    """
+    targets = [
+        target
+        for target in value.get("targets") or ()
+        if queued is None or any(each.get("operation") == queued for each in target.get("waiting") or ())
+    ]
+    awaited = [text for target in targets if (text := _awaited(target))]
     more = [f"{len(awaited) - MOST_AWAITED} more"] if len(awaited) > MOST_AWAITED else []
     return ", ".join([*awaited[:MOST_AWAITED], *more])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Asked, Serve, wait_for
+from test_patching import Field
 from test_shutdown import Scene
 from test_supervisor import QUICK, SLEEPER, fails, reached, target
 
@@ -99,6 +101,24 @@ def test_a_command_that_has_to_wait_says_for_whom(scene: Scene) -> None:
         assert said.out.startswith("ok      web")
     first.result()
     second.result()
+
+
+def test_a_patch_that_has_to_wait_says_for_whom(field: Field) -> None:
+    field.start("web", "other")
+    first = Asked(field.serve.endpoint, "patch.apply", path=str(field.package("web", probation=3600)))
+    field.said("web", "build=300")
+    second = Asked(field.serve.endpoint, "patch.apply", path=str(field.package("web", "other", build=400)))
+    wait_for(lambda: field.target("web")["waiting"], "the second to be queued")
+    third = field.package("web", "other", build=500)
+    with command(field.serve, "patch", "apply", str(third)) as said:
+        wait_for(lambda: "\n" in said.err, "a word")
+        assert said.err.startswith("asyncsup: waiting: web is busy: patch for ")
+        said.process.send_signal(signal.SIGINT)
+        assert said.ends() == 130
+        assert said.err.count("waiting: ") == 1
+    field.client.call("stop", names=["web"])
+    first.error("patch.rolled_back")
+    second.error("request.cancelled")
 
 
 @pytest.mark.parametrize("words", [("start", "app"), ("wait", "app"), ("restart", "app")], ids=" ".join)
