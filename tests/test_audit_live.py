@@ -411,6 +411,12 @@ def test_nothing_that_has_expired_comes_back_to_life_while_the_clock_is_behind(g
     assert ground.refused(ground.package(299, sign="alice")) == "trust.expired_key"
     assert ground.apply(ground.package(299, sign="bob"))["verdict"] == "committed"
     assert ground.refused(expiring) == "gate.clock"
+    plans = {
+        trusted: ground.client.call("patch.plan", path=str(expiring), trust_clock=trusted)
+        for trusted in (True, False)
+    }
+    assert {trusted: plan["code"] for trusted, plan in plans.items()} == {True: None, False: "gate.clock"}
+    assert ground.refused(expiring) == "gate.clock"  # to plan with it trusts nobody
     assert ground.apply(expiring, trust_clock=True)["verdict"] == "committed"
     assert only(records(ground.client), "clock.trusted")["by"] == myself(os.getpid())
     assert ground.apply(ground.package(301, expires=expires, sign="alice"))["verdict"] == "committed"

@@ -1119,6 +1119,8 @@ def test_a_patch_on_hold_is_tried_again_only_when_told_to(field: Field) -> None:
     assert field.refused(package).error_code == "patch.rolled_back"
     field.behave("web")
     assert field.refused(package).error_code == "gate.held"
+    for retry, code in ((False, "gate.held"), (True, None)):
+        assert field.client.call("patch.plan", path=str(package), retry_held=retry)["code"] == code
     assert field.apply(package, retry_held=True)["verdict"] == "committed"
     assert field.apply(package)["verdict"] == "already"
 

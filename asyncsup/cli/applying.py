@@ -115,7 +115,7 @@ def _plan(session: Session) -> int:
     plans = []
     for package in _packages(session):
         with _said_whence(session, package):
-            plans.append(session.client.call("patch.plan", package))
+            plans.append(session.client.call("patch.plan", {**package, **_insistence(session)}))
     for plan in plans:
         out.lines(render.plan_lines(plan, ink=out.ink))
     _print_each(session, "plans", plans)
@@ -132,8 +132,7 @@ def _apply(session: Session) -> int:
         params = {
             **package,
             "wait_busy": args.wait,
-            "retry_held": args.retry_held or None,
-            "trust_clock": args.trust_clock or None,
+            **_insistence(session),
         }
         try:
             with _said_whence(session, package):
@@ -155,9 +154,24 @@ def _print_each(session: Session, what: str, values: list[Any]) -> None:
         session.out.result({what: values}, lambda: [] if values else ["the inbox is empty"])
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _packages_arguments(parser)
+    _insistence_options(parser)
+
+
 def _apply_arguments(parser: argparse.ArgumentParser) -> None:
     _packages_arguments(parser)
     _busy_options(parser)
+    _insistence_options(parser)
+
+
+def _insistence(session: Session) -> dict[str, Any]:
+    """What is asked for although something speaks against it."""
+    args = session.args
+    return {"retry_held": args.retry_held or None, "trust_clock": args.trust_clock or None}
+
+
+def _insistence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retry-held", action="store_true", help="apply it although it was rolled back before"
     )
@@ -258,7 +272,7 @@ def _settle_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-PLAN = Action(_plan, _packages_arguments)
+PLAN = Action(_plan, _plan_arguments)
 APPLY = Action(_apply, _apply_arguments)
 ROLLBACK = Action(_rollback, _rollback_arguments)
 COMMIT = Action(partial(_settle, "commit"), _settle_arguments)
