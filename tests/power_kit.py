@@ -185,6 +185,8 @@ def check_pointer(view: View, target_: TargetRoot, promises: Promises) -> None:
     """Who reads below the generation that the pointer leads to finds what the root shows."""
     check(view.current is not None, f"the pointer leads nowhere for {target_.name}")
     assert view.current is not None
+    assert view.mode is not None
+    check(view.mode & 0o055 == 0o055, f"{target_.name}: only its owner may enter the generation")
     paths = view.current.keys() - promises.unsure
     if target_.layout is Layout.TREE:
         paths |= view.root.keys() - promises.unsure

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -41,12 +42,20 @@ OWN: Final[Tree] = {
 NEXT: Final = 900
 """The build of a patch that goes through whatever has happened."""
 
+FEWER: Final = 110
+"""The build of a patch that only deletes."""
+
 BUILDS: Final[Mapping[int, Tree]] = {
     100: {
         "app.json": b"one",
         "rules/eu.json": b"eu 1",
         "rules/us.json": b"us 1",
         "rules/old/gone.json": b"to be deleted",
+    },
+    FEWER: {
+        "app.json": b"one",
+        "rules/eu.json": b"eu 1",
+        "rules/us.json": b"us 1",
     },
     200: {
         "app.json": b"two",
@@ -167,10 +176,15 @@ def promise(**changes: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a program finds in its root, and below the generation that the pointer leads to, if it does."""
+    """What a program finds in its root, and below the generation that the pointer leads to, if it does.
+
+    Attributes:
+        mode: of that generation's folder.
+    """
 
     root: Tree
     current: Tree | None
+    mode: int | None
 
 
 BOTH_LAYOUTS: Final[Mapping[str, Layout]] = {"over": Layout.OVERLAY, "tree": Layout.TREE}
@@ -265,20 +279,25 @@ class Scene:
         views = []
         for each in self.targets:
             current = str(self.current(each))
+            found = state.find(current)
             views.append(
                 View(
                     state.seen(str(each.root), but_for=TEMPORARY_PREFIX),
-                    None if state.find(current) is None else state.seen(current, but_for=TEMPORARY_PREFIX),
+                    None if found is None else state.seen(current, but_for=TEMPORARY_PREFIX),
+                    None if found is None else state.mode(found[0]),
                 )
             )
         return views
 
     def really_sees(self) -> list[View]:
         """The same, in the real folders."""
-        return [
-            View(seen(each.root), seen(self.current(each)) if self.current(each).is_dir() else None)
-            for each in self.targets
-        ]
+        views = []
+        for each in self.targets:
+            current = self.current(each)
+            there = current.is_dir()
+            mode = stat.S_IMODE(current.stat().st_mode) if there else None
+            views.append(View(seen(each.root), seen(current) if there else None, mode))
+        return views
 
     def build_of(self, files: Tree, promises: Promises) -> int | None:
         """The build of which these are the files, if they are all of one and the program's own."""
@@ -451,6 +470,34 @@ def play_refused_patch(scene: Scene) -> None:
             store.abort(txn)
         else:
             raise AssertionError("it was not refused")
+
+
+def play_refused_patch_of_many(scene: Scene) -> None:
+    """A program creates all that the patch is about to bring, in so many files that not each is synced."""
+    paths = [f"extra/deep/{number}.json" for number in range(BULK // 2 + 2)]
+    with (
+        closing(scene.open()) as store,
+        package(scene.side, 300, new=dict.fromkeys(paths, b"new"), targets=scene.names) as patch,
+    ):
+        txn = stage(store, patch, *scene.names)
+        promise(unsure=paths)
+        for path in paths:
+            _write(scene, path, "mine")
+        promise(unsure=[], own=dict.fromkeys(paths, "mine"))
+        try:
+            store.switch(txn)
+        except PatchRefusedError:
+            store.abort(txn)
+        else:
+            raise AssertionError("it was not refused")
+
+
+def play_deleting_patch(scene: Scene) -> None:
+    """The generation it makes of an overlay is an empty folder."""
+    with closing(scene.open()) as store, scene.package(FEWER, after=100) as patch:
+        promise(pinned=True)
+        txn = stage(store, patch, *scene.names)
+        switch_and_commit(store, txn, 100, FEWER)
 
 
 def play_undone_patch(scene: Scene) -> None:
@@ -663,4 +710,12 @@ PLAYS: Final = (
         elsewhere=3 + BULK,
     ),
     Play("release, to other file systems", patched, play_release, 200, elsewhere=5),
+    Play(
+        "refused patch of many, of other file systems",
+        patched,
+        play_refused_patch_of_many,
+        200,
+        elsewhere=NEVER,
+    ),
+    Play("deleting patch", untouched, play_deleting_patch, 100),
 )

@@ -40,6 +40,7 @@ ADOPTION: Final = re.escape(TEMPORARY_PREFIX) + r"\d+-\d+"
 """The names used while files are adopted."""
 
 SHOWN_BY: Final[Mapping[str, str]] = {
+    "overlay.OverlayRoot.bring_home: durability.barrier()": "refused patch of many, of other file systems",
     "overlay.OverlayRoot.unlink: durability.directory(folder)": "refused patch",
     "overlay_files.OverlayFiles._make_ordinary: durability.barrier()": "release, in bulk",
     "overlay_files.OverlayFiles.remove_names: durability.barrier()": "undone patch",
@@ -49,6 +50,7 @@ SHOWN_BY: Final[Mapping[str, str]] = {
     "store.Store.begin: self._database.write()": "keeping rollback",
     "store.Store.finish: self._database.write()": "left patch",
     "target_files.TargetFiles.stage: self.database.write()": "overwriting patch",
+    "target_files.TargetFiles.place: durability.directory(folder)": "deleting patch",
     "target_files.TargetFiles.place: self.database.write()": "third patch",
     "target_files.TargetFiles._save: durability.barrier()": "overwriting patch",
     "target_files.TargetFiles._copy_out: durability.directory(there)": "overwriting patch",
@@ -62,10 +64,6 @@ SHOWN_BY: Final[Mapping[str, str]] = {
 """The plays in which some of them show soonest; they are looked at first."""
 
 EXEMPT: Final[Mapping[str, str]] = {
-    "overlay.OverlayRoot.bring_home: durability.barrier()": (
-        "It is needed when a file is copied back after more than 32 others of the same undoing, which are "
-        "left to syncfs; below that the copy syncs itself. No play comes to that many yet."
-    ),
     "statedir.StateDirectory.move_to_saved: os.fsync(there)": (
         "`forget_saved` syncs the same folder right after it; until then the patch is not undone."
     ),
@@ -89,14 +87,6 @@ EXEMPT: Final[Mapping[str, str]] = {
     ),
 }
 """Syncs without which no state is found in which something is wrong, and why they are there all the same."""
-
-NOT_REACHED: Final[Mapping[str, str]] = {
-    "target_files.TargetFiles.place: durability.directory(folder)": (
-        "Whatever is put into a generation asks for the same folder. It counts, for the folder's mode, when "
-        "nothing is put into it. No play comes to it yet."
-    ),
-}
-"""Syncs that would make a difference where no play comes to, and where that is."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -198,24 +188,17 @@ def looked_for(
 
 def test_no_sync_can_be_left_out(tell: Tell) -> None:
     assert len(SITES) > 60
-    assert {*EXEMPT, *NOT_REACHED, *SHOWN_BY} <= set(map(str, SITES)), "a word about what is not there"
+    assert {*EXEMPT, *SHOWN_BY} <= set(map(str, SITES)), "a word about what is not there"
     amiss: list[str] = []
-    count = {"needed": 0, "exempt": 0, "not reached": 0}
+    count = {"needed": 0, "exempt": 0}
     with memory_folder() as base:
         recordings = all_recordings(base)
         for what, syncs in syncs_by_site(recordings).items():
             wrong = looked_for(what, syncs, recordings)
-            if wrong is not None:
-                count["needed"] += 1
-            elif syncs:
-                count["exempt"] += 1
-            else:
-                count["not reached"] += 1
-            if not syncs and what not in NOT_REACHED:
+            count["exempt" if wrong is None else "needed"] += 1
+            if not syncs:
                 amiss.append(f"{what}: no play comes to it")
-            elif syncs and what in NOT_REACHED:
-                amiss.append(f"{what}: a play does come to it")
-            elif syncs and wrong is None and what not in EXEMPT:
+            elif wrong is None and what not in EXEMPT:
                 amiss.append(f"{what}: nothing is wrong without it")
             elif wrong is not None and what in EXEMPT:
                 amiss.append(f"{what}: it is needed after all: {wrong}")
