@@ -343,9 +343,13 @@ class SupervisorMachine(RuleBasedStateMachine):
 
         wait_for(ended, "the orphans to end")
 
-    def interrupted(self) -> None:
-        """The supervisor has ended, one way or another; so has everything that was under way."""
+    def interrupted(self, *, crashed: bool = False) -> None:
+        """The supervisor has ended, one way or another; so has everything that was under way. Only what waits
+        for its commit waits on over a crash, if nobody had to take it up who has died of that."""
         for flight in list(self.flights):
+            if crashed and flight.waiting is None and not any(self.targets[n].up for n in flight.moves):
+                COUNTS["waits for its commit over a crash"] += 1
+                continue
             self.undone(flight)
         if self.behind is not None:
             answer = self.behind[1].answer()
@@ -365,7 +369,7 @@ class SupervisorMachine(RuleBasedStateMachine):
             # Right now, before any recovery, this is what programs find.
             self.files_are_whole()
             self.end_orphans()
-            self.interrupted()
+            self.interrupted(crashed=True)
         self.start(crashed=not gently)
         COUNTS["restarts of the supervisor" if gently else "crashes of the supervisor"] += 1
 
