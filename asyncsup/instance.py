@@ -156,6 +156,8 @@ class Instance:
         )
         self._time_out: Callable[[], None] | None = None
         """What happens when the timer ends."""
+        self._finishing = False
+        """It finishes what it has begun, and is stopped then."""
         self._leaving = False
         """It has said that it is stopping, and nobody had asked it to."""
         self._said_error = ""
@@ -388,6 +390,11 @@ class Instance:
             )
         except (TimeoutError, PeerGoneError, PeerError) as error:
             log.warning("%s was not told that patch %s is off: %s", self.name, patch[:12], error)
+
+    def finish(self) -> None:
+        """It is to drain, and to be stopped then: nobody asks whether it is alive, nor starts it again."""
+        self._finishing = True
+        self._end_watch()
 
     async def drain(self, seconds: float) -> str | None:
         """Have the program finish what it has begun, and take up nothing new; returns why it has not done so,
@@ -743,7 +750,7 @@ class Instance:
         self._child = self._process = self.hello = self._ready_at = self._doomed = self.failure = None
         self._formers.clear()
         self._said_watchdog_timeout = None
-        self._leaving = self._says_when = False
+        self._leaving = self._finishing = self._says_when = False
         self.status_text = self._said_error = ""
         if self._cleaning is None:
             self._intend()
@@ -1330,7 +1337,7 @@ class Instance:
         return self._ready_at is None and self.config.readiness not in {"uptime", "exit"}
 
     def _ended(self, ended: Exit | str, oom_kills: int = 0) -> None:
-        if self.role != "current":
+        if self.role != "current" or self._finishing:
             self._ended_beside(ended)
             return
         now = time.monotonic()
@@ -1357,7 +1364,7 @@ class Instance:
             self._runtime.essential_ended(self)
 
     def _ended_beside(self, ended: Exit | str) -> None:
-        """It was not the one that counts in its slot, so nobody starts it again."""
+        """It was not the one that counts in its slot, or not for much longer, so nobody starts it again."""
         self.last_exit = LastExit(ended=ended, at=timestamp(), reason=str(ended))
         if self.role == "successor":
             self._apply(Event.GAVE_UP, str(ended))

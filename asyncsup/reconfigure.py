@@ -187,10 +187,10 @@ class Reconfigurer:
         """
         supervisor = self._supervisor
         kept = {
-            name: before.targets[name]
+            name: target.config
             for name in failed
             if (target := supervisor.targets.get(name)) is not None
-            and target.config is before.targets.get(name)
+            and target.config != supervisor.config.targets[name]
         }
         supervisor.config = replace(supervisor.config, targets={**supervisor.config.targets, **kept})
         return bool(kept)

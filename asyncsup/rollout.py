@@ -70,8 +70,10 @@ class Rollout:
 
     @property
     def _floor(self) -> int:
-        """How many have to be ready at any time. One that is replaced without a gap does not go below."""
-        return 0 if self._beside else self._target.config.patch.min_available
+        """How many have to be ready at any time; of all of them one can be spared. Nobody is missing who is
+        replaced without a gap."""
+        most = max(len(self._target.instances) - 1, 0)
+        return 0 if self._beside else min(self._target.config.patch.min_available, most)
 
     def _batch_size(self, left: Sequence[Instance]) -> int:
         most = self._target.config.patch.max_parallel or len(left)
@@ -83,8 +85,9 @@ class Rollout:
         spare = sum(instance.ready for instance in self._target.instances) - self._floor
         if spare < 1 and not self._at_any_price:
             raise NoCapacityError(
-                f"{left[0].name} cannot be stopped: {self._floor + spare} of {len(self._target.instances)} "
-                f"instances of {self._target.name} are ready, and patch.min_available is {self._floor}",
+                f"{left[0].name} cannot be stopped: of {len(self._target.instances)} instances of "
+                f"{self._target.name} {self._floor + spare} are ready, and {self._floor} have to be "
+                "(patch.min_available)",
                 target=self._target.name,
             )
         return min(most, max(1, spare))

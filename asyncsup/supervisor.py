@@ -551,7 +551,8 @@ class Supervisor:
         if skip is not None or self._stopping.is_set():
             log.warning("%s: due, but %s", name, skip or "the supervisor is stopping")
             return
-        act = target.start if target.config.oneshot else partial(target.restart, rolling=target.config.rolls)
+        rolling = target.config.rolls and any(instance.ready for instance in target.instances)
+        act = target.start if target.config.oneshot else partial(target.restart, rolling=rolling)
         self._tasks.start_soon(
             self._act_on_schedule, partial(act, target.startable, asked_by="schedule", wait=True)
         )

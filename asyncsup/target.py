@@ -596,6 +596,8 @@ class Target:
         Raises:
             StopFailedError: a process survives SIGKILL.
         """
+        if self._retired:
+            return
         self._ends = True
         self.await_demand()
         self._preempt("the supervisor is stopping")
@@ -729,8 +731,9 @@ class Target:
             rolling: list[Instance] = []
             if config.rolls:
                 # One that is down may be what others cannot be stopped without.
-                all_of_them = not beside and config.patch.min_available > 0
-                rolling = stays if all_of_them else [i for i in stays if i.ready]
+                too = {State.STARTING, State.BACKOFF, State.FAILED} if not beside else frozenset[State]()
+                rolling = [i for i in stays if i.ready or (i.state in too and config.patch.min_available)]
+            waiting = [i for i in stays if i.state is State.WAITING]
             stopping = [i for i in self.instances if (i in up and i not in rolling) or i.index >= number]
             try:
                 await self._drain_surplus(number)
@@ -739,6 +742,7 @@ class Target:
                 with anyio.CancelScope(shield=True):
                     # Whoever was told to finish takes up nothing more.
                     await self.stop_instances(self.instances[number:], reason)
+                await self._wait_again(waiting, reason)
                 await self.up_again(stopping, reason)
                 raise
             settings_before, self.config = self.config, config
@@ -747,10 +751,10 @@ class Target:
                 await rollout.run(rolling)
             except BaseException as error:
                 self.config = settings_before
-                with anyio.CancelScope(shield=True):
-                    await self._as_before([*rollout.back(), *rolling, *stopping], reason)
+                await self._wait_again(waiting, reason)
+                await self._as_before([*rollout.back(), *rolling, *stopping], reason)
                 if not isinstance(error, asyncio.CancelledError):
-                    await self._move_back(rolling, f"{reason}: given up", beside=beside)
+                    await self._move_back(rolling, reason, beside=beside)
                 raise
             rollout.finish()
             up = [i for i in up if i in stopping and i.index < number]
@@ -777,12 +781,17 @@ class Target:
         """
         here = self.in_slots_of(chosen)
         fallen = [i for i in here if i.config != self.config and not i.ready]
-        with contextlib.suppress(StopFailedError):  # told where it is waited for once more
-            await self.stop_instances(fallen, f"{reason}: given up")
-        for instance in here:
-            if instance.state in _STOPPED:
-                instance.configure(self.config)
-        await self.up_again(here, reason)
+        with anyio.CancelScope(shield=True):
+            with contextlib.suppress(StopFailedError):  # told where it is waited for once more
+                await self.stop_instances(fallen, f"{reason}: given up")
+            await self.up_again(here, reason)
+
+    async def _wait_again(self, chosen: Sequence[Instance], reason: str) -> None:
+        """What was to stop instances that wait for dependencies is given up: they wait once more."""
+        if self.is_to_be_up:
+            stopped = [i for i in self.in_slots_of(chosen) if i.wanted and i.state in _STOPPED]
+            with anyio.CancelScope(shield=True):
+                await self.spawn_instances(stopped, f"{reason}: given up")
 
     async def _move_back(self, chosen: Sequence[Instance], reason: str, *, beside: bool) -> None:
         """Have those that were started with other settings go back to the ones that the target has."""
@@ -790,17 +799,21 @@ class Target:
         moved = [i for i in here if i.config != self.config]
         if not moved:
             return
-        with contextlib.suppress(StartFailedError):  # not even with those from before: no reason to stop here
-            await self.wait_settled([i for i in here if i not in moved])
         try:
-            await Rollout(self, reason, beside=beside, at_any_price=True).complete(moved)
-        except AsyncsupError as error:
+            await self.settle([i for i in here if i not in moved and i.state is not State.WAITING])
+            back = Rollout(self, f"{reason}: given up", beside=beside, at_any_price=True)
+            await back.complete(moved)
+        except BaseException as error:
+            await self._as_before(here, reason)
+            if not isinstance(error, AsyncsupError):
+                raise
             log.warning("%s: not everybody has the settings from before: %s", self.name, error.message)
 
     async def _drain_surplus(self, number: int) -> None:
         """Have the instances beyond a number of slots finish what they have begun: they are to be stopped."""
 
         async def drain(instance: Instance) -> None:
+            instance.finish()
             try:
                 why = await instance.drain(self.config.drain_timeout)
             except HandoverFailedError as error:
@@ -914,6 +927,9 @@ class Target:
                 instance.wait_for_dependencies(why)
                 continue
             async with self._spawn_gate:
+                if instance.pid is None:
+                    # It may have been the last one to run with other settings, which were given up.
+                    instance.configure(self.config)
                 instance.start(reason)
                 await asyncio.sleep(0)
 
@@ -978,6 +994,12 @@ class Target:
             raise StartFailedError(
                 f"{instance.name} did not become ready: {instance.detail}", instance=instance.name
             )
+
+    async def settle(self, chosen: Sequence[Instance]) -> None:
+        """Wait until every instance is ready or has failed to become so, and leave it at that."""
+        for instance in chosen:
+            with contextlib.suppress(StartFailedError):
+                await self.wait_settled([instance])
 
     async def reload_instances(
         self,

@@ -84,6 +84,22 @@ def test_a_target_that_a_new_configuration_adds_meanwhile_is_not_started(scene: 
     assert "Traceback" not in scene.serve.errors()
 
 
+def test_a_target_that_a_new_configuration_removes_meanwhile_keeps_nobody_waiting(scene: Scene) -> None:
+    scene.serve.begin(scene.program("db") + scene.program("web", "depends_on = ['db']"))
+    scene.ready()
+    scene.serve.write(scene.program("web"))
+    scene.signal(signal.SIGHUP)
+    wait_for(lambda: scene.told("db"), "the removal of db")
+    scene.term()
+    wait_for(lambda: scene.told("web"), "the stop of web")
+    scene.let_go("db")
+    ends = ("SIGHUP: ", "taken up for SIGHUP")
+    wait_for(lambda: any(word in scene.serve.errors() for word in ends), "the end of the change")
+    scene.let_go("web")
+    scene.end()
+    assert "Traceback" not in scene.serve.errors()
+
+
 def test_a_target_that_the_supervisor_before_was_restarting_is_not_started(scene: Scene) -> None:
     scene.serve.begin(scene.program("slow") + scene.program("other"))
     scene.ready()

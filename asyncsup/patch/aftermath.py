@@ -106,6 +106,11 @@ async def _start_anew(target: Target, store: Store) -> str | None:
         wanted = [i for i in (*at_once, *back) if i.wanted]
         await target.spawn_instances(wanted, reason, whatever_it_depends_on=True)
         if one_by_one:
+            # Who is down first, as in a transaction that goes back.
+            absent = {State.WAITING, State.LOST}
+            others = [i for i in target.instances if i.wanted and i not in stale and i.state not in absent]
+            await target.spawn_instances(others, reason, whatever_it_depends_on=True)
+            await target.settle(others)
             await rollout.complete(one_by_one)
     except asyncio.CancelledError:
         await target.up_again([*stale, *back], reason)

@@ -260,10 +260,12 @@ class Transaction:
         target = participant.target
         generation = self._store.state(target.name).generation
         stale = [i for i in target.instances if i.pid is not None and i.generation not in {None, generation}]
+        # Whoever has fallen is tried again: as others may not be spared without it.
+        fallen = [i for i in target.instances if i.wanted and i.state in {State.FAILED, State.BACKOFF}]
         try:
-            await self._rollouts[target.name].run(stale)
+            await self._rollouts[target.name].run([*fallen, *stale])
         except BaseException:
-            await target.up_again(stale, f"patch {self.change.patch[:12]}")
+            await target.up_again([*fallen, *stale], f"patch {self.change.patch[:12]}")
             raise
 
     async def take_back(self, reason: str) -> None:
@@ -671,10 +673,10 @@ class Transaction:
             try:
                 if on_new_files:
                     # Who is down first: before others are stopped, so many have to be ready as may be.
-                    with contextlib.suppress(PatchError, StartFailedError):
-                        await self._bring_up(participant, without=[*left, *running])
-                    going_back = Rollout(target, "going back", at_any_price=True)
-                    await going_back.complete(on_new_files)
+                    down = [i for i in participant.present if i not in left and i not in running]
+                    await target.spawn_instances(down, "going back", whatever_it_depends_on=True)
+                    await target.settle(down)
+                    await Rollout(target, "going back", at_any_price=True).complete(on_new_files)
             finally:
                 # One that does not come up on the old files either is no reason to leave others down.
                 left += await target.still_there([i for i in participant.present if i not in left])

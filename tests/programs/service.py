@@ -4,13 +4,10 @@
 ready), mute (never ready), regret (ready, and says a moment later that it has failed), fall (ready, and ends
 when there is a file of that name in the working directory and nobody is connected), stubborn (is not drained
 before its time is up), long (takes `LONG_SECONDS` before it drains or reloads, and asks for that time),
-<<<<<<< HEAD
-uneven (all but the first instance crash while there is a file of that name), late (says that it is ready, and
-makes a file of that name, but waits for connections only when there is a file ``listen``).
-=======
 uneven (all but the first instance crash while there is a file of that name), hesitant (all but the first are
-not ready while there is a file of that name).
->>>>>>> 1a797cc (wip)
+not ready while there is a file of that name), late (says that it is ready, and makes a file of that name, but
+waits for connections only when there is a file ``listen``). It does not end while there is a file of the name
+``linger-`` and its own.
 """
 
 from __future__ import annotations
@@ -119,6 +116,8 @@ async def main() -> None:
             await service.drain()
             sys.exit("this build falls")
         await stop.wait()
+        while Path(f"linger-{target.instance}").exists():
+            await asyncio.sleep(0.02)
 
 
 asyncio.run(main())
