@@ -75,7 +75,7 @@ def test_nor_on_the_way_back(town: Town) -> None:
     assert town.refused("v2", "uneven").error_code == "patch.rolled_back"
     assert fewest(town, since) == 2
     assert town.pids[2] == before[2]
-    assert versions(town) == ["v1"] * 3
+    wait_for(lambda: versions(town) == ["v1"] * 3, "all to be v1")
 
 
 def test_nor_after_a_crash_of_the_supervisor(town: Town) -> None:
@@ -116,7 +116,7 @@ def test_one_that_is_down_has_the_first_turn(town: Town) -> None:
     since = last_event(town)
     town.apply("v2")
     assert fewest(town, since, ALL - {"app:1"}) == 2
-    assert versions(town) == ["v2"] * 3
+    wait_for(lambda: versions(town) == ["v2"] * 3, "all to be v2")
 
 
 def test_none_is_stopped_where_no_more_are_ready_than_have_to_be(town: Town) -> None:
@@ -244,13 +244,13 @@ def test_who_waits_for_a_dependency_goes_on_waiting(serve: Serve) -> None:
     def states() -> list[str]:
         return [i["state"] for i in control.call("status", {"names": ["web"]})["targets"][0]["instances"]]
 
-    control = serve.start(text("red"))
-    wait_for(lambda: states() == ["waiting"] * 2, "both to wait")
-    serve.write(text("blue"))
-    assert control.call("config.apply", {"wait": False}, timeout=100)["failed"] == {}
-    assert states() == ["waiting"] * 2
-    (serve.folder / "go").touch()
-    control.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+    with serve.start(text("red")) as control:
+        wait_for(lambda: states() == ["waiting"] * 2, "both to wait")
+        serve.write(text("blue"))
+        assert control.call("config.apply", {"wait": False}, timeout=100)["failed"] == {}
+        assert states() == ["waiting"] * 2
+        (serve.folder / "go").touch()
+        control.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
 
 
 @pytest.mark.parametrize("how", ["scaled", "more-of-both"])
@@ -275,13 +275,15 @@ def test_settings_that_have_failed_are_shown_again_after_others_were_taken_up(se
             f"{more}[target.app.patch]\nmax_parallel = 1\n"
         )
 
-    control = serve.start(text("red"))
-    control.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
-    serve.write(text("blue"))
-    assert control.call("config.apply", {"wait": True}, timeout=100)["failed"] == {}
-    serve.write(text("blue", "start_timeout = '500ms'\nready.exec = ['false']\nenv = { COLOUR = 'green' }\n"))
-    assert "app" in control.call("config.apply", {"wait": True}, timeout=100)["failed"]
-    assert "app" in str(control.call("config.plan"))
+    with serve.start(text("red")) as control:
+        control.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
+        serve.write(text("blue"))
+        assert control.call("config.apply", {"wait": True}, timeout=100)["failed"] == {}
+        serve.write(
+            text("blue", "start_timeout = '500ms'\nready.exec = ['false']\nenv = { COLOUR = 'green' }\n")
+        )
+        assert "app" in control.call("config.apply", {"wait": True}, timeout=100)["failed"]
+        assert "app" in str(control.call("config.plan"))
 
 
 def test_a_commit_of_what_has_failed_tries_the_fallen_again(town: Town) -> None:
@@ -297,5 +299,5 @@ def test_a_commit_of_what_has_failed_tries_the_fallen_again(town: Town) -> None:
     since = last_event(town)
     town.control.call("patch.commit", {"id": str(town.target["undecided"])}, timeout=100)
     town.wait_ready()
-    assert versions(town) == ["v2"] * 3
+    wait_for(lambda: versions(town) == ["v2"] * 3, "all to be v2")
     assert fewest(town, since, ALL - {"app:0"}) == 2
