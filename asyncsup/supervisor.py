@@ -688,6 +688,7 @@ class Supervisor:
             target.dependencies = [
                 Dependency(target=self.targets[name], condition=condition)
                 for name, condition in self.config.targets[target.name].depends_on.items()
+                if name in self.targets  # else it was removed, and whoever depends on it could not be stopped
             ]
             target.dependents = [
                 self.targets[name]
