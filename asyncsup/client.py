@@ -325,7 +325,12 @@ class ControlClient:
                 if slow_at is not None and on_slow is not None:
                     slow_in = slow_at - time.monotonic()
                     if slow_in <= 0:
-                        slow_at = None if on_slow() else time.monotonic() + slow_after
+                        try:
+                            slow_at = None if on_slow() else time.monotonic() + slow_after
+                        except SupervisorUnreachableError:
+                            slow_at = None
+                            if request_id not in self._answers:
+                                raise went_away(self.endpoint, method) from None
                         continue  # the answer may have come with another
                     remaining = slow_in if remaining is None else min(remaining, slow_in)
                 self._wait(remaining, events, on_event, method)

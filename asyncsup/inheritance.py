@@ -67,6 +67,11 @@ class Inheritance:
             for name in targets
             if isinstance(value := facts.get(f"target {name}"), Mapping) and "wanted" in value
         }
+        self._stopped_alone = {
+            name: frozenset(map(int, value["stopped_alone"]))
+            for name in self._wanted
+            if isinstance((value := facts[f"target {name}"]).get("stopped_alone"), list)
+        }
         self.patches: dict[int, PatchRecord] = {}
         """What was written down of patches under way, by transaction."""
         self._slots = {slot.name: (target, slot) for target in targets.values() for slot in target.instances}
@@ -144,6 +149,8 @@ class Inheritance:
             if target.name in self._wanted:
                 target.wanted = self._wanted[target.name]
                 target.held_down = not target.wanted
+            if target.name in self._stopped_alone:
+                target.stopped_alone = self._stopped_alone[target.name]
         for instance, record in self._records.items():
             instance.restore(record)
             self.adopted += instance.pid is not None
@@ -181,7 +188,7 @@ class Inheritance:
             if self._replace_all and running:
                 await target.replace(running, asked_by='orphans = "kill"')
             if target.wanted:
-                missing = [instance for instance in instances if instance not in self._records]
+                missing = [instance for instance in target.startable if instance not in self._records]
                 missing += await self._stopped_for_a_while(instances)
                 if missing:
                     await target.start(missing, asked_by="the supervisor before", wait=False)

@@ -628,7 +628,7 @@ class Supervisor:
         is_new = self.config.targets[name].remembers_wishes and known != (wanted, stopped_alone)
         if is_new and wanted:
             self.store.set_wanted(name, wanted, stopped_alone)
-        self.journal.put(f"target {name}", {"wanted": wanted})
+        self.journal.put(f"target {name}", {"wanted": wanted, "stopped_alone": sorted(stopped_alone)})
         if is_new and not wanted:
             self.store.set_wanted(name, wanted, stopped_alone)
 
@@ -832,10 +832,10 @@ class Supervisor:
         target = selection.target
         self.refuse_unisolated(target)
         first = [
-            partial(other.start, other.instances, asked_by=asked_by, wait=False)
+            partial(other.start, other.startable or other.instances, asked_by=asked_by, wait=False)
             for other, satisfied in _closure(target)
             if not satisfied
-            and (not other.wanted or any(i.state in {State.STOPPED, State.FAILED} for i in other.instances))
+            and (not other.wanted or any(i.state in {State.STOPPED, State.FAILED} for i in other.startable))
         ]
         # That one has failed means something only when it has been tried again.
         wait_now = wait and not first

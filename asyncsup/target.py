@@ -85,7 +85,9 @@ class Dependency(msgspec.Struct, frozen=True, kw_only=True):
             "ready": lambda i: i.ready or i.state is State.EXITED,
             "exited-ok": lambda i: i.state is State.EXITED,
         }[self.condition]
-        return bool(self.target.instances) and all(holds(instance) for instance in self.target.instances)
+        # One that an operator has stopped alone is not waited for.
+        counted = self.target.startable
+        return bool(counted) and all(holds(instance) for instance in counted)
 
     def __str__(self) -> str:
         return self.target.name if self.condition == "ready" else f"{self.target.name} ({self.condition})"
@@ -280,7 +282,8 @@ class Target:
     def resize(self, number: int) -> None:
         """Have so many slots. Those that go must have no process any more, and what was said of them is
         forgotten."""
-        left = frozenset(index for index in self.stopped_alone if index < number)
+        there = min(number, len(self.instances))  # nobody has stopped what is in a new slot
+        left = frozenset(index for index in self.stopped_alone if index < there)
         if left != self.stopped_alone:
             self.stopped_alone = left
             try:

@@ -378,7 +378,8 @@ def scene(serve: Serve) -> Iterator[Scene]:
             path.with_suffix(".let-go").touch()
         serve.stop()
     for pid in targets_in(serve.folder):
-        end_process(pid)
+        with contextlib.suppress(ProcessLookupError):
+            end_process(pid)
 
 
 def environments() -> Iterator[tuple[Path, list[bytes]]]:

@@ -11,7 +11,6 @@ import pytest
 from conftest import Asked, Serve, wait_for
 from test_overlap import Client, Town
 
-from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError
 
 ALL = {"app:0", "app:1", "app:2"}
@@ -95,7 +94,7 @@ def test_nor_after_a_crash_of_the_supervisor(town: Town) -> None:
 
 
 def test_nor_after_a_crash_while_one_is_being_stopped(town: Town) -> None:
-    town.start(THREE, patch=TWO_STAY)
+    town.start(f"{THREE}\nstop_timeout = '100s'", patch=TWO_STAY)
     linger = town.folder / "linger-app:1"
     linger.touch()
     Asked(town.serve.endpoint, "patch.apply", path=town.patch("v2"))
@@ -151,44 +150,42 @@ def test_other_settings_keep_to_it_as_well(town: Town) -> None:
     assert "app" in str(town.control.call("config.plan"))
 
 
+def stopped(town: Town, since: int) -> list[str]:
+    """Who has been stopped, in this order."""
+    events = town.control.call("events.since", {"seq": since})["events"]
+    return [event["instance"] for event in events if event.get("to") == "stopping"]
+
+
 def test_those_that_took_up_other_settings_go_back_when_a_later_one_does_not(town: Town) -> None:
-    town.start(THREE, patch=TWO_STAY)
+    more = f"{THREE}\nrestart = 'never'"
+    town.start(more, patch=TWO_STAY)
     before, since = town.pids, last_event(town)
-    first_only = "start_timeout = '2s'\nready.exec = ['sh', '-c', 'test $ASYNCSUP_INSTANCE = app:0']"
+    first_only = "hooks.pre_start = ['sh', '-c', 'test $ASYNCSUP_INSTANCE = app:0']"
     other = f"env = {{ COLOUR = 'blue' }}\n{first_only}"
-    town.serve.write(town.settings(f"{THREE}\n{other}", patch=TWO_STAY))
+    town.serve.write(town.settings(f"{more}\n{other}", patch=TWO_STAY))
     failed = town.control.call("config.apply", {"wait": True}, timeout=100)["failed"]
     assert failed["app"]["code"] == "target.start_failed"
     town.wait_ready()
     assert not set(town.pids[:2]) & set(before)
     assert town.pids[2] == before[2]
     assert fewest(town, since) == 2
-    moves = [
-        e["instance"]
-        for e in town.control.call("events.since", {"seq": since})["events"]
-        if e.get("to") == "stopping"
-    ]
-    assert moves == ["app:0", "app:1", "app:0"]
+    assert stopped(town, since) == ["app:0", "app:1", "app:0"]
 
 
 def test_a_stop_of_another_leaves_nobody_down_who_was_going_back(town: Town) -> None:
-    more = "instances = 4\noverlap = false"
+    more = "instances = 4\noverlap = false\nrestart = 'never'\nstop_timeout = '100s'"
     patch = f"{TWO_STAY}\nmax_parallel = 1"
     town.start(more, patch=patch)
     since = last_event(town)
-    first_only = "start_timeout = '2s'\nready.exec = ['sh', '-c', 'test $ASYNCSUP_INSTANCE = app:0']"
+    go = town.folder / "go"
+    script = f"[ $ASYNCSUP_INSTANCE = app:0 ] && exit; until [ -e {go} ]; do sleep 0.02; done; exit 1"
+    first_only = f"hooks.timeout = '100s'\nhooks.pre_start = ['sh', '-c', '{script}']"
     town.serve.write(town.settings(f"{more}\nenv = {{ COLOUR = 'blue' }}\n{first_only}", patch=patch))
     applying = Asked(town.serve.endpoint, "config.apply", wait=True)
-
-    def is_going_back() -> bool:
-        with ControlClient(town.serve.endpoint) as other:
-            events = other.call("events.since", {"seq": since})["events"]
-        moves = [event["instance"] for event in events if event.get("to") == "stopping"]
-        if moves == ["app:0", "app:1"]:
-            (town.folder / "linger-app:0").touch()
-        return moves == ["app:0", "app:1", "app:0"]
-
-    wait_for(is_going_back, "the first to go back")
+    wait_for(lambda: stopped(town, since) == ["app:0", "app:1"], "the second to be replaced")
+    (town.folder / "linger-app:0").touch()
+    go.touch()
+    wait_for(lambda: stopped(town, since) == ["app:0", "app:1", "app:0"], "the first to go back")
     stopping = Asked(town.serve.endpoint, "stop", names=["app:3"])
     wait_for(lambda: "stop" in [each["operation"] for each in town.target["waiting"]], "the stop")
     (town.folder / "linger-app:0").unlink()
@@ -219,7 +216,7 @@ def test_who_drains_is_not_asked_whether_it_is_alive_nor_started_again(town: Tow
     more = "        open('deaf', 'w').close()\n        await asyncio.sleep(1)\n        stop.set()\n"
     (town.root / "service.py").write_text(town.source.replace(drained, f"{drained[:-1]}{more}\n", 1))
     alive = "liveness.exec = ['sh', '-c', 'test $ASYNCSUP_INSTANCE = app:0 || ! test -e deaf']"
-    often = "liveness.interval = '100ms'\nliveness.failure_threshold = 1"
+    often = "liveness.interval = '100ms'\nliveness.failure_threshold = 1\nliveness.timeout = '100s'"
     town.start(f"instances = 2\nrestart = 'always'\n{alive}\n{often}")
     since = last_event(town)
     town.clients = [Client(town.address, keep=True, question=b"slow\n") for _ in range(8)]

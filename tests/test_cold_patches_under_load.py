@@ -71,6 +71,16 @@ class Mortal(Town):
     def __init__(self, serve: Serve) -> None:
         super().__init__(serve, program="mortal.py")
 
+    def start(
+        self,
+        more: str = "start_timeout = '60s'\nrestart = 'never'",
+        patch: str = "",
+        *,
+        layout: str = "overlay",
+    ) -> None:
+        """Who has died is not started again, only to be ended with what it has in its hands by then."""
+        super().start(more, patch, layout=layout)
+
     def account(self, pid: int) -> tuple[int, int]:
         """How many connections a process holds (or held when it died), and how many requests it answered."""
         held, answered = struct.unpack("@II", (self.folder / f"account-{pid}").read_bytes())

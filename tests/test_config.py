@@ -920,8 +920,8 @@ def test_some_instances_can_be_spared() -> None:
     assert problem["hint"].startswith("set it to at most 1, ")
     target("instances = 2\npatch.min_available = 1")
     target("instances = 2\noverlap = true\npatch.min_available = 2")
-    by_default = "[defaults.patch]\nmin_available = 1\n[target.web]\ncommand = 'x'\n"
-    assert [problem["key"] for problem in problems_of(by_default)] == ["defaults.patch.min_available"]
+    target("oneshot = true\npatch.min_available = 2")
+    parse("[defaults.patch]\nmin_available = 1\n[target.web]\ncommand = 'x'\n")
 
 
 def test_required_signatures_need_somebody_whose_signatures_count() -> None:

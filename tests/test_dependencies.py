@@ -104,11 +104,11 @@ def test_a_dependency_that_is_ready_after_some_restarts_is_ready(serve: Serve) -
         assert (runs(serve), instance(client, "db")["restarts"]) == (3, 2)
 
 
-def test_one_of_several_instances_that_is_down_is_started_as_well(serve: Serve) -> None:
+def test_one_instance_that_was_stopped_alone_is_neither_waited_for_nor_started(serve: Serve) -> None:
     db = f"[target.db]\n{SLEEPER}instances = 2\n"
     with serve.start(f"{QUICK}{db}{APP}autostart = false\n") as client:
         client.call("wait", {"names": ["db"], "for": "ready", "timeout": 60})
         client.call("stop", names=["db:1"])
         client.call("start", names=["app"])
         assert instance(client, "app")["ready"]
-        assert [i["state"] for i in target(client, "db")["instances"]] == ["running", "running"]
+        assert [i["state"] for i in target(client, "db")["instances"]] == ["running", "stopped"]

@@ -59,6 +59,8 @@ def test_what_is_run(command: str, found: str, base: Path) -> None:
         "python3 --an-option-of-tomorrow {root}/app.py",
         "sh -c {root}/bin/run",
         "node --unknown {root}/app.py",
+        "node --eval=1 {root}/app.py",
+        "node --run=dev {root}/app.py",
         "java -cp {root}/app.jar Main {root}/app.py",
         "java @{root}/nginx.conf Main",
         "/usr/bin/env python3 {root}/app.py",

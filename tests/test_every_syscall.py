@@ -321,7 +321,7 @@ def test_a_supervisor_killed_or_failed_at_a_call_goes_on(tell: Tell) -> None:
             chosen = sample(points, wanted, str(variant))
             # Where threads have shared the work otherwise, a call may not be met; there are more.
             for number, point in enumerate((*chosen, *sample(points, 3 * wanted, f"more of {variant}"))):
-                if number >= len(chosen) and all(counts[kind] for kind in RAREST_FIRST):
+                if number >= len(chosen) and all(counts[what] for what in (*RAREST_FIRST, "failed")):
                     break
                 for fault in choose([Fault(point), *(Fault(point, error) for error in point.errors)], counts):
                     try:

@@ -200,7 +200,7 @@ def test_many_write_whole_lines_into_the_output_of_serve_each_with_its_name(serv
         'command = ["sh", "-c", "seq -f %010g 3000; seq -f %010g 3001 6000 >&2"]\n'
         "[target.a]\ninstances = 2\n[target.b]\n"
     )
-    client.call("wait", {"names": ["all"], "for": "stopped", "timeout": 60})
+    wait_for(lambda: serve.errors().count("\n") >= 3 * 6000, "all of it", every=0.1)
     client.close()
     lines = serve.errors().splitlines()
     assert len(lines) == 3 * 6000

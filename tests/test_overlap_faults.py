@@ -49,18 +49,9 @@ LONG = 'restart_delay = "1h"\nrestart_max_delay = "1h"\nmin_uptime = "1h"\n'
 """Whoever is killed waits for a long time."""
 
 
-class FaultyTown(Town):
-    def settings(self, more: str = "", patch: str = "", *, layout: str = "overlay") -> str:
-        text = super().settings("MORE", patch, layout=layout)
-        for line in ('restart_delay = "50ms"\n', 'stop_timeout = "5s"\n'):
-            if line.split()[0] in more:
-                text = text.replace(line, "")
-        return text.replace("MORE", more)
-
-
 @pytest.fixture
 def town(serve: Serve) -> Iterator[Town]:
-    made = FaultyTown(serve)
+    made = Town(serve)
     assert START in made.source
     made.source = made.source.replace(START, LATE + START)
     (made.root / "service.py").write_text(made.source)

@@ -474,6 +474,10 @@ def test_a_warm_patch_of_the_program_itself_is_refused(field: Field) -> None:
     assert (plan["code"], plan["reason"]) == ("gate.kind", error.message)
     assert "program.py is what the processes of web run" in error.message
     assert field.picture("web") == before
+    # Of what nobody runs the next start is of the new one.
+    field.client.call("stop", names=["web"])
+    assert field.client.call("patch.plan", path=str(warm))["verdict"] == "apply"
+    field.client.call("start", names=["web"])
     assert field.apply(package("web", Kind.COLD))["verdict"] == "committed"
     # What is there already needs no permission.
     again = package("web", build=400)

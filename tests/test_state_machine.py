@@ -93,8 +93,8 @@ class Kit:
 KITS: Final = {
     "hand": Kit("overlay", "light.py", more='restart = "unless-stopped"\npatch = { commit = "manual" }\n'),
     "pair": Kit("tree", "light.py", count=2),
-    "sdk": Kit("overlay", "patchable.py", more='patch = { ack_timeout = "8s", wait_max = "1h" }\n'),
-    "tree": Kit("tree", "light.py", more='patch = { ack_timeout = "8s" }\n'),
+    "sdk": Kit("overlay", "patchable.py", more='patch = { wait_max = "1h" }\n'),
+    "tree": Kit("tree", "light.py"),
 }
 NAMES: Final = tuple(KITS)
 
@@ -234,7 +234,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.numbers = itertools.count(1)
         self.committed: list[tuple[str, tuple[str, ...]]] = []
         """Action and targets of every transaction that was committed, oldest first."""
-        text = [f'[patch]\ntrust = "none"\nprobation = "0s"\nkeep = {KEEP}\n']
+        text = [f'[patch]\ntrust = "none"\nprobation = "0s"\nkeep = {KEEP}\nack_timeout = "20s"\n']
         text.append(f'[defaults]\nbuild = {BUILD}\nrestart_delay = "20ms"\nmin_uptime = "1ms"\n')
         text.append('start_timeout = "60s"\nstart_limit_interval = "0s"\n')
         for name, kit in KITS.items():
@@ -1061,6 +1061,7 @@ def tell_counts(tell: Tell) -> None:
     tell(", ".join(f"{what}: {count}" for what, count in sorted(COUNTS.items())))
 
 
+@pytest.mark.timeout(900)
 def test_whatever_is_to_happen_does(tell: Tell) -> None:
     COUNTS.clear()
     machine = SupervisorMachine()

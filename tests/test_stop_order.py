@@ -87,12 +87,28 @@ def test_what_one_of_them_refuses_keeps_none_of_the_others_up(serve: Serve) -> N
         assert [t["state"] for t in client.call("status")["targets"]] == ["stopped", "stopped"]
 
 
+class GivenUpError(Exception):
+    pass
+
+
+def give_up_once_told(client: ControlClient, scene: Scene, method: str, name: str) -> None:
+    """Ask it of all, and give up as soon as this one was told to end."""
+
+    def look() -> bool:
+        if scene.told(name):
+            raise GivenUpError
+        return False
+
+    with pytest.raises(GivenUpError):
+        client.call(method, {"names": ["all"]}, timeout=100, slow_after=0.02, on_slow=look)
+    client.call("status")  # then it has heard of that, too
+
+
 def test_a_stop_that_was_given_up_has_not_stopped_those_whose_turn_had_not_come(scene: Scene) -> None:
     scene.serve.begin(scene.program("db") + scene.program("web", "depends_on = ['db']"))
     scene.ready()
     with scene.serve.connect() as client:
-        Asked(scene.serve.endpoint, "stop", names=["all"], timeout=0.2).error("timeout")
-        wait_for(lambda: scene.told("web"), "the stop of web")
+        give_up_once_told(client, scene, "stop", "web")
         scene.let_go("web")
         reached(client, "web", "stopped")
         assert target(client, "db")["wanted"] == "up"
@@ -160,8 +176,7 @@ def test_a_restart_given_up_on_the_way_leaves_nobody_down(scene: Scene) -> None:
     scene.serve.begin(scene.program("db") + scene.program("web", "depends_on = ['db']"))
     scene.ready()
     with scene.serve.connect() as client:
-        Asked(scene.serve.endpoint, "restart", names=["all"], timeout=0.2).error("timeout")
-        wait_for(lambda: scene.told("web"), "the restart of web")
+        give_up_once_told(client, scene, "restart", "web")
         scene.let_go("web")
         client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
         assert (scene.started("web"), scene.started("db"), scene.told("db")) == (2, 1, 0)

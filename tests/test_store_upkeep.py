@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -638,6 +640,18 @@ def test_held_patches_and_wanted_targets_are_remembered(bench: Callable[..., Ben
     assert not b.store.wanted("web")
     b.store.unhold("a" * 64)
     assert b.store.held("a" * 64) is None
+
+
+def test_what_a_version_before_single_instances_says_of_a_target_counts(bench: Callable[..., Bench]) -> None:
+    b = bench(Layout.OVERLAY)
+    b.store.set_wanted("web", True, {1, 2})
+    assert b.store.stopped_alone("web") == {1, 2}
+    with contextlib.closing(sqlite3.connect(b.base / "state" / "state.db")) as sql, sql:
+        sql.execute("INSERT OR REPLACE INTO wanted VALUES ('web', 1)")
+    b.reopen()
+    assert b.store.stopped_alone("web") == frozenset()
+    b.store.set_wanted("web", True, {0})
+    assert b.store.stopped_alone("web") == {0}
 
 
 def test_an_io_error_has_a_code_and_leaves_nothing(bench: Callable[..., Bench]) -> None:

@@ -418,6 +418,39 @@ def test_a_manual_stop_of_one_instance_outlives_the_supervisor_too(serve: Serve)
     assert states_of_the_next(serve, "web") == ["running"] * 3
 
 
+def test_one_that_was_stopped_alone_keeps_nobody_waiting_and_stays_down(serve: Serve) -> None:
+    def states(client: ControlClient) -> list[str]:
+        client.call("wait", {"names": ["web:0", "web:2", "later"], "for": "ready", "timeout": 60})
+        return [each["state"] for each in target(client, "web")["instances"]]
+
+    with serve.start(f"{THREE}[target.later]\n{SLEEPER}depends_on = ['web']\n") as client:
+        client.call("wait", {"names": ["all"], "for": "ready", "timeout": 60})
+        client.call("stop", names=["web:1"])
+    others = ["running", "stopped", "running"]
+    assert states_of_the_next(serve, "web:0", "web:2", "later") == others
+    with serve.connect() as client:
+        client.call("restart", names=["later"])
+        client.call("start", names=["later"])
+        assert states(client) == others
+        started = client.call("supervisor.info")["started"]
+        client.call("supervisor.reexec")
+    with serve.connect_to_next(started) as client:
+        assert states(client) == others
+    assert states_of_the_next(serve, "web:0", "web:2", "later") == others
+
+
+def test_what_was_said_of_a_slot_does_not_count_for_a_new_one(serve: Serve) -> None:
+    with serve.start(THREE) as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        client.call("stop", names=["web:2"])
+    assert serve.stop() == 0
+    with serve.start(THREE.replace("instances = 3", "instances = 2")) as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        client.call("scale", name="web", instances=3)
+        assert instance(client, "web:2")["ready"]
+    assert states_of_the_next(serve, "web") == ["running"] * 3
+
+
 def test_one_instance_that_is_started_alone_is_alone_for_the_next_too(serve: Serve) -> None:
     with serve.start(THREE) as client:
         client.call("stop", names=["web"])

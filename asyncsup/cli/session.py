@@ -86,10 +86,10 @@ class Session:
             params,
             timeout=timeout,
             slow_after=SLOW_SECONDS,
-            on_slow=(lambda: self._say_what_takes_so_long(names)) if self.out.is_live else None,
+            on_slow=(lambda: self._say_what_takes_so_long(method, names)) if self.out.is_live else None,
         )
 
-    def _say_what_takes_so_long(self, names: Sequence[str]) -> bool:
+    def _say_what_takes_so_long(self, method: str, names: Sequence[str]) -> bool:
         """Whether there was something to say."""
         from asyncsup import render  # noqa: PLC0415 - most answers come at once
 
@@ -99,7 +99,9 @@ class Session:
             return False  # it is not what was asked for
         line = render.waiting_line(value)
         if line:
-            self.out.note(f"waiting: {line}; Ctrl-C gives up")
+            # A number of instances is written down at once.
+            ends = "ends only the waiting" if method == "scale" else "gives up"
+            self.out.note(f"waiting: {line}; Ctrl-C {ends}")
         return bool(line)
 
     def sibling(self, args: argparse.Namespace, out: Output) -> Session:

@@ -285,7 +285,10 @@ class Checks:
     def _capacity(self, target: TargetRead) -> None:
         config, read = target.config, target.tables["patch"]
         floor = config.patch.min_available
-        if not config.overlaps and 0 < config.instances <= floor and "min_available" not in read.failed:
+        # One that is inherited may be meant for others; of what there is, one can always be spared.
+        if config.oneshot or config.overlaps or not read.has_own("min_available"):
+            return
+        if 0 < config.instances <= floor and "min_available" not in read.failed:
             self._report.problem(
                 read.place("min_available"),
                 f"of {config.instances} instances {floor} are to be ready at any time, so that none could be "

@@ -565,7 +565,13 @@ class Database:
         return row is None or bool(row["up"])
 
     def stopped_alone(self, target: str) -> frozenset[int]:
-        rows = self._all("SELECT target FROM wanted WHERE target > ? AND target < ?", *_instances_of(target))
+        # A supervisor that knows of no such rows writes the target's anew: what is older counts no more.
+        rows = self._all(
+            "SELECT target FROM wanted WHERE target > ? AND target < ?"
+            " AND rowid > (SELECT rowid FROM wanted WHERE target = ?)",
+            *_instances_of(target),
+            target,
+        )
         return frozenset(int(row["target"].rpartition(":")[2]) for row in rows)
 
     def set_wanted(self, target: str, up: bool, stopped_alone: Collection[int]) -> None:

@@ -40,7 +40,9 @@ _INTERPRETERS: Final = {
         with_value=frozenset({"-o", "+o", "-O", "+O", "--rcfile", "--init-file"}),
     ),
     re.compile(r"node|nodejs"): _Options(
-        alone=re.compile(r"--[a-z-]+=.+|--(enable-source-maps|expose-gc|no-warnings|trace-warnings)"),
+        alone=re.compile(
+            r"--(?!(eval|print|run)=)[a-z-]+=.+|--(enable-source-maps|expose-gc|no-warnings|trace-warnings)"
+        ),
         with_value=frozenset({"-r", "--require", "--import", "--loader", "-C", "--conditions"}),
     ),
     re.compile(r"ruby[0-9.]*"): _Options(

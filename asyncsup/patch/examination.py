@@ -121,5 +121,6 @@ class Examination:
 def _program(target: Target) -> frozenset[str]:
     """The files of a target that are not to change while its processes run on."""
     config = target.config
+    is_down = all(instance.pid is None for instance in target.everybody)
     # Of a oneshot the next run is what counts, and one that runs is not to be broken off for it.
-    return frozenset() if config.patch.warm_program or config.oneshot else program_files(config)
+    return frozenset() if is_down or config.patch.warm_program or config.oneshot else program_files(config)
