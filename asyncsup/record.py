@@ -125,6 +125,7 @@ class PatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         by: who asked for it (`Actor`).
         file: the package's name in the inbox, where it is to be moved away in the end.
+        inbox_file: what lay there under that name (`intake.identity_of`); None if that is not known.
         switched: the files may be those of the patch, and whoever has taken them up must be told if they are
             taken back.
         standing: instances and their pids that have taken it up and must not fall; None before that, and from
@@ -138,6 +139,7 @@ class PatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     patch: str
     by: Mapping[str, Any]
     file: str | None
+    inbox_file: tuple[int, ...] | None = None
     manual_commit: bool
     manual_rollback: bool
     parts: tuple[PartRecord, ...]
@@ -159,6 +161,8 @@ class PatchRecord(msgspec.Struct, frozen=True, kw_only=True):
             )
             for part in value["parts"]
         )
+        if value.get("inbox_file") is not None:
+            known["inbox_file"] = tuple(map(int, value["inbox_file"]))
         if value.get("standing") is not None:
             known["standing"] = tuple((str(name), int(pid)) for name, pid in value["standing"])
         return cls(**known)

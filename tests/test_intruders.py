@@ -463,6 +463,32 @@ def test_what_a_configuration_includes_is_guarded_as_soon_as_it_is_taken_up(serv
     client.close()
 
 
+def test_what_is_guarded_while_a_patch_is_under_way_is_not_changed_by_it(serve: Serve) -> None:
+    held = "touch asked; until [ -e go ]; do sleep 0.02; done"
+    main = (
+        '[supervisor]\nregion = "us-east-1"\nstate_dir = "state"\nruntime_dir = ".asyncsup/run"\n{}'
+        '[patch]\ntrust = "none"\n'
+        '[target.pricer]\nroot = "."\ncommand = "sleep 1000"\nautostart = false\n'
+        f'hooks.pre_patch = ["sh", "-c", "{held}"]\nhooks.timeout = "100s"\n'
+    )
+    (serve.folder / "conf.d").mkdir()
+    included = serve.folder / "conf.d/x.toml"
+    included.touch()
+    change = Part(name="files/conf.d/x.toml", data=b"evil")
+    base = hashlib.sha256(b"").hexdigest()
+    changes = [zip_forge.change(change, op="modified", base_sha256=base)]
+    package = serve.folder / "p.zip"
+    package.write_bytes(forge(manifest_part(build=400, files=changes), change))
+    with serve.start(main.format("")) as client:
+        asked = Asked(serve.endpoint, "patch.apply", path=str(package))
+        wait_for((serve.folder / "asked").exists, "the patch to be staged")
+        serve.config.write_text(main.format('include = ["conf.d/*.toml"]\n'))
+        client.call("config.apply")
+        (serve.folder / "go").touch()
+        asked.error("gate.path")
+    assert included.read_bytes() == b""
+
+
 def test_what_the_configuration_in_force_reads_is_guarded_until_another_one_is(serve: Serve) -> None:
     """A target that is being removed takes its time; until then the old configuration is in force."""
     main = (

@@ -851,6 +851,29 @@ def test_a_stop_of_one_instance_keeps_the_others_from_being_told_of_nothing(fiel
     )
 
 
+def test_who_is_starting_when_another_is_stopped_is_told_when_it_listens(field: Field) -> None:
+    field.start(
+        "web", "db", defaults='[defaults.patch]\nack_timeout = "1m"', each={"web": "instances = 3"},
+        start_timeout="100s",
+    )  # fmt: skip
+    field.behave("db", reload="never")
+
+    def says(index: int, text: str) -> bool:
+        return text in field.target("web")["instances"][index]["status_text"]
+
+    with killed_during(field, field.package("web", "db", probation=30.0), "build=300 a.txt=new-a"):
+        wait_for(lambda: all(says(index, "build=300 a.txt=new-a") for index in range(3)), "all to take it up")
+        field.behave("web", start="mute")
+        end_process(field.target("web")["instances"][0]["pid"])
+        wait_for(lambda: field.instance("web")["state"] == "starting", "the first one to start")
+    wait_for(lambda: field.target("web")["busy"] == "recovery", "recovery to wait for it")
+    field.client.call("stop", names=["web:1"])
+    wait_for(lambda: says(2, "build=200 a.txt=old-a"), "the one that ran on to be told")
+    wait_for(lambda: field.target("web")["busy"] == "recovery", "recovery to wait for the first once more")
+    field.behave("web")
+    wait_for(lambda: says(0, "build=200 a.txt=old-a"), "the first to be told")
+
+
 def test_a_program_that_a_patch_had_started_is_started_anew_on_the_old_files(field: Field) -> None:
     field.start("web", "db", start_timeout="60s")
     field.behave("db", start="mute", version="two")
@@ -903,6 +926,20 @@ def test_a_patch_that_waits_for_its_commit_goes_on_waiting(field: Field) -> None
     txn = field.target("web")["uncommitted"]
     assert field.client.call("patch.commit", id=str(txn))["verdict"] == "committed"
     field.said("web", "build=300 a.txt=new-a")
+
+
+def test_what_came_into_the_inbox_under_the_same_name_meanwhile_stays_there(field: Field) -> None:
+    field.start("web", patch='commit = "manual"')
+    field.drop(field.package("web"), "p.zip")
+    assert field.client.call("patch.apply", name="p.zip")["verdict"] == "uncommitted"
+    field.client.close()
+    field.serve.kill_supervisor()
+    field.client = field.serve.connect()
+    wait_for(lambda: field.target("web")["uncommitted"], "the patch to wait")
+    field.drop(another := field.package("web", build=400), "p.zip")
+    field.client.call("patch.commit", id=str(field.target("web")["uncommitted"]))
+    assert (field.serve.inbox / "p.zip").read_bytes() == another.read_bytes()
+    assert not list(field.serve.inbox.glob("applied/*"))
 
 
 def test_who_fell_while_nobody_was_there_has_failed_the_probation(field: Field) -> None:

@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 
 from asyncsup.errors import AsyncsupError, ShuttingDownError
+from asyncsup.instance import Instance
 from asyncsup.lifecycle import State
 from asyncsup.rollout import Rollout
 from asyncsup.target import Target, hold_all
@@ -45,28 +46,34 @@ async def bring_back(
         cold: they were started on the files that were taken back, so they are started anew; otherwise they
             are told.
     """
-    with anyio.CancelScope() as scope:
-        try:
-            async with hold_all([target], "recovery", ASKED_BY, on_preempt=lambda _: scope.cancel()):
-                failure = await (_start_anew(target, store) if cold else _tell(target, store, patch, changed))
-        except ShuttingDownError:
-            return  # it is stopped with all others, and started on these files
-        except AsyncsupError as error:
-            failure = error.message
-        if failure is not None:
-            log.error(
-                "%s has the files from before the patch again, but not everybody has taken them up (%s); "
-                "`asyncsup restart %s` would",
-                target.name,
-                failure,
-                target.name,
-            )
-        if txn is not None:
-            detail = failure or ("started anew" if cold else "told")
-            record = store.record
-            await anyio.to_thread.run_sync(
-                lambda: record(txn, "bring back", target=target.name, detail=detail)
-            )
+    told: set[Instance] = set()
+    is_broken_off = True
+    while is_broken_off:
+        with anyio.CancelScope() as scope:
+            try:
+                async with hold_all([target], "recovery", ASKED_BY, on_preempt=lambda _: scope.cancel()):
+                    if cold:
+                        failure = await _start_anew(target, store)
+                    else:
+                        failure = await _tell(target, store, patch, changed, told)
+            except ShuttingDownError:
+                return  # it is stopped with all others, and started on these files
+            except AsyncsupError as error:
+                failure = error.message
+            if failure is not None:
+                log.error(
+                    "%s has the files from before the patch again, but not everybody has taken them up (%s); "
+                    "`asyncsup restart %s` would",
+                    target.name,
+                    failure,
+                    target.name,
+                )
+            if txn is not None:
+                detail = failure or ("started anew" if cold else "told")
+                record = partial(store.record, txn, "bring back", target=target.name, detail=detail)
+                await anyio.to_thread.run_sync(record)
+        # One of its instances was to be stopped; it is done with those that run on.
+        is_broken_off = scope.cancelled_caught and target.is_to_be_up
 
 
 async def bring_all_back(
@@ -118,15 +125,20 @@ async def _start_anew(target: Target, store: Store) -> str | None:
     return None
 
 
-async def _tell(target: Target, store: Store, patch: str | None, changed: Sequence[str]) -> str | None:
+async def _tell(
+    target: Target, store: Store, patch: str | None, changed: Sequence[str], told: set[Instance]
+) -> str | None:
+    """Args: told: those that have taken the old files up; added to."""
+
     async def tell() -> str | None:
         outcomes = await target.reload_instances(
-            [instance for instance in target.instances if instance.ready],
+            chosen := [instance for instance in target.instances if instance.ready and instance not in told],
             patch=patch,
             build=store.state(target.name).build,
             changed=changed,
             rollback=True,
         )
+        told.update(chosen)
         failed = [f"{name}: {outcome.reason}" for name, outcome in outcomes if not outcome.ok]
         return "; ".join(failed) or None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import msgspec
+from msgspec.structs import replace
 
 from asyncsup.actor import Actor
 from asyncsup.errors import (
@@ -168,12 +169,14 @@ class Arrivals:
             self._inbox.settle(source.path, outcome.details["report"], outcome="rejected")
 
     async def settle_by_name(self, job: Job, outcome: Outcome) -> None:
-        """As `settle`, for a package of which only the name is known any more."""
+        """As `settle`, for a package of which only is known what the supervisor before has written down."""
         name = job.inbox_name
         if name is None:
             return
         try:
             source = self._intake.find(path=None, upload=None, name=name, sha256=None, crc32=None)
+            if job.inbox_file is not None:
+                source = replace(source, identity=job.inbox_file)
             self.settle(job, source, outcome)
         except (AsyncsupError, OSError) as error:
             log.warning("%s stays where it is: %s", name, error)

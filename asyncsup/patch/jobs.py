@@ -54,6 +54,8 @@ class Job(msgspec.Struct, eq=False):
     """Its patch is on hold already, since before it was undone."""
     inbox_name: str | None = None
     """The package's, if it lies in the inbox."""
+    inbox_file: tuple[int, ...] | None = None
+    """The package itself, to know it again (`intake.identity_of`); None if that is not known."""
     outlasted: bool = False
     """The supervisor began to end while it was under way, and nobody else had ended it."""
 

@@ -184,6 +184,7 @@ class PatchOverseer:
         job.report.file = None if self.uploads.has(source.path) else source.path.name
         job.request["package"] = {"file": job.report.file}
         job.inbox_name = source.path.name if source.in_inbox else None
+        job.inbox_file = source.identity
         work = partial(self._apply_package, job, source, wish)
         self.jobs.start(job, work, partial(self._settle, job, source))
         return await self.jobs.answer(job)
@@ -311,6 +312,7 @@ class PatchOverseer:
         wish = Wish(actor=Actor(**record.by))
         job = self._new_job("rollback" if record.action == "rollback" else "apply", wish)
         job.report.file = job.inbox_name = record.file
+        job.inbox_file = record.inbox_file
         targets = [self._supervisor.targets[part.target] for part in record.parts]
         work = partial(self._carry_out, job, targets, partial(self._go_on, record), wish)
         self.jobs.start(job, work, partial(self.arrivals.settle_by_name, job))
@@ -420,10 +422,13 @@ class PatchOverseer:
 
         Raises:
             AsyncsupError: as `Intake.check_signatures`.
-            PatchRefusedError: it has expired.
+            PatchRefusedError: it has expired, or another configuration guards what it would change.
         """
         self._endorse(job, package)
         self.intake.refuse_expired(package)
+        for part in job.report.parts:
+            if part.participant is not None:
+                self._store.preview.refuse_guarded(part.target.name, package.manifest)
 
     async def _carry_out(self, job: Job, targets: Sequence[Target], work: Work, wish: Wish) -> dict[str, Any]:
         """Hold the targets, do the work, and turn its end into a report."""

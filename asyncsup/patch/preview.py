@@ -50,6 +50,11 @@ class Preview:
                 needs=tuple(files.needs([item for item in planned if item.plan.error is None])),
             )
 
+    def refuse_guarded(self, target: str, manifest: Manifest) -> None:
+        """Raises PatchRefusedError if the patch would change what no patch may, by now."""
+        with self._access.reporting(target):
+            self._access.files(target).refuse_guarded(manifest.files)
+
     def rehearse(
         self, target: str, package: PatchSource, policy: Policy, done: set[str], progress: Progress
     ) -> None:

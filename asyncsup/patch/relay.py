@@ -22,6 +22,7 @@ def record_of(job: Job, txn: int, change: Change) -> PatchRecord:
         patch=change.patch,
         by=job.request["by"],
         file=job.inbox_name,
+        inbox_file=job.inbox_file,
         manual_commit=change.manual_commit,
         manual_rollback=change.manual_rollback,
         parts=tuple(

@@ -132,6 +132,20 @@ class TargetFiles(ABC):
             for change, there in zip(changes, found, strict=True)
         ]
 
+    def refuse_guarded(self, changes: Sequence[FileChange]) -> None:
+        """Look once more whether a patch may change what it would: other places may be guarded by now.
+
+        Raises:
+            PatchRefusedError: it may not.
+        """
+        found = self.look(changes, hashed=False)
+        with fs.opened(self.row.root) as root:
+            guard = Guard(self.state.guarded, root, self.row.root)
+            for change, there in zip(changes, found, strict=True):
+                problem = guard.problem(change.path, there)
+                if problem is not None:
+                    raise PatchRefusedError(f"{change.path}: {problem.message}", code=problem.code)
+
     def _refuse_guarded(self, changes: Sequence[FileChange], found: Sequence[Found]) -> list[Found]:
         """What was found, with a problem wherever no patch may change anything."""
         with fs.opened(self.row.root) as root:
