@@ -188,6 +188,9 @@ class Inheritance:
             if self._replace_all and running:
                 await target.replace(running, asked_by='orphans = "kill"')
             if target.wanted:
+                alone = [i for i in instances if i.index in target.stopped_alone and i.wanted]
+                if alone:
+                    await target.stop(alone, asked_by="the supervisor before")
                 missing = [instance for instance in target.startable if instance not in self._records]
                 missing += await self._stopped_for_a_while(instances)
                 if missing:

@@ -835,7 +835,10 @@ class Supervisor:
             partial(other.start, other.startable or other.instances, asked_by=asked_by, wait=False)
             for other, satisfied in _closure(target)
             if not satisfied
-            and (not other.wanted or any(i.state in {State.STOPPED, State.FAILED} for i in other.startable))
+            and (
+                not other.wanted
+                or any(i.state in {State.STOPPED, State.FAILED} for i in other.startable or other.instances)
+            )
         ]
         # That one has failed means something only when it has been tried again.
         wait_now = wait and not first

@@ -1056,6 +1056,8 @@ class Target:
                 self.await_demand()
             raise
         self.await_demand()
+        for target in self.dependents:
+            target.start_waiting()  # one that is stopped alone is not waited for any more
 
 
 @contextlib.asynccontextmanager

@@ -104,6 +104,22 @@ def test_a_dependency_that_is_ready_after_some_restarts_is_ready(serve: Serve) -
         assert (runs(serve), instance(client, "db")["restarts"]) == (3, 2)
 
 
+def test_who_waits_for_instances_goes_on_when_the_last_of_them_is_stopped_alone(serve: Serve) -> None:
+    db = f"[target.db]\n{SLEEPER}instances = 2\nautostart = false\n"
+    with serve.start(f"{QUICK}{db}{APP}") as client:
+        reached(client, "app", "waiting")
+        client.call("start", names=["db:0"])
+        assert instance(client, "app")["state"] == "waiting"
+        client.call("stop", names=["db:1"])
+        reached(client, "app", "running")
+        # Where each was stopped by itself, none is left to depend on: then all of them are meant.
+        client.call("stop", names=["db:0"])
+        client.call("stop", names=["app"])
+        client.call("start", names=["app"])
+        assert instance(client, "app")["ready"]
+        assert [i["ready"] for i in target(client, "db")["instances"]] == [True, True]
+
+
 def test_one_instance_that_was_stopped_alone_is_neither_waited_for_nor_started(serve: Serve) -> None:
     db = f"[target.db]\n{SLEEPER}instances = 2\n"
     with serve.start(f"{QUICK}{db}{APP}autostart = false\n") as client:

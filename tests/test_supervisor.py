@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Serve, alive, wait_for
+from conftest import Asked, Serve, alive, wait_for
 
 from asyncsup.client import ControlClient
 from asyncsup.errors import RemoteError, TimeoutExpiredError
@@ -437,6 +438,29 @@ def test_one_that_was_stopped_alone_keeps_nobody_waiting_and_stays_down(serve: S
     with serve.connect_to_next(started) as client:
         assert states(client) == others
     assert states_of_the_next(serve, "web:0", "web:2", "later") == others
+
+
+def test_a_stop_of_one_instance_that_had_not_begun_is_carried_out_by_the_next(serve: Serve) -> None:
+    # A number of instances is taken up before anything else is done.
+    told = "[ $ASYNCSUP_INSTANCE = web:2 ] && until [ -e go ]; do sleep 0.05; done; exit"
+    script = f"trap '{told}' TERM; echo up; while :; do sleep 0.05; done"
+    command = f"command = ['sh', '-c', {json.dumps(script)}]\nready.log = '^up$'\n"
+    with serve.start(f"{QUICK}[target.web]\n{command}instances = 3\nstop_timeout = '100s'\n") as client:
+        client.call("wait", {"names": ["web"], "for": "ready", "timeout": 60})
+        started = client.call("supervisor.info")["started"]
+        Asked(serve.endpoint, "scale", name="web", instances=2)
+        wait_for(
+            lambda: target(client, "web")["instances"][2]["state"] == "stopping", "the last to be stopped"
+        )
+        Asked(serve.endpoint, "stop", names=["web:0"])
+        wait_for(
+            lambda: [each["operation"] for each in target(client, "web")["waiting"]] == ["stop"], "the stop"
+        )
+        serve.kill_supervisor()
+    (serve.folder / "go").touch()
+    with serve.connect_to_next(started) as client:
+        wait_for(lambda: instance(client, "web:0")["state"] == "stopped", "it to be stopped")
+        assert instance(client, "web:1")["state"] == "running"
 
 
 def test_what_was_said_of_a_slot_does_not_count_for_a_new_one(serve: Serve) -> None:

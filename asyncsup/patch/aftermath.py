@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
-from asyncsup.errors import AsyncsupError, ShuttingDownError
+from asyncsup.errors import AsyncsupError, CancelledByRequestError, ShuttingDownError
 from asyncsup.instance import Instance
 from asyncsup.lifecycle import State
 from asyncsup.rollout import Rollout
@@ -47,8 +47,7 @@ async def bring_back(
             are told.
     """
     told: set[Instance] = set()
-    is_broken_off = True
-    while is_broken_off:
+    while True:
         with anyio.CancelScope() as scope:
             try:
                 async with hold_all([target], "recovery", ASKED_BY, on_preempt=lambda _: scope.cancel()):
@@ -58,6 +57,10 @@ async def bring_back(
                         failure = await _tell(target, store, patch, changed, told)
             except ShuttingDownError:
                 return  # it is stopped with all others, and started on these files
+            except CancelledByRequestError:  # while it was queued
+                if target.is_to_be_up:
+                    continue
+                return
             except AsyncsupError as error:
                 failure = error.message
             if failure is not None:
@@ -72,8 +75,9 @@ async def bring_back(
                 detail = failure or ("started anew" if cold else "told")
                 record = partial(store.record, txn, "bring back", target=target.name, detail=detail)
                 await anyio.to_thread.run_sync(record)
-        # One of its instances was to be stopped; it is done with those that run on.
-        is_broken_off = scope.cancelled_caught and target.is_to_be_up
+        # One of its instances was to be stopped: it is done with those that run on.
+        if not (scope.cancelled_caught and target.is_to_be_up):
+            return
 
 
 async def bring_all_back(
@@ -114,8 +118,10 @@ async def _start_anew(target: Target, store: Store) -> str | None:
         await target.spawn_instances(wanted, reason, whatever_it_depends_on=True)
         if one_by_one:
             # Who is down first, as in a transaction that goes back.
-            absent = {State.WAITING, State.LOST}
+            absent = {State.WAITING, State.LOST, State.EXITED}
             others = [i for i in target.instances if i.wanted and i not in stale and i.state not in absent]
+            left = await target.still_there(others)
+            others = [i for i in others if i not in left]
             await target.spawn_instances(others, reason, whatever_it_depends_on=True)
             await target.settle(others)
             await rollout.complete(one_by_one)
@@ -138,7 +144,7 @@ async def _tell(
             changed=changed,
             rollback=True,
         )
-        told.update(chosen)
+        told.update(i for i, (_, outcome) in zip(chosen, outcomes, strict=True) if outcome.ok)
         failed = [f"{name}: {outcome.reason}" for name, outcome in outcomes if not outcome.ok]
         return "; ".join(failed) or None
 

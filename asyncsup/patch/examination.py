@@ -10,6 +10,7 @@ import anyio.to_thread
 from msgspec.structs import replace
 
 from asyncsup.errors import PatchMalformedError, PatchRefusedError
+from asyncsup.lifecycle import State
 from asyncsup.patch import delta, fs
 from asyncsup.patch.clock import SeenClock
 from asyncsup.patch.entry import program_files
@@ -121,6 +122,7 @@ class Examination:
 def _program(target: Target) -> frozenset[str]:
     """The files of a target that are not to change while its processes run on."""
     config = target.config
-    is_down = all(instance.pid is None for instance in target.everybody)
+    # Whoever waits, or is to be tried again, may come up at any moment, and find the old file.
+    is_down = all(i.state in {State.STOPPED, State.EXITED, State.FAILED} for i in target.everybody)
     # Of a oneshot the next run is what counts, and one that runs is not to be broken off for it.
     return frozenset() if is_down or config.patch.warm_program or config.oneshot else program_files(config)

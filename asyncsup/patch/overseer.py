@@ -427,8 +427,8 @@ class PatchOverseer:
         self._endorse(job, package)
         self.intake.refuse_expired(package)
         for part in job.report.parts:
-            if part.participant is not None:
-                self._store.preview.refuse_guarded(part.target.name, package.manifest)
+            if part.participant is not None and part.package is not None:
+                self._store.preview.refuse_guarded(part.target.name, part.package.manifest)
 
     async def _carry_out(self, job: Job, targets: Sequence[Target], work: Work, wish: Wish) -> dict[str, Any]:
         """Hold the targets, do the work, and turn its end into a report."""
