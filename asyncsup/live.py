@@ -6,7 +6,7 @@ Shared by the command line and the console.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from asyncsup.client import ControlClient, Event, EventStream
@@ -42,7 +42,7 @@ def call_live(
         view = _View(out)
 
         def on_slow() -> bool:
-            return _say_whom_it_waits_for(client, out, OPERATIONS[method]) or view.has_begun
+            return say_what_takes_so_long(client, out, queued=OPERATIONS[method]) or view.has_begun
 
         try:
             return client.call(
@@ -63,14 +63,28 @@ def call_live(
             view.finish(events)
 
 
-def _say_whom_it_waits_for(client: ControlClient, out: Output, operation: str) -> bool:
-    """Whether such an operation is in the queue of a target that has something else to do."""
+def say_what_takes_so_long(
+    client: ControlClient,
+    out: Output,
+    *,
+    names: Sequence[str] | None = None,
+    queued: str | None = None,
+    ends: str = "gives up",
+) -> bool:
+    """Say what somebody waits for who has asked for something; whether there was something to say.
+
+    Args:
+        names: of the targets that it is done to; None for all.
+        queued: see `waiting_line`.
+        ends: what Ctrl-C does.
+    """
     try:
-        line = waiting_line(client.call("status", timeout=QUERY_SECONDS), queued=operation)
+        value = client.call("status", names=names, timeout=QUERY_SECONDS)
     except (RemoteError, TimeoutExpiredError):
         return False  # it is not what was asked for
+    line = waiting_line(value, queued=queued)
     if line:
-        out.note(f"waiting: {line}; Ctrl-C gives up")
+        out.note(f"waiting: {line}; Ctrl-C {ends}")
     return bool(line)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncsup
-from asyncsup.errors import AsyncsupError, RemoteError, TimeoutExpiredError
+from asyncsup.errors import AsyncsupError
 from asyncsup.terminal import Output
 
 if TYPE_CHECKING:
@@ -91,18 +91,11 @@ class Session:
 
     def _say_what_takes_so_long(self, method: str, names: Sequence[str]) -> bool:
         """Whether there was something to say."""
-        from asyncsup import render  # noqa: PLC0415 - most answers come at once
+        from asyncsup.live import say_what_takes_so_long  # noqa: PLC0415 - most answers come at once
 
-        try:
-            value = self.client.call("status", names=list(names), timeout=QUERY_SECONDS)
-        except (RemoteError, TimeoutExpiredError):
-            return False  # it is not what was asked for
-        line = render.waiting_line(value)
-        if line:
-            # A number of instances is written down at once.
-            ends = "ends only the waiting" if method == "scale" else "gives up"
-            self.out.note(f"waiting: {line}; Ctrl-C {ends}")
-        return bool(line)
+        # A number of instances is written down at once.
+        ends = "ends only the waiting" if method == "scale" else "gives up"
+        return say_what_takes_so_long(self.client, self.out, names=list(names), ends=ends)
 
     def sibling(self, args: argparse.Namespace, out: Output) -> Session:
         """Another invocation on the same connection; only this one closes it."""

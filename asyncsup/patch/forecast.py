@@ -14,7 +14,7 @@ from asyncsup.instance import Instance
 from asyncsup.lifecycle import State
 from asyncsup.patch.manifest import Kind, Manifest
 from asyncsup.patch.report import Part
-from asyncsup.patch.transaction import Participant
+from asyncsup.patch.transaction import Participant, files_said
 from asyncsup.target import Target
 
 Step = dict[str, Any]
@@ -56,7 +56,8 @@ def steps(manifest: Manifest, parts: Sequence[Part], terms: Terms) -> list[Step]
     concerned = [(part, _concerned(part, manifest)) for part in parts]
     cold = manifest.kind is Kind.COLD
     done = [
-        _step("stage", part.target, f"{_files(part.changed)} for build {manifest.build}") for part in parts
+        _step("stage", part.target, f"{files_said(part.changed)} for build {manifest.build}")
+        for part in parts
     ]
     done += _hooks("pre_patch", parts, "if it fails, nothing is changed")
     for part, instances in concerned:
@@ -162,7 +163,3 @@ def _step(name: str, target: Target | None, detail: str, instance: Instance | No
 
 def _names(instances: Sequence[Instance]) -> str:
     return ", ".join(instance.name for instance in instances)
-
-
-def _files(paths: Sequence[str]) -> str:
-    return f"{len(paths)} file{'' if len(paths) == 1 else 's'}"

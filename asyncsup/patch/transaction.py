@@ -339,7 +339,7 @@ class Transaction:
         for participant in self.change.participants:
             async with self._step("stage", participant.target.name) as step:
                 await anyio.to_thread.run_sync(participant.stage, self.txn, progress)
-                step["detail"] = f"{_files(participant.changed)} for build {participant.build_after}"
+                step["detail"] = f"{files_said(participant.changed)} for build {participant.build_after}"
 
     async def _run_hooks(self, name: Literal["pre_patch", "post_patch"], code: str) -> None:
         async def run(participant: Participant) -> None:
@@ -445,7 +445,7 @@ class Transaction:
                 )
             carried = await anyio.to_thread.run_sync(self._store.carry, self.txn, participant.target.name)
             if carried:
-                self._note("carry", participant.target.name, None, f"{_files(carried)} the program wrote")
+                self._note("carry", participant.target.name, None, f"{files_said(carried)} the program wrote")
 
         await together(partial(stop, participant) for participant in self._stopped_first)
 
@@ -865,5 +865,6 @@ async def _all(jobs: Iterable[Callable[[], Awaitable[object]]]) -> None:
         raise PatchError("; ".join(getattr(failure, "message", None) or str(failure) for failure in failures))
 
 
-def _files(paths: Sequence[str]) -> str:
+def files_said(paths: Sequence[str]) -> str:
+    """How many there are, in words."""
     return f"{len(paths)} file{'' if len(paths) == 1 else 's'}"
